@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['CONSONANTS', 'INDEPENDENT', 'VOWELS', 'SIGNS', 'COENG', 'PUNCTUATION', 'DIGITS', 'KhmerOCRError', 'suggest',
-           'write_atomic', 'normalise', 'clusters', 'strip_spaces', 'fold', 'Charset', 'charset']
+           'write_atomic', 'normalise', 'random_runs', 'difference', 'clusters', 'strip_spaces', 'fold', 'Charset',
+           'charset']
 
-# %% ../nbs/00_text.ipynb #827d6d4d
+# %% ../nbs/00_text.ipynb #a187de6c
+import contextlib
 import difflib
 import os
 import re
@@ -15,9 +17,9 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
-# %% ../nbs/00_text.ipynb #6346e735
+# %% ../nbs/00_text.ipynb #36e1c400
 class KhmerOCRError(Exception):
-    "Anything a user can put right; its message is one line: what is wrong, where, what to do"
+    "What a user can put right; the message is one line: what is wrong, where, what to do"
 
 # %% ../nbs/00_text.ipynb #2bbd94cf
 def suggest(
@@ -28,12 +30,12 @@ def suggest(
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     return f'; did you mean {near[0]}?' if near else ''
 
-# %% ../nbs/00_text.ipynb #84522676
+# %% ../nbs/00_text.ipynb #143a030b
 def write_atomic(
     path,  # file to write; missing folders are made
     data  # bytes, or str (written as UTF-8, line ends as given)
 ):
-    "Write aside, sync, rename: a reader of `path` sees the old file or the new one, never half of one"
+    "Write aside, sync, rename"
     path = Path(path)
     temp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
@@ -42,93 +44,126 @@ def write_atomic(
             f.write(data.encode() if isinstance(data, str) else data)
             f.flush(); os.fsync(f.fileno())
         os.replace(temp, path)
-    except OSError as e:
-        raise KhmerOCRError(f'Cannot write {path}: {e.strerror or e}') from e
-    finally: temp.unlink(missing_ok=True)
+    except BaseException as e:
+        with contextlib.suppress(OSError): temp.unlink(missing_ok=True)
+        if isinstance(e, OSError): raise KhmerOCRError(f'Cannot write {path}: {e.strerror or e}') from e
+        raise
 
-# %% ../nbs/00_text.ipynb #9435d9de
+# %% ../nbs/00_text.ipynb #2dde1475
 def _span(first, last): return ''.join(map(chr, range(first, last + 1)))
 
-CONSONANTS  = _span(0x1780, 0x17A2)                          # ក to អ
-INDEPENDENT = _span(0x17A5, 0x17A7) + _span(0x17A9, 0x17B3)  # ឥ to ឳ, without the deprecated ឨ
-VOWELS      = _span(0x17B6, 0x17C5)                          # dependent vowels: ា to ៅ
-SIGNS       = _span(0x17C6, 0x17D1)                          # ំ ះ ៈ ៉ ៊ ់ ៌ ៍ ៎ ៏ ័ ៑
-COENG       = '\u17D2'                                       # the next letter is a subscript
-PUNCTUATION = '។៕៖ៗ៙៚៛'
-DIGITS      = _span(0x17E0, 0x17E9)                          # ០ to ៩
+CONSONANTS  = _span(0x1780, 0x17A2)  # 35
+INDEPENDENT = _span(0x17A5, 0x17A7) + _span(0x17A9, 0x17B3)  # 14 independent vowels, without the deprecated U+17A8
+VOWELS      = _span(0x17B6, 0x17C5)  # 16 dependent vowels
+SIGNS       = _span(0x17C6, 0x17D1)  # 12: nikahit, reahmuk, yuukaleapintu, shifters, bantoc, robat, ...
+COENG       = '\u17D2'  # the next letter is a subscript
+PUNCTUATION = '។៕៖ៗ៙៚៛'  # ends of sentence and section, colon, repetition, verse marks, riel
+DIGITS      = _span(0x17E0, 0x17E9)
 
-# %% ../nbs/00_text.ipynb #f5ba6c8f
+# %% ../nbs/00_text.ipynb #eaad7724
 _typographic = {**dict.fromkeys('“”„‟″', '"'), **dict.fromkeys('‘’‚‛′ʼ', "'"), **dict.fromkeys('‐‑‒–—―−', '-'), '…': '...'}
 _deprecated = {'\u17A3': 'អ', '\u17A4': 'អា', '\u17A8': 'ឧក', '\u17D3': '\u17C6', '\u17D8': '។ល។'}
-_invisible = '\u200B\u200C\u200D\u200E\u200F\u202A\u202B\u202C\u202D\u202E\u2060\u2061\u2062\u2063\u2064\u2066\u2067\u2068\u2069\u00AD\uFEFF\u17B4\u17B5'
+_invisible = _span(0x200B, 0x200F) + _span(0x202A, 0x202E) + _span(0x2060, 0x206F) + '\u00AD\uFEFF\u17B4\u17B5'
 _table = str.maketrans({**_typographic, **_deprecated, **dict.fromkeys(_invisible, '')})
 _foreign = re.compile('[^\u1780-\u17FF]+')
 
 def _plain(s):
-    "Code point by code point: invisible out, deprecated and typographic replaced, NFC outside Khmer, one space for any run of white space"
+    "Invisible characters out, deprecated and typographic ones replaced, NFC outside Khmer"
     s = s.translate(_table)
-    if not unicodedata.is_normalized('NFC', s): s = _foreign.sub(lambda m: unicodedata.normalize('NFC', m[0]), s)
-    return ' '.join(s.split())
+    if unicodedata.is_normalized('NFC', s): return s
+    return _foreign.sub(lambda m: unicodedata.normalize('NFC', m[0]), s)
 
-# %% ../nbs/00_text.ipynb #0cca7763
+# %% ../nbs/00_text.ipynb #70d96c4b
 _coeng_run, _coeng_alone = re.compile('\u17D2{2,}'), re.compile('\u17D2(?![\u1780-\u17B3])')
 
 def _coengs(s):
-    "Doubled coengs become one, a coeng that no letter follows is dropped, coeng DA is written coeng TA"
+    "Doubled coengs become one, a coeng that no letter follows is dropped, subscript DA is written TA"
     if COENG not in s: return s
-    s = _coeng_alone.sub('', _coeng_run.sub(COENG, s))
-    return s.replace('\u17D2ដ', '\u17D2ត')
+    return _coeng_alone.sub('', _coeng_run.sub(COENG, s)).replace('\u17D2ដ', '\u17D2ត')
 
-# %% ../nbs/00_text.ipynb #b767351b
-_order = ['\u17CC', COENG, '\u17C9\u17CA', _span(0x17BE, 0x17C5), '\u17BB\u17BC\u17BD', '\u17B7\u17B8\u17B9\u17BA', '\u17B6',
-          '\u17C6\u17CB\u17CD\u17CE\u17CF\u17D0\u17D1\u17DD', '\u17C7\u17C8']  # robat, subscripts, shifters, vowels, signs, final signs
-_rank = {c: i for i, group in enumerate(_order) for c in group}
+# %% ../nbs/00_text.ipynb #1eba6b3c
+_classes = ['\u17CC', COENG, '\u17C9\u17CA', _span(0x17BE, 0x17C5), '\u17BB\u17BC\u17BD', '\u17B7\u17B8\u17B9\u17BA', '\u17B6',
+            '\u17C6\u17CB\u17CD\u17CE\u17CF\u17D0\u17D1\u17DD', '\u17C7\u17C8']  # robat, subscripts, shifters, vowels, signs, final signs
+_rank = {c: i for i, chars in enumerate(_classes) for c in chars}
 _part = re.compile('\u17D2.|.', re.S)
 
-def _sorted(syllable):
-    "Base first, then every part by its rank; a subscript RO comes after the other subscripts"
+def _ranked(syllable):
+    "Base first, then every part by its rank; a subscript RO after the other subscripts, every sign once"
     base, *parts = _part.findall(syllable)
+    parts = [p for i, p in enumerate(parts) if len(p) == 2 or p not in parts[:i]]
     return base + ''.join(sorted(parts, key=lambda p: _rank[p[0]] + (p == '\u17D2រ') / 2))
 
-# %% ../nbs/00_text.ipynb #52aa27c6
-_joins = [(re.compile(a), b) for a, b in [
-    ('([\u17B6-\u17D1\u17DD])\\1+', '\\1'),            # the same sign twice: once
-    ('\u17BE\u17B6', '\u17C4\u17B8'),                  # ើ ា  is  ោ ី
-    ('\u17C1([\u17BB-\u17BD]?)\u17B8', '\u17BE\\1'),   # េ ី  is  ើ
-    ('\u17C1([\u17BB-\u17BD]?)\u17B6', '\u17C4\\1'),   # េ ា  is  ោ
-    ('\u17BE\u17BB', '\u17BB\u17BE')]]                 # ុ before ើ, ready for the rule of the shifters
+# %% ../nbs/00_text.ipynb #3a9997c2
+_joins = [(re.compile(pieces), whole) for pieces, whole in [
+    ('\u17BE\u17B6', '\u17C4\u17B8'),                  # oe aa  is  oo ii
+    ('\u17C1([\u17BB-\u17BD]?)\u17B8', '\u17BE\\1'),   # e ii   is  oe
+    ('\u17C1([\u17BB-\u17BD]?)\u17B6', '\u17C4\\1'),   # e aa   is  oo
+    ('\u17BE\u17BB', '\u17BB\u17BE')]]                 # u goes before oe, ready for the rule of the shifters
 
 def _joined(syllable):
-    "Vowels typed in two pieces become the one vowel that they draw"
-    for pattern, new in _joins: syllable = pattern.sub(new, syllable)
+    "A vowel typed in two pieces becomes the one vowel that it draws"
+    for pieces, whole in _joins: syllable = pieces.sub(whole, syllable)
     return syllable
 
-# %% ../nbs/00_text.ipynb #8b377aa3
-_series1 = frozenset('កខគឃចឆជឈដឋឌឍតថទធផពភឞសហអ')
-_hidden_shifter = re.compile('^([\u1780-\u17B3\u17CC\u17D2]+)([\u17C1-\u17C5]?)\u17BB(?=[\u17B7-\u17BA\u17BE\u17BF\u17D0\u17DD]|\u17B6\u17C6)')
+# %% ../nbs/00_text.ipynb #1aa5444b
+_takes_triisap = frozenset('កខគឃចឆជឈដឋឌឍតថទធផពភឞសហអ')
+_u_above = re.compile('^([\u1780-\u17B3\u17CC\u17D2]+)([\u17C1-\u17C5]?)\u17BB(?=[\u17B7-\u17BA\u17BE\u17D0\u17DD]|\u17B6\u17C6)')
 
 def _shifted(syllable):
-    "A vowel ុ below, with a vowel above, is how a shifter is drawn: write the shifter"
+    "A vowel U below together with a vowel above is how a shifter is drawn: write the shifter"
     def shifter(m):
-        triisap = 'ប' not in m[1] and not _series1.isdisjoint(m[1])
+        triisap = 'ប' not in m[1] and not _takes_triisap.isdisjoint(m[1])
         return m[1] + ('\u17CA' if triisap else '\u17C9') + m[2]
-    return _hidden_shifter.sub(shifter, syllable)
+    return _u_above.sub(shifter, syllable)
 
-# %% ../nbs/00_text.ipynb #413f4696
+# %% ../nbs/00_text.ipynb #2d71b607
 @lru_cache(1 << 16)
 def _syllable(s):
     "One syllable in normal form: the steps, again until nothing changes"
-    new = _shifted(_joined(_sorted(s)))
+    new = _shifted(_joined(_ranked(s)))
     return s if new == s else _syllable(new)
 
-# %% ../nbs/00_text.ipynb #38873e64
+# %% ../nbs/00_text.ipynb #8879e8f1
 _runs = re.compile('(?<!\u17D2)[\u1780-\u17B3](?:\u17D2[\u1780-\u17B3]|[\u17B6-\u17D1\u17DD]){2,}')
 
 def normalise(
     s: str  # any text
-) -> str:  # the one spelling of what it draws; `normalise(normalise(s)) == normalise(s)`
-    "Normal form of a line: see the table above; signs without a base stay as they are"
-    return _runs.sub(lambda m: _syllable(m[0]), _coengs(_plain(s)))
+) -> str:  # the one spelling of what it draws; a second pass changes nothing
+    """Normal form of a line: invisible characters out, deprecated and typographic ones replaced, Khmer syllables in
+    the canonical order of SIL's khnormal, vowels in one piece, one space for any white space, none at the ends"""
+    return ' '.join(_runs.sub(lambda m: _syllable(m[0]), _coengs(_plain(s))).split())
+
+# %% ../nbs/00_text.ipynb #14990d1d
+def random_runs(
+    n: int,  # how many
+    rng  # numpy Generator
+) -> list[str]:  # runs of 1 to about 20 code points
+    "Khmer as nobody should type it, to put a normaliser to the test"
+    letters, marks = CONSONANTS + INDEPENDENT, VOWELS + SIGNS + COENG * 6
+    wild = _span(0x1780, 0x17DD) + COENG * 8 + '\u200B\u200C\u200D \u17E1a'
+    def pick(chars): return chars[rng.integers(len(chars))]
+    def part(): return pick(marks) if rng.random() < .7 else COENG + pick(letters)
+    def syllable(): return pick(letters) + ''.join(part() for _ in range(rng.integers(6)))
+    return [''.join(syllable() for _ in range(rng.integers(1, 3))) if i % 2 else
+            ''.join(pick(wild) for _ in range(rng.integers(1, 9))) for i in range(n)]
+
+# %% ../nbs/00_text.ipynb #7471c82c
+def _repeated(s): return _runs.sub(lambda m: _ranked(m[0]), s)
+
+def difference(
+    run: str,  # any text
+    reference  # another normaliser, a function str -> str
+) -> str:  # '' when both agree, else the class of the difference
+    "Why `normalise` and `reference` differ on `run`"
+    def again(s): return ' '.join(reference(s).split())
+    ours, silent = normalise(run), str.maketrans('', '', '\u17BB\u17C9\u17CA')
+    if reference(run) == ours: return ''
+    steps = [('white space', str), ('invisible or deprecated character', _plain), ('coeng without a letter', _coengs),
+             ('same sign twice', _repeated), ('second pass needed', again), ('second pass needed', again)]
+    for name, step in steps:
+        run = step(run)
+        if again(run) == ours: return name
+    return 'choice of shifter' if again(run).translate(silent) == ours.translate(silent) else 'unexplained'
 
 # %% ../nbs/00_text.ipynb #21e74013
 _cluster = re.compile('[\u1780-\u17B3](?:\u17D2[\u1780-\u17B3]|[\u17B6-\u17D1\u17D3\u17DD])*|.', re.S)
@@ -139,63 +174,74 @@ def clusters(
     "Cut `s` where a reader would: base, subscripts, vowels and signs stay together"
     return _cluster.findall(s)
 
-# %% ../nbs/00_text.ipynb #8c8afe2d
-def strip_spaces(s: str) -> str:
-    "`s` without any white space"
+# %% ../nbs/00_text.ipynb #3b8615b0
+def strip_spaces(
+    s: str  # any text
+) -> str:  # the same without any white space
+    "Take all white space out"
     return ''.join(s.split())
 
-# %% ../nbs/00_text.ipynb #c59317fa
+# %% ../nbs/00_text.ipynb #f86c36e9
+_signs_run, _shifter_nikahit = re.compile('[\u17C6\u17CB\u17CD-\u17D1\u17DD]{2,}'), re.compile('\u17C9([\u17C1-\u17C3]?)\u17C6')
+
 def fold(
     s: str  # any text
-) -> str:  # normal form in which look-alikes are one
-    "`normalise`, then one spelling for what most fonts draw with the same pixels"
-    return normalise(s)
+) -> str:  # normal form in which look-alikes have one spelling
+    "`normalise`, then one spelling for what about half of all fonts draw alike"
+    s = _signs_run.sub(lambda m: ''.join(sorted(m[0])), normalise(s))
+    return _shifter_nikahit.sub('\\1\u17BB\u17C6', s)
 
-# %% ../nbs/00_text.ipynb #a6983331
+# %% ../nbs/00_text.ipynb #82d6768c
 def _name(ch): return f'U+{ord(ch):04X} {unicodedata.name(ch, "(no name)")}'
 
 class Charset:
-    "Symbols and their numbers, in a fixed order that is part of a model; a symbol longer than one character, like `<sos>`, is a special"
+    "Symbols and their numbers from 0, in a fixed order; a symbol longer than one character, like `<sos>`, is a special"
     def __init__(self, symbols):
         self.symbols = tuple(symbols)
         self._id = {c: i for i, c in enumerate(self.symbols)}
-        if '' in self._id: raise KhmerOCRError('A charset has an empty symbol: take it out')
         twice = [c for c, n in Counter(self.symbols).items() if n > 1]
-        if twice: raise KhmerOCRError(f'A charset names {", ".join(map(repr, twice[:5]))} more than once: keep one')
+        if twice: raise KhmerOCRError(f'The charset names {", ".join(map(repr, twice[:5]))} more than once: keep one')
+        if '' in self._id or not self._id: raise KhmerOCRError('The charset is empty or has an empty symbol: give it one character per symbol')
     def __len__(self): return len(self.symbols)
     def __contains__(self, ch): return ch in self._id
     def __eq__(self, other): return isinstance(other, Charset) and self.symbols == other.symbols
     def __hash__(self): return hash(self.symbols)
-    def __repr__(self): return f'Charset of {len(self)} symbols'
+    def __repr__(self): return f'Charset({len(self)} symbols)'
 
-# %% ../nbs/00_text.ipynb #bf7beb12
-def _unknown(self: Charset, s: str) -> list[str]: return sorted({c for c in s if c not in self._id})
+# %% ../nbs/00_text.ipynb #1b030b81
+from fastcore.basics import patch
 
-def _encode(self: Charset, s: str) -> list[int]:
+# %% ../nbs/00_text.ipynb #3bd1db7b
+@patch
+def unknown(self: Charset, s: str) -> list[str]:
+    "The characters of `s` that the charset lacks, sorted, each once"
+    return sorted({c for c in s if c not in self._id})
+
+@patch
+def encode(self: Charset, s: str) -> list[int]:
+    "Numbers of the characters of `s`; unknown ones are refused by name"
     try: return [self._id[c] for c in s]
-    except KeyError: pass
-    bad = self.unknown(s)
+    except KeyError: bad = self.unknown(s)
     more = f' and {len(bad) - 5} more' if len(bad) > 5 else ''
-    raise KhmerOCRError(f'The charset has no {", ".join(map(_name, bad[:5]))}{more}: normalise the text, leave the line out, or use a larger charset')
+    raise KhmerOCRError(f'The charset lacks {", ".join(map(_name, bad[:5]))}{more}: normalise the text, leave the line out, or use a larger charset')
 
-def _decode(self: Charset, ids) -> str:
-    ids = [int(i) for i in ids]
-    bad = [i for i in ids if not 0 <= i < len(self)]
-    if bad: raise KhmerOCRError(f'Symbol number {bad[0]} is outside the charset of {len(self)}: the model and the charset do not belong together')
-    return ''.join(c for c in map(self.symbols.__getitem__, ids) if len(c) == 1)
+@patch
+def decode(self: Charset, ids) -> str:
+    "Text of the numbers `ids` (a sequence of whole numbers); specials are left out"
+    bad = [i for i in map(int, ids) if not 0 <= i < len(self)]
+    if bad: raise KhmerOCRError(f'Symbol number {bad[0]} is outside the charset of {len(self)}: model and charset do not belong together')
+    return ''.join(c for c in (self.symbols[int(i)] for i in ids) if len(c) == 1)
 
-Charset.unknown, Charset.encode, Charset.decode = _unknown, _encode, _decode
-
-# %% ../nbs/00_text.ipynb #062ff048
-_ascii_letters = ''.join(map(chr, [*range(48, 58), *range(65, 91), *range(97, 123)]))
-_buoy_signs = SIGNS + '\u17D3\u17DC\u17DD'
+# %% ../nbs/00_text.ipynb #68fd41ba
+_latin = ''.join(map(chr, [*range(48, 58), *range(65, 91), *range(97, 123)]))  # 0-9 A-Z a-z
 _charsets = {
-    'khmer-latin': CONSONANTS + INDEPENDENT + VOWELS + SIGNS + COENG + PUNCTUATION + DIGITS + ' ' + _ascii_letters + '.,:;?!()[]-/%"\'+=*#&«»@_$',
-    'buoy2022': ['<sos>', '<eos>', *DIGITS, *'0123456789', *CONSONANTS, *_span(0x17A5, 0x17B3), *VOWELS, COENG, *_buoy_signs, *' (),.?។៕៖ៗ៘៙៚']}
+    'khmer-latin': [*CONSONANTS, *INDEPENDENT, *VOWELS, *SIGNS, COENG, *PUNCTUATION, *DIGITS, ' ', *_latin, *'.,:;?!()[]-/%"\'+=*#&«»@_$'],
+    'buoy2022': ['<sos>', '<eos>', *DIGITS, *_latin[:10], *CONSONANTS, *_span(0x17A5, 0x17B3), *VOWELS, COENG,
+                 *SIGNS, '\u17D3', '\u17DC', '\u17DD', *' (),.?។៕៖ៗ៘៙៚']}
 
 def charset(
     name: str = 'khmer-latin'  # or 'buoy2022'
 ) -> Charset:
     "A charset by name"
-    if name not in _charsets: raise KhmerOCRError(f'No charset is called {name!r}{suggest(name, _charsets)} (there are {", ".join(_charsets)})')
+    if name not in _charsets: raise KhmerOCRError(f'There is no charset {name!r}{suggest(name, _charsets)} (known: {", ".join(_charsets)})')
     return Charset(_charsets[name])
