@@ -7,8 +7,8 @@ __all__ = ['configure', 'TrainConfig', 'read_settings', 'lr_at', 'adamw', 'best_
            'load_weights', 'ema_update', 'CancelFit', 'Callback', 'Learner', 'memory_mb', 'Timer', 'write_csv',
            'read_history', 'History', 'Progress', 'TensorBoard', 'EarlyStop', 'plot_history']
 
-# %% ../nbs/08_learner.ipynb #823a232e
-import csv, io, json, math, os, re, signal, sys, threading, time, tomllib
+# %% ../nbs/08_learner.ipynb #a4e0d6bf
+import csv, io, json, logging, math, os, re, signal, sys, threading, time, tomllib
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from inspect import signature
@@ -227,7 +227,7 @@ def __call__(self: Learner, event: str):
         try: getattr(cb, event, lambda learn: None)(self)
         except CancelFit as e: self.stopping = str(e) or type(cb).__name__
 
-# %% ../nbs/08_learner.ipynb #cbdd9b96
+# %% ../nbs/08_learner.ipynb #813ffd27
 @patch
 def setup(self: Learner):
     "Place model, average and optimiser on the device; called by `fit`"
@@ -236,6 +236,7 @@ def setup(self: Learner):
     cuda = c.device == 'cuda' or c.device == 'auto' and torch.cuda.is_available()
     if cuda and not torch.cuda.is_available(): raise KhmerOCRError("Setting 'device' is 'cuda', but torch finds no GPU: use 'auto' or 'cpu'")
     precision = best_precision('cuda' if cuda else 'cpu') if c.precision == 'auto' else c.precision
+    logging.getLogger('lightning_fabric').setLevel(logging.WARNING)
     self.fabric = Fabric(accelerator='cuda' if cuda else 'cpu', devices=local, num_nodes=max(1, world//local), strategy='ddp' if world > 1 else 'auto', precision=precision)
     self.fabric.launch()
     if c.channels_last: self.net.to(memory_format=torch.channels_last)
@@ -335,30 +336,38 @@ def is_better(self: Learner) -> bool:
     if better: self.best = new
     return better
 
-# %% ../nbs/08_learner.ipynb #18c1bce3
+# %% ../nbs/08_learner.ipynb #06281c68
 @patch
 def training_state(self: Learner) -> dict:
     "All tensors of the run, by name"
-    parts = dict(model=self.net.state_dict(), ema=self.ema.state_dict() if self.ema is not None else {}, rng=dict(cpu=torch.get_rng_state()))
-    if self.fabric.device.type == 'cuda': parts['rng']['cuda'] = torch.cuda.get_rng_state(self.fabric.device)
+    parts = dict(model=self.net.state_dict(), ema=self.ema.state_dict() if self.ema is not None else {}, rng=self.rng_state())
     parts['opt'] = {f'{i}.{k}': torch.as_tensor(v) for i, s in self.opt.optimizer.state_dict()['state'].items() for k, v in s.items()}
     return {f'{p}.{k}': v for p, d in parts.items() for k, v in d.items()}
 
 @patch
+def rng_state(self: Learner) -> dict:
+    "States of the random generators, one row per process"
+    states = dict(cpu=torch.get_rng_state())
+    if self.fabric.device.type == 'cuda': states['cuda'] = torch.cuda.get_rng_state(self.fabric.device)
+    if self.fabric.world_size == 1: return {k: v[None] for k, v in states.items()}
+    rows = {k: [v.to(self.fabric.device, copy=True) for _ in range(self.fabric.world_size)] for k, v in states.items()}
+    for k, v in rows.items(): torch.distributed.all_gather(v, states[k].to(self.fabric.device))
+    return {k: torch.stack(v) for k, v in rows.items()}
+
+@patch
 def save(self: Learner, name: str):
-    "Write `best` (weights to use) or `latest` (everything) in `out_dir`; only one process writes"
+    "Write `best` (weights to use) or `latest` (everything) in `out_dir`; only the first process writes"
+    tensors = self.training_state() if name != 'best' else (self.net if self.ema is None else self.ema).state_dict()
+    if name != 'best': self.saved_at = self.step
     if not self.fabric.is_global_zero: return
     header = {**self.header, 'config': asdict(self.config), 'step': self.step, 'metrics': self.metrics, 'kind': 'weights' if name == 'best' else 'training'}
-    tensors = (self.net if self.ema is None else self.ema).state_dict()
     if name != 'best':
-        self.saved_at = self.step
-        tensors = self.training_state()
         header['run'] = {k: getattr(self, k) for k in _counters} | {'callbacks': {type(cb).__name__: s for cb in self.callbacks if (s := cb.state())}}
     save_checkpoint(self.out_dir/f'{name}.safetensors', tensors, header)
 
 _counters = ('step', 'skipped', 'streak', 'best', 'taken')
 
-# %% ../nbs/08_learner.ipynb #8e6c922b
+# %% ../nbs/08_learner.ipynb #d73e6bad
 def _fill(module, tensors, path):
     own = module.state_dict()
     bad = [k for k in own.keys() | tensors.keys() if k not in own or k not in tensors or own[k].shape != tensors[k].shape]
@@ -376,8 +385,10 @@ def restore(self: Learner, path: str|Path):
     for k in _counters: setattr(self, k, header['run'][k])
     self.metrics, self.saved_at = header['metrics'], self.step
     for cb in self.callbacks: cb.load_state(header['run']['callbacks'].get(type(cb).__name__, {}))
-    torch.set_rng_state(tensors['rng.cpu'])
-    if 'rng.cuda' in tensors and self.fabric.device.type == 'cuda': torch.cuda.set_rng_state(tensors['rng.cuda'], self.fabric.device)
+    for k, rows in _part(tensors, 'rng').items():
+        if self.fabric.global_rank >= len(rows): continue  # more processes than before: the seed must do
+        if k == 'cpu': torch.set_rng_state(rows[self.fabric.global_rank].clone())
+        elif self.fabric.device.type == 'cuda': torch.cuda.set_rng_state(rows[self.fabric.global_rank].clone(), self.fabric.device)
 
 @patch
 def restore_opt(self: Learner, tensors: dict):
@@ -403,7 +414,7 @@ class _Polite:
     def __exit__(self, *_):
         if self.main: signal.signal(signal.SIGINT, self.old)
 
-# %% ../nbs/08_learner.ipynb #db372424
+# %% ../nbs/08_learner.ipynb #b32f6124
 @patch
 def fit(self: Learner,
     resume: str|Path|None = None,  # None: start anew; 'latest': go on from out_dir; or a path
@@ -423,6 +434,7 @@ def fit(self: Learner,
                 if due(self.config.eval_every): self.run_evaluation()
                 if due(self.config.save_every): self.save('latest')
             if self.saved_at != self.step: self.save('latest')
+            self.fabric.barrier()
         finally: self('after_fit')
     return self
 
