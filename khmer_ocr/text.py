@@ -147,7 +147,7 @@ def random_runs(
     return [''.join(syllable() for _ in range(rng.integers(1, 3))) if i % 2 else
             ''.join(pick(wild) for _ in range(rng.integers(1, 9))) for i in range(n)]
 
-# %% ../nbs/00_text.ipynb #7471c82c
+# %% ../nbs/00_text.ipynb #e1fe5848
 def _repeated(s): return _runs.sub(lambda m: _ranked(m[0]), s)
 
 def difference(
@@ -159,7 +159,7 @@ def difference(
     ours, silent = normalise(run), str.maketrans('', '', '\u17BB\u17C9\u17CA')
     if reference(run) == ours: return ''
     steps = [('white space', str), ('invisible or deprecated character', _plain), ('coeng without a letter', _coengs),
-             ('same sign twice', _repeated), ('second pass needed', again), ('second pass needed', again)]
+             *[('same sign twice', _repeated), ('second pass needed', again)] * 3]
     for name, step in steps:
         run = step(run)
         if again(run) == ours: return name
@@ -181,14 +181,14 @@ def strip_spaces(
     "Take all white space out"
     return ''.join(s.split())
 
-# %% ../nbs/00_text.ipynb #f86c36e9
+# %% ../nbs/00_text.ipynb #2f85a8db
 _signs_run, _shifter_nikahit = re.compile('[\u17C6\u17CB\u17CD-\u17D1\u17DD]{2,}'), re.compile('\u17C9([\u17C1-\u17C3]?)\u17C6')
 
 def fold(
     s: str  # any text
 ) -> str:  # normal form in which look-alikes have one spelling
     "`normalise`, then one spelling for what about half of all fonts draw alike"
-    s = _signs_run.sub(lambda m: ''.join(sorted(m[0])), normalise(s))
+    s = normalise(_signs_run.sub(lambda m: ''.join(sorted(m[0])), normalise(s)))
     return _shifter_nikahit.sub('\\1\u17BB\u17C6', s)
 
 # %% ../nbs/00_text.ipynb #82d6768c
