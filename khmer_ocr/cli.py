@@ -176,10 +176,10 @@ def _page_outputs(reader, paths, fmt, problems):
             problems[str(p)] = _one_line(e)
             print(f'khmer-ocr: {problems[str(p)]}', file=sys.stderr)
 
-# %% ../nbs/32_cli.ipynb #2ef51e82
+# %% ../nbs/32_cli.ipynb #fcb952d6
 @app.command()
 def read(
-    inputs: list[str] = typer.Argument(..., metavar='IMAGE|PDF|DIR...', help='Images, PDF files, or folders of images.'),
+    inputs: list[str] = typer.Argument(..., metavar='IMAGE|PDF|DIR', help='Images, PDF files, or folders of images.'),
     line: bool = typer.Option(False, '--line', help='Each image is one line of text: print one line for each.'),
     model: str = typer.Option(None, '--model', metavar='NAME|PATH', help='Weights by name or file; the best that ships by default.'),
     format: str = typer.Option('text', '--format', metavar='text|json', callback=_one_of('text', 'json'), help='What to print.'),

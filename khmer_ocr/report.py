@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['khmer_font_file', 'khmer_mpl_font', 'new_figure', 'show', 'line_grid', 'read_curves', 'learning_curve', 'read_set',
-           'error_by', 'length_class', 'error_bars', 'Table', 'confusion_table', 'score_table', 'font_css',
-           'outside_references', 'write_report']
+           'error_by', 'length_class', 'error_bars', 'Table', 'confusion_table', 'score_table', 'histogram',
+           'write_metrics', 'font_css', 'outside_references', 'write_report']
 
 # %% ../nbs/30_report.ipynb #c09238e9
 import base64, csv, html, importlib.util, io, json, os, re, sys, tempfile
@@ -243,6 +243,33 @@ def score_table(
     pc = lambda v: f'{100*float(v):.2f}' if v is not None else '-'
     rows = [(label, *(pc(s.get(k)) for s in many.values())) for k,label in _score_names.items() if any(k in s for s in many.values())]
     return Table(rows, ('measure', *many))
+
+# %% ../nbs/30_report.ipynb #c864a7ff
+def histogram(
+    values,  # numbers, or a dict of number -> how often
+    label: str,  # of the horizontal axis
+    bins: int = 30
+):  # a matplotlib figure
+    "How often each size occurs"
+    x, w = (list(map(float, values)), list(values.values())) if isinstance(values, dict) else (list(values), None)
+    fig, ax = new_figure(5, 1.8)
+    ax.hist(x, bins=bins, weights=w, color='#9db4c0'); ax.set_xlabel(label); ax.set_ylabel('lines')
+    ax.spines[['top', 'right']].set_visible(False)
+    return fig
+
+def _rounded(o):
+    "Floats to six significant digits, whatever holds them"
+    if isinstance(o, dict): return {str(k): _rounded(v) for k,v in o.items()}
+    if isinstance(o, (list, tuple)): return [_rounded(v) for v in o]
+    return float(f'{float(o):.6g}') if isinstance(o, (float, np.floating)) else int(o) if isinstance(o, np.integer) else o
+
+def write_metrics(
+    metrics: dict,  # whatever JSON can hold; no dates and no durations
+    folder  # of the run
+) -> dict:  # what was written
+    "Writes `metrics.json`"
+    write_atomic(Path(folder)/'metrics.json', json.dumps(_rounded(metrics), ensure_ascii=False, indent=1) + '\n')
+    return _rounded(metrics)
 
 # %% ../nbs/30_report.ipynb #eb31efd8
 @lru_cache(maxsize=1)
