@@ -20,16 +20,16 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 wanted() { .venv/bin/python -c "from configparser import ConfigParser as C; c = C(delimiters=['=']); c.read('settings.ini', encoding='utf-8'); d = c['DEFAULT']; print(d['requirements'], d['dev_requirements'])"; }
 pin() { sed -n "s/^$1==//p" constraints.txt; }
 echo "set-up: installing the packages of constraints.txt (some minutes the first time)"
-pip install -q -c constraints.txt setuptools wheel
-pip install -q -c constraints.txt "torch==$(pin torch)"   # first and alone: nothing after it may choose another
+pip install -qq -c constraints.txt setuptools wheel
+pip install -qq -c constraints.txt "torch==$(pin torch)"   # first and alone: nothing after it may choose another
 # shellcheck disable=SC2046
-pip install -q -c constraints.txt $(wanted)
+pip install -qq -c constraints.txt $(wanted)
 if ! .venv/bin/python -c 'import cv2' 2>/dev/null; then
     echo "set-up: opencv-python does not load here (it wants libGL): taking opencv-python-headless of the same version"
-    pip uninstall -q -y opencv-python opencv-python-headless
-    pip install -q -c constraints.txt "opencv-python-headless==$(pin opencv-python)"
+    pip uninstall -qq -y opencv-python opencv-python-headless
+    pip install -qq -c constraints.txt "opencv-python-headless==$(pin opencv-python)"
     .venv/bin/python -c 'import cv2' || stop "OpenCV does not load"
 fi
-pip install -q --no-build-isolation --no-deps -e . --config-settings editable_mode=compat 2>.venv/editable.log || { cat .venv/editable.log >&2; stop "could not install the project"; }
+pip install -qq --no-build-isolation --no-deps -e . --config-settings editable_mode=compat 2>.venv/editable.log || { cat .venv/editable.log >&2; stop "could not install the project"; }
 touch .venv/.ready
 echo "set-up: done"
