@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['data_folder', 'Source', 'sources', 'choose_sources', 'fetch_source', 'plain_pickle', 'udhr_lines', 'strip_wiki',
-           'read_text_source', 'cut', 'fault', 'clean', 'split_of', 'NGram', 'place_line', 'lunar_year', 'rule_line',
-           'load_ngram', 'build_corpus', 'load_lines', 'corpus_stats', 'stats_table', 'typeset']
+           'read_text_source', 'cut', 'fault', 'held_out', 'overlaps', 'clean', 'split_of', 'NGram', 'place_line',
+           'lunar_year', 'rule_line', 'load_ngram', 'build_corpus', 'load_lines', 'corpus_stats', 'stats_table',
+           'typeset']
 
-# %% ../nbs/01_corpus.ipynb #89dcb41f
-import bz2, csv, html, io, json, os, pickle, re, shutil, subprocess, sys, tempfile, zipfile
-import hashlib
+# %% ../nbs/01_corpus.ipynb #934c4724
+import base64, bz2, csv, hashlib, html, io, itertools, json, os, pickle, re, shutil, subprocess, sys, tarfile, tempfile, zipfile, zlib
 import importlib.util
-import itertools
-import tarfile
 import numpy as np
 from bisect import bisect
 from collections import Counter
@@ -251,14 +249,35 @@ def fault(
         if k < khmer*(k + other) or k < 2: return 'too little Khmer'
     return ''
 
-# %% ../nbs/01_corpus.ipynb #000e5a0f
+# %% ../nbs/01_corpus.ipynb #21dd43ab
 def _key(s): return re.sub(r'[\s។៕.]+', '', s)
+def _grams(s, step): # CRC-32 of the rows of 16 code points, spaces and full stops set aside
+    s = _key(s)
+    return [zlib.crc32(s[i:i+16].encode()) for i in range(0, len(s) - 15, step)]
 
+def held_out(
+    texts=None # texts to protect; None: what data/held_out.json lists
+) -> set[int]: # hashes for `overlaps`
+    "What may not come into a corpus"
+    if texts is not None: return {h for s in texts for h in _grams(normalise(s), 1)}
+    path = data_folder()/'held_out.json'
+    hashes = itertools.chain(*json.loads(path.read_text()).values()) if path.exists() else []
+    return {h for s in hashes for h in np.frombuffer(base64.b64decode(s), '<u4').tolist()}
+
+def overlaps(
+    s: str, # a normalised line
+    hashes: set[int] # of `held_out`
+) -> bool:
+    "Does a line share a run of 23 letters, perhaps less, with what is held out?"
+    return not hashes.isdisjoint(_grams(s, 8))
+
+# %% ../nbs/01_corpus.ipynb #3be3beb2
 def clean(
     lines, # texts as they come
     longest:int=110, shortest:int=1, # code points
     khmer:float=0., # least part of Khmer, see `fault`
-    seen:set|None=None # keys of lines already taken, across calls; grows
+    seen:set|None=None, # keys of lines already taken, across calls; grows
+    protected:set=frozenset() # hashes of `held_out`
 ) -> tuple[list[str], Counter]: # lines that are kept, reasons and counts of what was dropped
     "Normalise, cut and sift texts"
     kept, dropped, seen = [], Counter(), set() if seen is None else seen
@@ -267,6 +286,7 @@ def clean(
             why = fault(s, shortest, khmer)
             key = _key(s) or s
             if not why and key in seen: why = 'duplicate'
+            if not why and protected and overlaps(s, protected): why = 'held out'
             if why: dropped[why] += 1
             else: seen.add(key); kept.append(s)
     return kept, dropped
@@ -378,7 +398,7 @@ def _phone(rng, words=()):
     s = _pick(rng, [sep.join([a, *map(str, b)]), f'(+855) {a[1:]}{sep}{b[0]}{sep}{b[1]}', f'+855 {a[1:]} {b[0]} {b[1]}', f'({a}) {b[0]} {b[1]}'])
     return _pick(rng, ['', '', '', 'ទូរស័ព្ទ៖ ', 'ទូរស័ព្ទលេខ ', 'លេខទូរស័ព្ទ៖ ', 'Tel: ', 'H/P: ', 'Tel/Fax: ']) + _k(rng, s, .5)
 
-# %% ../nbs/01_corpus.ipynb #df80a208
+# %% ../nbs/01_corpus.ipynb #005e13a8
 _months = 'មករា កុម្ភៈ មីនា មេសា ឧសភា មិថុនា កក្កដា សីហា កញ្ញា តុលា វិច្ឆិកា ធ្នូ'.split()
 _days = 'អាទិត្យ ចន្ទ អង្គារ ពុធ ព្រហស្បតិ៍ សុក្រ សៅរ៍'.split()
 _lunar_months = 'មិគសិរ បុស្ស មាឃ ផល្គុន ចេត្រ ពិសាខ ជេស្ឋ អាសាឍ បឋមាសាឍ ទុតិយាសាឍ ស្រាពណ៍ ភទ្របទ អស្សុជ កត្តិក'.split()
@@ -393,7 +413,8 @@ def lunar_year(
     return f'ឆ្នាំ{_animals[(year-4) % 12]} {_saks[(year-639) % 10]} ' + f'ព.ស. {year+544}'.translate(_to_khmer)
 
 def _date(rng, words=()):
-    y, m, d = _int(rng, 1950, 2035), _int(rng, 1, 12), _int(rng, 1, 31)
+    y, m = _int(rng, 1950, 2035), _int(rng, 1, 12)
+    d = _int(rng, 1, 28 if m == 2 else 30)
     month, style = _months[m-1], rng.random()
     if style < .3: return _k(rng, f'{_pick(rng, ["ថ្ងៃទី", "ថ្ងៃទី ", ""])}{d:0{_int(rng, 1, 2)}d} ខែ{month} ឆ្នាំ{_pick(rng, ["", " "])}{y}', .9)
     if style < .45: return _k(rng, f'ថ្ងៃ{_pick(rng, _days)} ទី{d} ខែ{month} ឆ្នាំ{y}', .9)
@@ -406,7 +427,7 @@ def _time(rng, words=()):
     h, m = _int(rng, 0, 23), _int(rng, 0, 59)
     return _k(rng, _pick(rng, [f'{h:02}:{m:02}', f'ម៉ោង{h % 12 + 1}:{m:02} នាទី{_pick(rng, ["ព្រឹក", "រសៀល", "ល្ងាច"])}', f'ម៉ោង {h}:{m:02}', f'{h % 12 + 1}:{m:02} {_pick(rng, ["AM", "PM", "am", "pm"])}', f'ម៉ោង {h % 12 + 1} និង {m} នាទី', f'{h}h{m:02}']), .6)
 
-# %% ../nbs/01_corpus.ipynb #2b390efd
+# %% ../nbs/01_corpus.ipynb #893839c3
 _english = '''the of and to in is for on with as by at from that this be are was or an it not have has will can new all one two three first last more most other
 about after again against age agency agreement air also among amount annual answer any area army art asia association attention author award bank base become before begin benefit
 best better between bill board body book border branch bridge budget build business call cambodia campaign capital card care case cell center central century chance change charge
@@ -433,15 +454,17 @@ _coda = ['', '', '', 'b', 'ck', 'd', 'f', 'g', 'l', 'lt', 'm', 'n', 'nd', 'ng', 
 def _word(rng, words=()):
     "A Latin word in lower case: of the list, of `words`, or made of syllables"
     style = rng.random()
-    if style < .5: return _pick(rng, _english)
-    if style < .75 and words: return _pick(rng, words).lower()
-    return ''.join(_pick(rng, _on) + _pick(rng, _nucleus) + _pick(rng, _coda) for _ in range(_int(rng, 1, 3)))
+    if style < .55: return _pick(rng, _english)
+    if style < .8 and words: return _pick(rng, words).lower()
+    return ''.join(_pick(rng, _on) + _pick(rng, _nucleus) + _pick(rng, _coda) for _ in range(_pick(rng, (1, 2, 2, 3))))
 
-# %% ../nbs/01_corpus.ipynb #2fbd2f6a
+# %% ../nbs/01_corpus.ipynb #91f83b53
 def _cased(rng, s): return _pick(rng, [str.lower, str.title, str.title, str.upper])(s)
+_abbreviated = 'កខគងចជញដតថទធនបផពភមយរលវសហអ'
 def _letters(rng, n): return ''.join(_pick(rng, 'ABCDEFGHIJKLMNOPQRSTUVWXYZ') for _ in range(n))
 def _acronym(rng, words=()):
     s = _letters(rng, _int(rng, 2, 6))
+    if rng.random() < .12: return '.'.join(_pick(rng, _abbreviated) for _ in range(_int(rng, 2, 4))) + _pick(rng, ['.', ''])
     return _pick(rng, [s, s, s, s, f'{s}-{_letters(rng, _int(rng, 2, 5))}', f'{s}{_int(rng, 1, 30)}', f'{s}-{_int(rng, 1, 99)}', f'{s}s', f'{s[0]}&{s[1]}', '.'.join(s[:4]) + '.', f'{s}/{_letters(rng, 3)}'])
 
 def _phrase(rng, words=()):
@@ -533,14 +556,15 @@ def _thing(rng, words):
     kind = _thing_names[bisect(_thing_cum, rng.random()*_thing_cum[-1])]
     return _things[kind](rng, words), kind
 
-# %% ../nbs/01_corpus.ipynb #5bb921e7
+# %% ../nbs/01_corpus.ipynb #5262d76c
 def _piece(rng, sentences):
     "Some Khmer: a part of a sentence cut at spaces, or an official phrase"
     if not sentences or rng.random() < .12: return _pick(rng, _letter)
     parts = _pick(rng, sentences).split(' ')
     i = int(rng.random()*len(parts))
     s = ' '.join(parts[i:i + _int(rng, 1, 4)])
-    return _pick(rng, cut(s, 55)) if len(s) > 55 else s
+    s = (_pick(rng, cut(s, 55)) if len(s) > 55 else s).strip(' ។៕៖ៗ,.;:?!()[]"\'«»-')
+    return s or _pick(rng, _letter)
 
 def _wrapped(rng, s):
     "Bare, in brackets or in quotes"
@@ -554,16 +578,18 @@ def _inserted(rng, sentences, words):
     out = _piece(rng, sentences) if rng.random() < .85 else ''
     for _ in range(_pick(rng, (1, 1, 1, 2, 2, 3))):
         s, kind = _thing(rng, words)
-        out += (' ' if kind in ('phrase', 'acronym', 'address', 'code') or rng.random() < .7 else '') + _wrapped(rng, s) + _pick(rng, [' ', ' ', ' ', '', ', ', '៖ ', ' និង', ' ឬ', '។ '])
-        if rng.random() < .75: out += _piece(rng, sentences)
+        out += (' ' if out and kind in ('phrase', 'acronym', 'address', 'code') or rng.random() < .7 else '') + _wrapped(rng, s)
+        if rng.random() < .75:
+            k = _piece(rng, sentences)
+            out += _pick(rng, [' ', ' ', ' ', '', ', ', '៖ ', ' និង', ' ឬ', '។ ', '-', ' - ']) + (_wrapped(rng, k) if rng.random() < .25 else k)
     return out.strip() + _pick(rng, ['', '', '', '', '។', ' ។', '៕', ' ៕', ':', '៖', ',', ';', '?', '!', ' ៗ', '៚'])
 
-# %% ../nbs/01_corpus.ipynb #02cd814f
+# %% ../nbs/01_corpus.ipynb #c18e5a48
 def _listed(rng, sentences, words):
     return f'{_bullet(rng)} {_piece(rng, sentences)}' + (f' {_thing(rng, words)[0]}' if rng.random() < .3 else '') + _pick(rng, ['', '', '។', '៖', ';', ' ៕'])
 def _form(rng, sentences, words):
     "A label and its value, once or twice, as forms and tables have them"
-    one = lambda: f'{_pick(rng, _letter)}{_pick(rng, ["៖ ", " ៖ ", ": ", " : ", "៖", " ", " = "])}{_thing(rng, words)[0]}'
+    one = lambda: f'{_pick(rng, _letter)}{_pick(rng, ["៖ ", " ៖ ", ": ", " : ", "៖", " ", " = "])}{_thing(rng, words)[0] if rng.random() < .9 else "."*_int(rng, 3, 30)}'
     return one() + (f'{_pick(rng, [" ", ", ", "; "])}{one()}' if rng.random() < .3 else '')
 def _official(rng, sentences, words):
     return _pick(rng, [_pick(rng, _letter), _pick(rng, _letter) + _pick(rng, _letter), f'{_pick(rng, _letter)} {_pick(rng, _letter)}', f'{_pick(rng, _letter)} {_name(rng)}', f'{_reference(rng)} {_date(rng)}',
@@ -623,10 +649,10 @@ def _units(source, seed, quota):
     else:
         for s in _by_hash(_read(source), seed): yield _sentences(s)
 
-# %% ../nbs/01_corpus.ipynb #30713a97
+# %% ../nbs/01_corpus.ipynb #2b87b13b
 _sift = dict(sentences=dict(shortest=4, khmer=.5), ngram=dict(shortest=4), words=dict(shortest=2), html=dict(shortest=4, khmer=.5), mo=dict(shortest=2, khmer=.5), cldr=dict(shortest=2, khmer=.5), path=dict(khmer=.3))
 
-def _fill(source, lines, seen, seed, quota, progress):
+def _fill(source, lines, seen, seed, quota, progress, protected=frozenset()):
     "Clean the units of `source` into lines[split] until `quota`; returns what was dropped and why"
     dropped, got, latin = Counter(), 0, 0
     with tqdm(total=quota or None, desc=source.name, unit=' lines', disable=not (progress and sys.stderr.isatty()), mininterval=.5) as bar:
@@ -635,16 +661,16 @@ def _fill(source, lines, seen, seed, quota, progress):
             if source.reader == 'words' and unit[0].isascii():
                 if latin > got//3: dropped['Latin word too many'] += 1; continue
                 latin += 1
-            kept, why = clean(unit, seen=seen, **_sift.get(source.reader, {}))
+            kept, why = clean(unit, seen=seen, protected=protected, **_sift.get(source.reader, {}))
             dropped.update(why)
             lines[split_of(' '.join(unit))] += [(source.name, s) for s in kept]
             got += len(kept); bar.update(len(kept))
     return dropped
 
-# %% ../nbs/01_corpus.ipynb #c8eb45d0
+# %% ../nbs/01_corpus.ipynb #eaed1baf
 _parts = dict(train=.8, val=.1, test=.1)
 
-def _fill_rules(source, lines, seen, seed, quota, progress):
+def _fill_rules(source, lines, seen, seed, quota, progress, protected=frozenset()):
     "As `_fill`, for the rules: each split draws from its own sentences"
     dropped = Counter()
     for split, part in _parts.items():
@@ -654,7 +680,7 @@ def _fill_rules(source, lines, seen, seed, quota, progress):
         made = (rule_line(rng, khmer, words) for _ in range(3*want + 100))
         for s in tqdm(made, desc=f'{source.name} {split}', unit=' lines', disable=not (progress and sys.stderr.isatty()), mininterval=.5):
             if want <= 0: break
-            kept, why = clean([s], seen=seen)
+            kept, why = clean([s], seen=seen, protected=protected)
             dropped.update(why); want -= len(kept)
             lines[split] += [(source.name, s) for s in kept]
     return dropped
@@ -678,7 +704,7 @@ def _stats(chosen, lines, dropped, files, seed, licence):
                 lengths={str(n): lengths[n] for n in sorted(lengths)}, rarest_in_train=dict(sorted(counts.items(), key=lambda o: (o[1], o[0]))[:40]),
                 least_in_train=min(counts.values()), sha256=digests, corpus_sha256=hashlib.sha256(''.join(digests.values()).encode()).hexdigest())
 
-# %% ../nbs/01_corpus.ipynb #34dfb92f
+# %% ../nbs/01_corpus.ipynb #ca535033
 def build_corpus(
     out='data/processed', # folder for train.txt, val.txt, test.txt, corpus.json
     sources=None, # names of the manifest and paths of own texts; None: the defaults
@@ -690,11 +716,11 @@ def build_corpus(
     "Build a corpus: fetch, read, clean, split, write"
     chosen = sorted(choose_sources(sources, licence), key=lambda s: (s.reader == 'rules', s.share == 0)) # rules draw from all the others
     total, shares = limit or 400_000, sum(s.share for s in chosen)
-    lines, seen, dropped = {k: [] for k in _parts}, set(), {}
+    lines, seen, dropped, protected = {k: [] for k in _parts}, set(), {}, held_out()
     for s in chosen:
         quota = round(total*s.share/shares) if s.share else limit or 0
         before = sum(map(len, lines.values()))
-        dropped[s.name] = (_fill_rules if s.reader == 'rules' else _fill)(s, lines, seen, seed, quota, progress)
+        dropped[s.name] = (_fill_rules if s.reader == 'rules' else _fill)(s, lines, seen, seed, quota, progress, protected)
         if progress and not sys.stderr.isatty(): print(f'{s.name}: {sum(map(len, lines.values())) - before:,} lines', file=sys.stderr)
     lines = {k: [v[i] for i in _rng(seed, k).permutation(len(v))] for k, v in lines.items()}
     files = {f'{k}.txt': ''.join(s + '\n' for _, s in v) for k, v in lines.items()}
