@@ -336,7 +336,7 @@ def is_better(self: Learner) -> bool:
     if better: self.best = new
     return better
 
-# %% ../nbs/08_learner.ipynb #06281c68
+# %% ../nbs/08_learner.ipynb #efc611bf
 @patch
 def training_state(self: Learner) -> dict:
     "All tensors of the run, by name"
@@ -360,7 +360,7 @@ def save(self: Learner, name: str):
     tensors = self.training_state() if name != 'best' else (self.net if self.ema is None else self.ema).state_dict()
     if name != 'best': self.saved_at = self.step
     if not self.fabric.is_global_zero: return
-    header = {**self.header, 'config': asdict(self.config), 'step': self.step, 'metrics': self.metrics, 'kind': 'weights' if name == 'best' else 'training'}
+    header = {'settings': asdict(self.config), **self.header, 'step': self.step, 'metrics': self.metrics, 'kind': 'weights' if name == 'best' else 'training'}
     if name != 'best':
         header['run'] = {k: getattr(self, k) for k in _counters} | {'callbacks': {type(cb).__name__: s for cb in self.callbacks if (s := cb.state())}}
     save_checkpoint(self.out_dir/f'{name}.safetensors', tensors, header)
