@@ -6,8 +6,8 @@
 __all__ = ['Font', 'font_folder', 'manifest', 'file_sha256', 'locate', 'hb_face', 'find_fonts', 'font_cache', 'install_fonts',
            'coverage', 'missing', 'covers', 'random_font', 'hash_font', 'font_table', 'check_fonts']
 
-# %% ../nbs/02_fonts.ipynb #701923ea
-import hashlib, importlib.util, inspect, json, os, shutil, subprocess, sys, tarfile, tempfile
+# %% ../nbs/02_fonts.ipynb #af86a69c
+import hashlib, importlib.util, inspect, json, os, shutil, subprocess, sys, tarfile, tempfile, unicodedata, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,10 +33,10 @@ class Font:
         "Family and style in one"
         return f'{self.family} {self.style}'
 
-# %% ../nbs/02_fonts.ipynb #2a1a6394
+# %% ../nbs/02_fonts.ipynb #af6a9ad8
 def font_folder() -> Path:  # holds manifest.json, files/ and the user's own fonts; may not exist
     "`KHMER_OCR_FONTS`, else the folder `fonts` with a manifest here or in a folder above, else `fonts` here"
-    if set_by_user := os.environ.get('KHMER_OCR_FONTS'): return Path(set_by_user)
+    if set_by_user := os.environ.get('KHMER_OCR_FONTS'): return Path(set_by_user).absolute()
     here = Path.cwd()
     found = (d/'fonts' for d in (here, *here.parents) if (d/'fonts'/'manifest.json').is_file())
     return next(found, here/'fonts')
@@ -165,28 +165,34 @@ def _run(command, cwd, what):
     said = [l.strip() for l in (done.stderr or done.stdout).splitlines() if 'error' in l.lower() or l.startswith('E:')]
     if done.returncode: raise KhmerOCRError(f'Could not fetch {what} ({said[0] if said else f"exit {done.returncode}"}): check the network and run `khmer-ocr fonts install` again')
 
-# %% ../nbs/02_fonts.ipynb #320e643e
+# %% ../nbs/02_fonts.ipynb #85c410a3
+def _only(folder, pattern):
+    "The one file that a fetching command has left in its folder"
+    if found := sorted(Path(folder).glob(pattern)): return found[0]
+    raise KhmerOCRError(f'The download left no {pattern} file: check the network and run `khmer-ocr fonts install` again')
+
+# %% ../nbs/02_fonts.ipynb #b6035ad2
 def _fetch_npm(package, version):
     "The files of an npm package: name -> bytes (fonts only), from the cache or the registry"
     kept = font_cache()/f"{package.strip('@').replace('/', '-')}-{version}.tgz"
     if not kept.is_file():
         with tempfile.TemporaryDirectory() as d:
-            _run([_npm(), 'pack', '--silent', f'{package}@{version}'], d, f'{package}@{version}')
-            write_atomic(kept, next(Path(d).glob('*.tgz')).read_bytes())
+            _run([_npm(), 'pack', '--fetch-retries=1', '--fetch-retry-mintimeout=1000', f'{package}@{version}'], d, f'{package}@{version}')
+            write_atomic(kept, _only(d, '*.tgz').read_bytes())
     try:
         with tarfile.open(kept) as tar:
             return {m.name: tar.extractfile(m).read() for m in tar if m.isfile() and m.name.endswith(('.ttf', '.otf', '.woff2'))}
-    except (tarfile.TarError, EOFError, OSError):
+    except (tarfile.TarError, EOFError, OSError, zlib.error):
         kept.unlink(missing_ok=True)
         raise KhmerOCRError(f'The package {kept} was damaged and has been removed: run `khmer-ocr fonts install` again')
 
-# %% ../nbs/02_fonts.ipynb #e4529510
+# %% ../nbs/02_fonts.ipynb #a03bcb86
 def _fetch_apt(package, version):
     "The files of a Debian package: name -> bytes (fonts only)"
     if not (shutil.which('apt-get') and shutil.which('dpkg-deb')): raise KhmerOCRError(f'{package} is a Debian package, and apt-get is not here')
     with tempfile.TemporaryDirectory() as d:
         _run(['apt-get', 'download', package], d, package)
-        _run(['dpkg-deb', '-x', str(next(Path(d).glob('*.deb'))), 'x'], d, package)
+        _run(['dpkg-deb', '-x', str(_only(d, '*.deb')), 'x'], d, package)
         root = Path(d)/'x'
         return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob('*.[to]tf'))}
 
@@ -214,7 +220,7 @@ def _place(row, files, folder):
     write_atomic(path, data)
     return note
 
-# %% ../nbs/02_fonts.ipynb #ee1e1a58
+# %% ../nbs/02_fonts.ipynb #8942ea7c
 def _install_package(package, rows, folder):
     "Fetch one package and place its files -> (ledger entries, error or None)"
     kind, name, version = package
@@ -223,8 +229,9 @@ def _install_package(package, rows, folder):
         for row in rows: notes |= _place(row, files, folder)
         return notes, None
     except KhmerOCRError as e: return {}, e
+    except OSError as e: return {}, KhmerOCRError(f'Could not keep {name} ({e}): make room or set XDG_CACHE_HOME and KHMER_OCR_FONTS to folders that can be written')
 
-# %% ../nbs/02_fonts.ipynb #feceb6e5
+# %% ../nbs/02_fonts.ipynb #3d3a4c15
 def install_fonts(
     folder: str|Path|None = None,  # default: `font_folder()`
     families: list[str]|None = None  # default: all of the manifest
@@ -237,7 +244,7 @@ def install_fonts(
     for r in rows:
         if r['kind'] == 'pip' or families and r['family'] not in families: continue
         if locate(r, folder, ledger)[1] != 'ok': todo.setdefault((r['kind'], r['package'], r['version']), []).append(r)
-    (folder/'files').mkdir(parents=True, exist_ok=True)
+    if todo: print(f'fetching {len(todo)} font packages', file=sys.stderr)
     with ThreadPoolExecutor(6) as pool: done = list(pool.map(lambda p: _install_package(p, todo[p], folder), todo))
     for notes, _ in done: ledger |= notes
     if any(notes for notes, _ in done): write_atomic(folder/'files'/'converted.json', json.dumps(ledger, indent=1, sort_keys=True))
@@ -248,11 +255,15 @@ def install_fonts(
         raise KhmerOCRError(f'{len(errors)} of {len(todo)} font packages missing. {errors[0]}')
     return find_fonts(folder)
 
-# %% ../nbs/02_fonts.ipynb #93fb3a8c
+# %% ../nbs/02_fonts.ipynb #1dd0be8f
 @lru_cache(maxsize=256)
 def coverage(path: str) -> frozenset[str]:  # characters
-    "All characters that a font file can draw"
-    return frozenset(map(chr, hb_face(path).unicodes))
+    "All characters that a font file can draw: in its character map, and with ink if they should have some"
+    font = hb.Font(hb_face(path))
+    def blank(c):
+        box = unicodedata.category(c)[0] in 'LNPS' and font.get_glyph_extents(font.get_nominal_glyph(ord(c)))
+        return box and not box.width
+    return frozenset(c for c in map(chr, font.face.unicodes) if not blank(c))
 
 def missing(font: Font, text: str) -> set[str]:  # characters; empty if there are none
     "What `text` needs and `font` lacks"
@@ -262,12 +273,20 @@ def covers(font: Font, text: str) -> bool:
     "Whether `font` has every character of `text`"
     return not missing(font, text)
 
-# %% ../nbs/02_fonts.ipynb #7fd4cda1
-def _by_family(fonts):
-    families = {}
-    for f in sorted(fonts, key=lambda f: (f.family, f.style, f.path)): families.setdefault(f.family, []).append(f)
-    return list(families.values())
+# %% ../nbs/02_fonts.ipynb #0fd9cda5
+_grouped = {}  # ids of fonts -> (the fonts, so that their ids stay theirs; faces by family)
 
+def _by_family(fonts):
+    "Lists of faces, one per family, in an order that does not depend on that of `fonts`; remembered"
+    key = tuple(map(id, fonts))
+    if key not in _grouped:
+        if len(_grouped) >= 64: _grouped.clear()
+        families = {}
+        for f in sorted(fonts, key=lambda f: (f.family, f.style, f.path)): families.setdefault(f.family, []).append(f)
+        _grouped[key] = list(fonts), list(families.values())
+    return _grouped[key][1]
+
+# %% ../nbs/02_fonts.ipynb #150d219c
 def random_font(
     fonts: list[Font],  # not empty
     rng: np.random.Generator  # the only source of chance

@@ -129,7 +129,7 @@ def _check(text, font, latin, size):
     if latin: lacks -= coverage(latin.path)
     if lacks: raise RenderError(f"{font.name} cannot draw {', '.join(_named(c) for c in sorted(lacks)[:3])} in {text!r}: use another font")
 
-# %% ../nbs/03_render.ipynb #52579892
+# %% ../nbs/03_render.ipynb #df2039e3
 @lru_cache(maxsize=1024)
 def _height(path, char):
     "Height of a character above the baseline, in em; None if the font lacks it"
@@ -142,11 +142,11 @@ def latin_scale(
     latin: Font  # draws the Latin beside it
 ) -> float:  # 0.7 to 1.4
     "By what factor to scale `latin` so that it looks as large as the Latin of `font`"
-    want = _height(font.path, 'x') or .75*(_height(font.path, 'ក') or .6)
+    want = _height(font.path, 'x') or .8*(_height(font.path, 'ក') or .6)
     return float(np.clip(want/(_height(latin.path, 'x') or want), .7, 1.4))
 
-# %% ../nbs/03_render.ipynb #182b8ab6
-@dataclass
+# %% ../nbs/03_render.ipynb #b7840f5a
+@dataclass(eq=False)
 class Line:
     "A drawn line"
     text: str  # what was drawn
@@ -167,12 +167,12 @@ class Line:
         ends = [*inked[1:], len(cs)]
         return [(''.join(cs[n:e]).strip(), *found[n]) for n, e in zip(inked, ends)]
 
-# %% ../nbs/03_render.ipynb #a21e26d2
+# %% ../nbs/03_render.ipynb #847f4f86
 def _place(text, font, size, latin, spacing, space):
     "All inked glyphs: [(ink, index in text, x, y)], pixel corners relative to the pen's start on the baseline"
     placed, x, before = [], 0, None
     owner = [n for n, c in enumerate(clusters(text)) for _ in c] if spacing else ()
-    simple = text.isascii() is False and not _latin_run.search(text) and (latin is None or not _lacking(text, font, latin))
+    simple = not _latin_run.search(text) and (latin is None or not _lacking(text, font, latin))
     for a, b, f, script in [(0, len(text), font, 'Khmr')] if simple else runs(text, font, latin):
         pen = _pen(f, size*latin_scale(font, f) if latin is not None and f is latin else size)
         for gid, i, advance, xo, yo in _shape(pen, text, a, b, script):
