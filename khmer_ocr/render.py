@@ -38,7 +38,7 @@ def runs(
     cuts = [i for i in range(1, len(text)) if marks[i] != marks[i-1]]
     return [(a, b, latin or font if marks[a] == 'Latn' else font, marks[a]) for a, b in zip([0, *cuts], [*cuts, len(text)])]
 
-# %% ../nbs/03_render.ipynb #4ad4bcaa
+# %% ../nbs/03_render.ipynb #8f701f8f
 _flags = freetype.FT_LOAD_RENDER | freetype.FT_LOAD_NO_HINTING | freetype.FT_LOAD_NO_BITMAP
 
 def _bitmap(face, gid):
@@ -46,11 +46,15 @@ def _bitmap(face, gid):
     face.load_glyph(gid, _flags)
     slot = face.glyph; b = slot.bitmap._FT_Bitmap
     if not b.rows or not b.width: return None
-    ink = np.frombuffer(ctypes.string_at(b.buffer, b.rows*b.pitch), np.uint8).reshape(b.rows, b.pitch)[:, :b.width]
-    ys, xs = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
-    if not len(ys): return None
-    ink = np.ascontiguousarray(ink[ys[0]:ys[-1]+1, xs[0]:xs[-1]+1])
-    return ink, slot.bitmap_left + int(xs[0]), slot.bitmap_top - int(ys[0])
+    data, h, w, pitch = ctypes.string_at(b.buffer, b.rows*b.pitch), b.rows, b.width, b.pitch
+    ink, x, y = np.frombuffer(data, np.uint8).reshape(h, pitch)[:, :w], 0, 0
+    edges = data[:w], data[(h-1)*pitch:(h-1)*pitch + w], data[::pitch], data[w-1::pitch]
+    if not all(e.strip(b'\0') for e in edges):   # an edge without ink: rare, and worth the search only then
+        ys, xs = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+        if not len(ys): return None
+        x, y = int(xs[0]), int(ys[0])
+        ink = ink[y:ys[-1]+1, x:xs[-1]+1]
+    return np.ascontiguousarray(ink), slot.bitmap_left + x, slot.bitmap_top - y
 
 # %% ../nbs/03_render.ipynb #33119421
 @lru_cache(maxsize=256)
