@@ -60,16 +60,21 @@ COENG       = '\u17D2'  # the next letter is a subscript
 PUNCTUATION = '។៕៖ៗ៙៚៛'  # ends of sentence and section, colon, repetition, verse marks, riel
 DIGITS      = _span(0x17E0, 0x17E9)
 
-# %% ../nbs/00_text.ipynb #eaad7724
+# %% ../nbs/00_text.ipynb #78b6f587
 _typographic = {**dict.fromkeys('“”„‟″', '"'), **dict.fromkeys('‘’‚‛′ʼ', "'"), **dict.fromkeys('‐‑‒–—―−', '-'), '…': '...'}
 _deprecated = {'\u17A3': 'អ', '\u17A4': 'អា', '\u17A8': 'ឧក', '\u17D3': '\u17C6', '\u17D8': '។ល។'}
 _invisible = _span(0x200B, 0x200F) + _span(0x202A, 0x202E) + _span(0x2060, 0x206F) + '\u00AD\uFEFF\u17B4\u17B5'
 _table = str.maketrans({**_typographic, **_deprecated, **dict.fromkeys(_invisible, '')})
-_foreign = re.compile('[^\u1780-\u17FF]+')
 
 def _plain(s):
-    "Invisible characters out, deprecated and typographic ones replaced, NFC outside Khmer"
-    s = s.translate(_table)
+    "Invisible characters out, deprecated and typographic ones replaced"
+    return s.translate(_table)
+
+# %% ../nbs/00_text.ipynb #a6b423ce
+_foreign = re.compile('[^\u1780-\u17FF]+')
+
+def _composed(s):
+    "NFC for whatever is not Khmer"
     if unicodedata.is_normalized('NFC', s): return s
     return _foreign.sub(lambda m: unicodedata.normalize('NFC', m[0]), s)
 
@@ -123,7 +128,7 @@ def _syllable(s):
     new = _shifted(_joined(_ranked(s)))
     return s if new == s else _syllable(new)
 
-# %% ../nbs/00_text.ipynb #8879e8f1
+# %% ../nbs/00_text.ipynb #3ff9eaa0
 _runs = re.compile('(?<!\u17D2)[\u1780-\u17B3](?:\u17D2[\u1780-\u17B3]|[\u17B6-\u17D1\u17DD]){2,}')
 
 def normalise(
@@ -131,7 +136,7 @@ def normalise(
 ) -> str:  # the one spelling of what it draws; a second pass changes nothing
     """Normal form of a line: invisible characters out, deprecated and typographic ones replaced, Khmer syllables in
     the canonical order of SIL's khnormal, vowels in one piece, one space for any white space, none at the ends"""
-    return ' '.join(_runs.sub(lambda m: _syllable(m[0]), _coengs(_plain(s))).split())
+    return ' '.join(_composed(_runs.sub(lambda m: _syllable(m[0]), _coengs(_plain(s)))).split())
 
 # %% ../nbs/00_text.ipynb #14990d1d
 def random_runs(
