@@ -52,7 +52,7 @@ def sources() -> list[Source]: # in the order of the manifest
     "The sources that the manifest knows"
     return [Source(**o) for o in json.loads((data_folder()/'sources.json').read_text('utf-8'))['sources']]
 
-# %% ../nbs/01_corpus.ipynb #3552b365
+# %% ../nbs/01_corpus.ipynb #9096400b
 _licences = dict(open={'open', 'user'}, declared={'open', 'user', 'generated', 'declared'}, any={'open', 'user', 'generated', 'declared'})
 
 def choose_sources(
@@ -60,7 +60,7 @@ def choose_sources(
     licence:str='any' # open: only what is free beyond doubt; declared, any: also what calls itself free
 ) -> list[Source]:
     "The sources a corpus is made of"
-    if licence not in _licences: raise KhmerOCRError(f'Unknown licence filter {licence!r}{suggest(licence, _licences)}: use open, declared or any')
+    if licence not in _licences: raise KhmerOCRError(f'Unknown licence filter {licence!r}: use open, declared or any{suggest(licence, _licences)}')
     known = {s.name: s for s in sources()}
     chosen = [_named_source(str(o), known) for o in names] if names else [s for s in known.values() if s.default]
     kept = [s for s in chosen if s.licence_class in _licences[licence]]
@@ -134,7 +134,7 @@ def fetch_source(
         (Path(tmp)/'out').rename(home)
     return home
 
-# %% ../nbs/01_corpus.ipynb #312dacf8
+# %% ../nbs/01_corpus.ipynb #fab73488
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module, name): raise KhmerOCRError(f'This pickle wants to run {module}.{name}: refused, only plain lists of text are read')
 
@@ -142,7 +142,8 @@ def plain_pickle(
     data: bytes # a pickle of lists, strings and numbers
 ):
     "Read a pickle that holds plain values only; one that names any class or function is refused"
-    return _PlainUnpickler(io.BytesIO(data)).load()
+    try: return _PlainUnpickler(io.BytesIO(data)).load()
+    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError) as e: raise KhmerOCRError(f'This pickle is damaged or no pickle: {e}') from None
 
 # %% ../nbs/01_corpus.ipynb #f98ec543
 def _html_texts(s):
@@ -374,7 +375,7 @@ def _k(rng, s, p=.75):
     "Digits in Khmer with probability p, else as they are"
     return s.translate(_to_khmer) if rng.random() < p else s
 
-# %% ../nbs/01_corpus.ipynb #3cc0e734
+# %% ../nbs/01_corpus.ipynb #1ab7a0cc
 def _number(rng, words=()):
     n, style = _int(rng, 0, 10**_int(rng, 1, 7)), rng.random()
     if style < .3: s = str(n % 10000)
@@ -383,22 +384,27 @@ def _number(rng, words=()):
     elif style < .74: s = f'{n % 100}-{n % 100 + _int(rng, 1, 40)}'
     elif style < .8: s = f'{_int(rng, 1, 99)}/{_int(rng, 2, 2026)}'
     elif style < .9: s = f'{n % 1000:0{_int(rng, 2, 4)}d}'
-    else: return _pick(rng, ['I', 'II', 'III', 'IV', 'V', 'VI', 'VII', 'VIII', 'IX', 'X', 'XI', 'XII'])
+    else: return _pick(rng, 'I II III IV V VI VII VIII IX X XI XII'.split())
     return _k(rng, s)
 
-def _percent(rng, words=()): return _k(rng, f'{_int(rng, 0, 100)}{_pick(rng, ["", "", f",{_int(rng, 0, 9)}", f".{_int(rng, 0, 99)}"])}') + _pick(rng, ['%', '%', ' %', ' ភាគរយ'])
+def _percent(rng, words=()):
+    part = _pick(rng, ['', '', f',{_int(rng, 0, 9)}', f'.{_int(rng, 0, 99)}'])
+    return _k(rng, f'{_int(rng, 0, 100)}{part}') + _pick(rng, ['%', '%', ' %', ' ភាគរយ'])
+
+# %% ../nbs/01_corpus.ipynb #5d659d6e
+_money_forms = ['{}៛', '{}៛', '{} ៛', '៛{}', '{} រៀល', '{}រៀល', '${}', '{}$', '{} $', 'USD {}', '{} USD', '{} ដុល្លារ', 'KHR {}', '{} លានរៀល']
+_phone_heads = ['', '', '', 'ទូរស័ព្ទ៖ ', 'ទូរស័ព្ទលេខ ', 'លេខទូរស័ព្ទ៖ ', 'Tel: ', 'H/P: ', 'Tel/Fax: ']
 
 def _money(rng, words=()):
-    n = _k(rng, f'{_int(rng, 1, 999)*10**_int(rng, 0, 5):,}'.replace(',', _pick(rng, ',,.')))
-    return _pick(rng, ['{}៛', '{}៛', '{} ៛', '៛{}', '{} រៀល', '{}រៀល', '${}', '{}$', '{} $', 'USD {}', '{} USD', '{} ដុល្លារ', 'KHR {}', '{} លានរៀល']).format(n)
+    n = f'{_int(rng, 1, 999)*10**_int(rng, 0, 5):,}'.replace(',', _pick(rng, ',,.'))
+    return _pick(rng, _money_forms).format(_k(rng, n))
 
 def _phone(rng, words=()):
-    a, b = f'0{_int(rng, 10, 99)}', [_int(rng, 100, 999), _int(rng, 100, 9999)]
-    sep = _pick(rng, [' ', ' ', '-', '.', ''])
-    s = _pick(rng, [sep.join([a, *map(str, b)]), f'(+855) {a[1:]}{sep}{b[0]}{sep}{b[1]}', f'+855 {a[1:]} {b[0]} {b[1]}', f'({a}) {b[0]} {b[1]}'])
-    return _pick(rng, ['', '', '', 'ទូរស័ព្ទ៖ ', 'ទូរស័ព្ទលេខ ', 'លេខទូរស័ព្ទ៖ ', 'Tel: ', 'H/P: ', 'Tel/Fax: ']) + _k(rng, s, .5)
+    a, b, c, sep = _int(rng, 10, 99), _int(rng, 100, 999), _int(rng, 100, 9999), _pick(rng, [' ', ' ', '-', '.', ''])
+    s = _pick(rng, [f'0{a}{sep}{b}{sep}{c}', f'(+855) {a}{sep}{b}{sep}{c}', f'+855 {a} {b} {c}', f'(0{a}) {b} {c}'])
+    return _pick(rng, _phone_heads) + _k(rng, s, .5)
 
-# %% ../nbs/01_corpus.ipynb #005e13a8
+# %% ../nbs/01_corpus.ipynb #cac72e51
 _months = 'មករា កុម្ភៈ មីនា មេសា ឧសភា មិថុនា កក្កដា សីហា កញ្ញា តុលា វិច្ឆិកា ធ្នូ'.split()
 _days = 'អាទិត្យ ចន្ទ អង្គារ ពុធ ព្រហស្បតិ៍ សុក្រ សៅរ៍'.split()
 _lunar_months = 'មិគសិរ បុស្ស មាឃ ផល្គុន ចេត្រ ពិសាខ ជេស្ឋ អាសាឍ បឋមាសាឍ ទុតិយាសាឍ ស្រាពណ៍ ភទ្របទ អស្សុជ កត្តិក'.split()
@@ -412,22 +418,29 @@ def lunar_year(
     "What a lunar date says about a year"
     return f'ឆ្នាំ{_animals[(year-4) % 12]} {_saks[(year-639) % 10]} ' + f'ព.ស. {year+544}'.translate(_to_khmer)
 
+# %% ../nbs/01_corpus.ipynb #27cca8af
+def _lunar_date(rng, y):
+    day = f'{_int(rng, 1, 15)}{_pick(rng, ["កើត", "រោច", " កើត", " រោច"])}'.translate(_to_khmer)
+    return f'ថ្ងៃ{_pick(rng, _days)} {day} ខែ{_pick(rng, _lunar_months)} {lunar_year(y)}'
+
 def _date(rng, words=()):
     y, m = _int(rng, 1950, 2035), _int(rng, 1, 12)
-    d = _int(rng, 1, 28 if m == 2 else 30)
-    month, style = _months[m-1], rng.random()
+    d, month, english, style = _int(rng, 1, 28 if m == 2 else 30), _months[m-1], _english_months[m-1], rng.random()
     if style < .3: return _k(rng, f'{_pick(rng, ["ថ្ងៃទី", "ថ្ងៃទី ", ""])}{d:0{_int(rng, 1, 2)}d} ខែ{month} ឆ្នាំ{_pick(rng, ["", " "])}{y}', .9)
     if style < .45: return _k(rng, f'ថ្ងៃ{_pick(rng, _days)} ទី{d} ខែ{month} ឆ្នាំ{y}', .9)
-    if style < .6: return f'ថ្ងៃ{_pick(rng, _days)} ' + f'{_int(rng, 1, 15)}{_pick(rng, ["កើត", "រោច", " កើត", " រោច"])}'.translate(_to_khmer) + f' ខែ{_pick(rng, _lunar_months)} {lunar_year(y)}'
-    if style < .8: return _k(rng, f'{d:02}{(sep := _pick(rng, "/-."))}{m:02}{sep}{y}', .5)
-    if style < .87: return _pick(rng, [f'{d} {_english_months[m-1]} {y}', f'{_english_months[m-1]} {d}, {y}', f'{d}-{_english_months[m-1][:3]}-{y}'])
+    if style < .6: return _lunar_date(rng, y)
+    if style < .8: return _k(rng, _pick(rng, '/-.').join((f'{d:02}', f'{m:02}', str(y))), .5)
+    if style < .87: return _pick(rng, [f'{d} {english} {y}', f'{english} {d}, {y}', f'{d}-{english[:3]}-{y}'])
     return _k(rng, _pick(rng, [f'ខែ{month} ឆ្នាំ{y}', f'ឆ្នាំ{y}', f'ឆ្នាំ{y}-{y+1}', f'គ.ស. {y}', f'ព.ស. {y+543}', f'ឆ្នាំ {y}', f'សតវត្សទី{_int(rng, 1, 21)}']))
 
+# %% ../nbs/01_corpus.ipynb #b02c455e
 def _time(rng, words=()):
     h, m = _int(rng, 0, 23), _int(rng, 0, 59)
-    return _k(rng, _pick(rng, [f'{h:02}:{m:02}', f'ម៉ោង{h % 12 + 1}:{m:02} នាទី{_pick(rng, ["ព្រឹក", "រសៀល", "ល្ងាច"])}', f'ម៉ោង {h}:{m:02}', f'{h % 12 + 1}:{m:02} {_pick(rng, ["AM", "PM", "am", "pm"])}', f'ម៉ោង {h % 12 + 1} និង {m} នាទី', f'{h}h{m:02}']), .6)
+    twelve, part = h % 12 + 1, _pick(rng, ['ព្រឹក', 'រសៀល', 'ល្ងាច'])
+    return _k(rng, _pick(rng, [f'{h:02}:{m:02}', f'ម៉ោង{twelve}:{m:02} នាទី{part}', f'ម៉ោង {h}:{m:02}', f'{twelve}:{m:02} {_pick(rng, ["AM", "PM", "am", "pm"])}',
+                               f'ម៉ោង {twelve} និង {m} នាទី', f'ម៉ោង {twelve} {part}', f'{h}h{m:02}']), .6)
 
-# %% ../nbs/01_corpus.ipynb #893839c3
+# %% ../nbs/01_corpus.ipynb #a10c786f
 _english = '''the of and to in is for on with as by at from that this be are was or an it not have has will can new all one two three first last more most other
 about after again against age agency agreement air also among amount annual answer any area army art asia association attention author award bank base become before begin benefit
 best better between bill board body book border branch bridge budget build business call cambodia campaign capital card care case cell center central century chance change charge
@@ -447,158 +460,174 @@ share ship short side sign simple site skill small social society software song 
 strong student study style summit supply support survey system table target task tax team technology test text time title today total tour town trade training transport travel
 treaty tree trust type under union unit university update upper use user value video view village visit voice vote water way web week west white window woman word work world
 year young youth zone'''.split()
-_on = ['', 'b', 'bl', 'br', 'c', 'ch', 'd', 'dr', 'f', 'fl', 'g', 'gr', 'h', 'j', 'k', 'kh', 'l', 'm', 'n', 'p', 'ph', 'pl', 'q', 'r', 's', 'sc', 'sh', 'st', 'str', 't', 'th', 'tr', 'v', 'w', 'x', 'y', 'z']
-_nucleus = ['a', 'e', 'i', 'o', 'u', 'y', 'ai', 'ea', 'ee', 'ia', 'ie', 'io', 'oa', 'oo', 'ou', 'ua', 'ui']
-_coda = ['', '', '', 'b', 'ck', 'd', 'f', 'g', 'l', 'lt', 'm', 'n', 'nd', 'ng', 'nt', 'p', 'r', 'rk', 's', 'ss', 't', 'tt', 'v', 'w', 'x', 'z', 'j', 'q', 'h']
+
+# %% ../nbs/01_corpus.ipynb #c6a8b4e2
+_onset = ['', *'b bl br c ch d dr f fl g gr h j k kh l m n p ph pl q r s sc sh st str t th tr v w x y z'.split()]
+_nucleus = 'a e i o u y ai ea ee ia ie io oa oo ou ua ui'.split()
+_coda = ['']*3 + 'b ck d f g l lt m n nd ng nt p r rk s ss t tt v w x z j q h'.split()
 
 def _word(rng, words=()):
-    "A Latin word in lower case: of the list, of `words`, or made of syllables"
+    "A Latin word in lower case: of our list, of `words`, or made of syllables"
     style = rng.random()
     if style < .55: return _pick(rng, _english)
     if style < .8 and words: return _pick(rng, words).lower()
-    return ''.join(_pick(rng, _on) + _pick(rng, _nucleus) + _pick(rng, _coda) for _ in range(_pick(rng, (1, 2, 2, 3))))
+    return ''.join(_pick(rng, _onset) + _pick(rng, _nucleus) + _pick(rng, _coda) for _ in range(_pick(rng, (1, 2, 2, 3))))
 
-# %% ../nbs/01_corpus.ipynb #91f83b53
-def _cased(rng, s): return _pick(rng, [str.lower, str.title, str.title, str.upper])(s)
+# %% ../nbs/01_corpus.ipynb #aa3a9641
 _abbreviated = 'កខគងចជញដតថទធនបផពភមយរលវសហអ'
+
+def _cased(rng, s): return _pick(rng, [str.lower, str.title, str.title, str.upper])(s)
 def _letters(rng, n): return ''.join(_pick(rng, 'ABCDEFGHIJKLMNOPQRSTUVWXYZ') for _ in range(n))
+def _phrase(rng, words=()): return _cased(rng, ' '.join(_word(rng, words) for _ in range(_int(rng, 1, 5))))
+
 def _acronym(rng, words=()):
     s = _letters(rng, _int(rng, 2, 6))
     if rng.random() < .12: return '.'.join(_pick(rng, _abbreviated) for _ in range(_int(rng, 2, 4))) + _pick(rng, ['.', ''])
-    return _pick(rng, [s, s, s, s, f'{s}-{_letters(rng, _int(rng, 2, 5))}', f'{s}{_int(rng, 1, 30)}', f'{s}-{_int(rng, 1, 99)}', f'{s}s', f'{s[0]}&{s[1]}', '.'.join(s[:4]) + '.', f'{s}/{_letters(rng, 3)}'])
+    return _pick(rng, [s, s, s, s, f'{s}-{_letters(rng, _int(rng, 2, 5))}', f'{s}{_int(rng, 1, 30)}', f'{s}-{_int(rng, 1, 99)}', f'{s}s',
+                       f'{s[0]}&{s[1]}', '.'.join(s[:4]) + '.', f'{s}/{_letters(rng, 3)}'])
 
-def _phrase(rng, words=()):
-    "One to five Latin words written in one way"
-    return _cased(rng, ' '.join(_word(rng, words) for _ in range(_int(rng, 1, 5))))
-
+# %% ../nbs/01_corpus.ipynb #56b9543b
 def _english_line(rng, words=()):
-    "A line in Latin only: a title, a sentence, or words in a row"
     ws = [_word(rng, words) for _ in range(_int(rng, 2, 12))]
-    s = _pick(rng, [' ', ' ', ' ', ', '])
-    text = s.join(ws).capitalize() + _pick(rng, '.....?!;:')
-    if rng.random() < .3: text = text.replace(' ', _pick(rng, [' - ', ' (', '; ', ': ', ' "', " '"]), 1)
-    text += ')' if '(' in text else '"' if '"' in text else "'" if "'" in text else ''
-    return _pick(rng, [text, text, s.join(ws).title(), s.join(ws).upper()])[:100].strip()
+    if rng.random() < .25: return ', '.join(ws).capitalize()[:100].strip(', ')
+    s = ' '.join(ws)
+    if rng.random() < .4: return _pick(rng, [str.title, str.upper])(s)[:100].strip()
+    s = s.capitalize()[:95].strip()
+    if rng.random() < .3: s = s.replace(' ', _pick(rng, [' - ', ' (', '; ', ': ', ' "', " '", ', ']), 1)
+    s += next((b for a, b in zip('("\'', ')"\'') if a in s), '')
+    return s + _pick(rng, '.....?!;:')
 
-def _address_line(rng, words=()):
-    "An e-mail or web address"
-    a, b = re.sub('[^a-z]', '', _word(rng, words)) or 'a', re.sub('[^a-z]', '', _word(rng, words)) or 'b'
-    end = _pick(rng, ['com', 'com.kh', 'gov.kh', 'edu.kh', 'org', 'org.kh', 'net', 'info', 'asia'])
-    return _pick(rng, [f'{a}@{b}.{end}', f'{a}.{b}@{_pick(rng, ["gmail", "yahoo", b])}.{end}', f'{a}_{b}{_int(rng, 1, 99)}@{b}.{end}', f'www.{a}.{end}', f'www.{a}-{b}.{end}',
-                       f'https://{a}.{end}/{b}', f'http://www.{a}.{end}', f'https://www.{a}{b}.{end}/{b}?id={_int(rng, 1, 999)}', f'facebook.com/{a}.{b}', f't.me/{a}_{b}', f'{a}.{end}'])
+# %% ../nbs/01_corpus.ipynb #3abecab7
+_domains = 'com com.kh gov.kh edu.kh org org.kh net info asia'.split()
 
-# %% ../nbs/01_corpus.ipynb #42d029c3
+def _address(rng, words=()):
+    a, b = (re.sub('[^a-z]', '', _word(rng, words)) or 'a' for _ in range(2))
+    end, n = _pick(rng, _domains), _int(rng, 1, 999)
+    return _pick(rng, [f'{a}@{b}.{end}', f'{a}.{b}@{_pick(rng, ["gmail", "yahoo", b])}.{end}', f'{a}_{b}{n}@{b}.{end}', f'www.{a}.{end}', f'www.{a}-{b}.{end}',
+                       f'https://{a}.{end}/{b}', f'http://www.{a}.{end}', f'https://www.{a}{b}.{end}/{b}?id={n}', f'facebook.com/{a}.{b}', f't.me/{a}_{b}', f'{a}.{end}'])
+
+# %% ../nbs/01_corpus.ipynb #69d4bba8
 _surnames = 'សុខ ចាន់ ហេង គឹម លី ទេព អ៊ុក ឈឹម ស៊ន មាស កែវ នួន ប៉ែន យឹម ឡុង សេង តាំង ជា ខៀវ រស់ ស្រី អ៊ឹម ឌី ផាត់ វ៉ាន់ ឃុន ម៉ៅ'.split()
-_given = 'សុភា ចន្ទា ដារ៉ា បូរ៉ា វុទ្ធី រតនា សុខា ពិសី កញ្ញា ស្រីមុំ វិចិត្រ មុនី ច័ន្ទដារ៉ា សំណាង វាសនា ភារម្យ ឧត្តម ណារិន ផល្លា គន្ធា ឈុនលី ហ្សូភី ឥន្ទ្រា អ៊ីវ៉ាន់ ញាណ ធីតា បញ្ញា'.split()
-_titles = ['ឯកឧត្តម', 'លោក', 'លោកស្រី', 'លោកជំទាវ', 'កញ្ញា', 'លោកគ្រូ', 'សម្តេច', 'បណ្ឌិត', 'ឧកញ៉ា', 'ព្រះអង្គម្ចាស់', 'លោកបណ្ឌិត', 'លោកតា', 'អ្នកស្រី', 'ព្រះតេជគុណ']
-_latin_names = 'Sok Chan Heng Kim Ly Tep Uk Chhim Son Meas Keo Nuon Pen Yim Long Seng Dara Bora Vuthy Ratana Sokha Pisey Kanha Vichet Mony Samnang Veasna Narin Phalla Sopheap John Mary Peter Anna David Marie Jean Paul'.split()
+_given = '''សុភា ចន្ទា ដារ៉ា បូរ៉ា វុទ្ធី រតនា សុខា ពិសី កញ្ញា ស្រីមុំ វិចិត្រ មុនី ច័ន្ទដារ៉ា សំណាង វាសនា ភារម្យ ឧត្តម ណារិន ផល្លា គន្ធា ឈុនលី ហ្សូភី ឥន្ទ្រា
+អ៊ីវ៉ាន់ ញាណ ធីតា បញ្ញា'''.split()
+_titles = 'ឯកឧត្តម លោក លោកស្រី លោកជំទាវ កញ្ញា លោកគ្រូ សម្តេច បណ្ឌិត ឧកញ៉ា ព្រះអង្គម្ចាស់ លោកបណ្ឌិត លោកតា អ្នកស្រី ព្រះតេជគុណ'.split()
+_latin_titles = 'H.E. Mr. Mrs. Ms. Dr. Prof.'.split()
+_latin_names = '''Sok Chan Heng Kim Ly Tep Uk Chhim Son Meas Keo Nuon Pen Yim Long Seng Dara Bora Vuthy Ratana Sokha Pisey Kanha Vichet Mony Samnang Veasna Narin
+Phalla Sopheap John Mary Peter Anna David Marie Jean Paul'''.split()
 
 def _name(rng, words=()):
-    k = f'{_pick(rng, _surnames)} {_pick(rng, _given)}'
-    e = f'{_pick(rng, _latin_names)} {_pick(rng, _latin_names)}'
-    return _pick(rng, [k, f'{_pick(rng, _titles)} {k}', f'{_pick(rng, _titles)} {k}', f'{_pick(rng, ["H.E.", "Mr.", "Mrs.", "Ms.", "Dr.", "Prof."])} {e}', e.upper(), e, f'{k} ({e})', f'{k} {e.upper()}'])
+    k, e = f'{_pick(rng, _surnames)} {_pick(rng, _given)}', f'{_pick(rng, _latin_names)} {_pick(rng, _latin_names)}'
+    return _pick(rng, [k, f'{_pick(rng, _titles)} {k}', f'{_pick(rng, _titles)} {k}', f'{_pick(rng, _latin_titles)} {e}', e.upper(), e, f'{k} ({e})', f'{k} {e.upper()}'])
 
-# %% ../nbs/01_corpus.ipynb #97e0d132
+# %% ../nbs/01_corpus.ipynb #2af4842a
 def _code(rng, words=()):
     a, b, n, m = _word(rng, words), _word(rng, words), _int(rng, 0, 999), _int(rng, 1, 99)
-    return _pick(rng, [f'{a}={n}', f'{n} + {m} = {n+m}', f'{n}+{m}', f'{m} * {n}', f'{n}*{m}={n*m}', f'#{a}', f'#{n}', f'*{n}#', f'*{n}*{m}#', f'{a}_{b}.pdf', f'{a}_{n}', f'_{a}_', f'[{m}]', f'[{a}]',
-                       f'({m})', f'{a} & {b}', f'{a.title()} & {b.title()}', f'@{a}', f'@{a}_{b}', f'${n}', f'{a}$', f'{a}/{b}', f'"{a}"', f"'{b}'", f"{a}'s", f'{n};', f'{a}; {b}', f'«{a}»', f'{m}%',
-                       f'A{_int(rng, 0, 6)}', f'{_letters(rng, 2)}-{n:04}', f'N={n}', f'({n}+{m})/{m}', f'x = {n}', f'Ctrl+{_letters(rng, 1)}', f'{n}!', f'{a}?', f'* {a}', f'[{a} {n}]', f'{m}=', f'+ {n}'])
+    return _pick(rng, [f'{a}={n}', f'{n} + {m} = {n+m}', f'{n}+{m}', f'{m} * {n}', f'{n}*{m}={n*m}', f'x = {n}', f'({n}+{m})/{m}', f'{m}=', f'+ {n}', f'{m}%', f'N={n}',
+                       f'#{a}', f'#{n}', f'*{n}#', f'*{n}*{m}#', f'* {a}', f'@{a}', f'@{a}_{b}', f'{a}_{b}.pdf', f'{a}_{n}', f'_{a}_', f'{a}/{b}', f'Ctrl+{_letters(rng, 1)}',
+                       f'[{m}]', f'[{a}]', f'[{a} {n}]', f'({m})', f'"{a}"', f"'{b}'", f'«{a}»', f"{a}'s", f'{a} & {b}', f'{a.title()} & {b.title()}', f'${n}', f'{a}$',
+                       f'{n};', f'{a}; {b}', f'{n}!', f'{a}?', f'A{_int(rng, 0, 6)}', f'{_letters(rng, 2)}-{n:04}'])
 
-# %% ../nbs/01_corpus.ipynb #7abf80b9
+# %% ../nbs/01_corpus.ipynb #45899302
 _consonants = [chr(c) for c in range(0x1780, 0x17A3)]
 _independents = [c for c in map(chr, range(0x17A5, 0x17B4)) if c in _symbols]
-_vowels = ['', '', *(chr(c) for c in range(0x17B6, 0x17C6))]
-_tails = ['\u17C6', '\u17C7', '\u17C8', '\u17CB', '\u17CC', '\u17CD', '\u17CE', '\u17CF', '\u17D0', '\u17D1', '\u17C9', '\u17CA']
+_vowels = ['', '', *map(chr, range(0x17B6, 0x17C6))]
+_tails = list('\u17C6\u17C7\u17C8\u17CB\u17CC\u17CD\u17CE\u17CF\u17D0\u17D1\u17C9\u17CA')
 
 def _syllable(rng):
-    "One syllable of any letters, in normal form"
-    if rng.random() < .2: return _pick(rng, _independents) + _pick(rng, ['', '', _pick(rng, _consonants)])
+    "One syllable of any letters"
+    if rng.random() < .22: return _pick(rng, _independents) + _pick(rng, ['', '', _pick(rng, _consonants)])
     base = _pick(rng, _consonants) + ('\u17D2' + _pick(rng, _consonants[:-1]) if rng.random() < .35 else '')
     tail = _pick(rng, _tails) if rng.random() < .4 else ''
     if tail in ('\u17CC', '\u17C9', '\u17CA'): return base + tail + _pick(rng, _vowels)
-    if tail and tail > '\u17C8': return base + tail
-    return base + _pick(rng, _vowels) + tail
+    return base + tail if tail > '\u17C8' else base + _pick(rng, _vowels) + tail
 
 def _syllables(rng, words=()):
     "A word or two of random syllables, sometimes with a closing mark of old books"
-    s = ''
-    for _ in range(_int(rng, 1, 7)): s += _syllable(rng) + (' ' if rng.random() < .15 else '')
-    return s.strip() + _pick(rng, ['', '', '', '', 'ៗ', ' ៙', ' ៚', '៚', '៕', '៖', '។', '៛'])
+    s = ''.join(_syllable(rng) + (' ' if rng.random() < .15 else '') for _ in range(_int(rng, 1, 7)))
+    return s.strip() + _pick(rng, ['', '', '', '', 'ៗ', ' ៙', ' ៙', ' ៚', '៚', '៕', '៖', '។', '៛'])
 
-# %% ../nbs/01_corpus.ipynb #624d4fab
-_letter = '''ព្រះរាជាណាចក្រកម្ពុជា|ជាតិ សាសនា ព្រះមហាក្សត្រ|ប្រកាស|សេចក្តីសម្រេច|សេចក្តីណែនាំ|សេចក្តីជូនដំណឹង|សេចក្តីប្រកាសព័ត៌មាន|អនុក្រឹត្យ|ព្រះរាជក្រម|ព្រះរាជក្រឹត្យ|សារាចរ|លិខិតអញ្ជើញ|របាយការណ៍|កំណត់ហេតុ|កិច្ចសន្យា|ពាក្យសុំ|
-សូមគោរពជូន|សូមជម្រាបជូន|សូមជម្រាបជូនសាធារណជនឱ្យបានជ្រាបថា|អាស្រ័យដូចបានជម្រាបជូនខាងលើ|សេចក្តីដូចបានជម្រាបជូនខាងលើ|សូមលោកនាយកមេត្តាពិនិត្យ និងសម្រេច|យោង|កម្មវត្ថុ|តាមរយៈ|ស្តីពី|បានឃើញ|សម្រេច|
-យោងតាមលិខិតលេខ|យោងតាមសេចក្តីត្រូវការចាំបាច់|តាមសំណើរបស់|ចម្លងជូន|ដើម្បីជ្រាប|កាលប្បវត្តិ|ឯកសារ|ដូចមានចែងក្នុង|ដែលពាក់ព័ន្ធ|ទីស្តីការគណៈរដ្ឋមន្ត្រី|រាជរដ្ឋាភិបាលកម្ពុជា|ក្រសួងមហាផ្ទៃ|ក្រសួងសេដ្ឋកិច្ចនិងហិរញ្ញវត្ថុ|
-ក្រសួងអប់រំ យុវជន និងកីឡា|ក្រសួងសុខាភិបាល|ក្រសួងយុត្តិធម៌|ក្រសួងបរិស្ថាន|ក្រសួងទេសចរណ៍|ក្រសួងពាណិជ្ជកម្ម|ក្រសួងសាធារណការ និងដឹកជញ្ជូន|សាលារាជធានីភ្នំពេញ|អគ្គនាយកដ្ឋាន|នាយកដ្ឋានរដ្ឋបាល|ការិយាល័យ|មន្ទីរអប់រំ|
-រដ្ឋមន្ត្រី|រដ្ឋលេខាធិការ|អនុរដ្ឋលេខាធិការ|ប្រធាននាយកដ្ឋាន|អភិបាលខេត្ត|នាយករដ្ឋមន្ត្រី|ហត្ថលេខា និងត្រា|បានឃើញ និងឯកភាព|រាជធានីភ្នំពេញ|សូមទទួលនូវការគោរពដ៏ខ្ពង់ខ្ពស់|សូមអរគុណ|ដោយក្តីគោរព|អ្នកទទួលបន្ទុក|
-ឈ្មោះ|ភេទ|អាយុ|សញ្ជាតិ|មុខរបរ|ទីកន្លែងកំណើត|អាសយដ្ឋាន|អត្តសញ្ញាណប័ណ្ណលេខ|ថ្ងៃខែឆ្នាំកំណើត|ចំនួន|តម្លៃ|សរុប|បរិមាណ|ឯកតា|ផ្សេងៗ|ល.រ|បរិយាយ|ពិន្ទុ|ថ្នាក់ទី|មុខវិជ្ជា|និទ្ទេស|លេខគណនី|កាលបរិច្ឆេទ'''.replace('\n', '').split('|')
+# %% ../nbs/01_corpus.ipynb #2828224a
+_letter = '''ព្រះរាជាណាចក្រកម្ពុជា|ជាតិ សាសនា ព្រះមហាក្សត្រ|ប្រកាស|សេចក្តីសម្រេច|សេចក្តីណែនាំ|សេចក្តីជូនដំណឹង|សេចក្តីប្រកាសព័ត៌មាន|អនុក្រឹត្យ|ព្រះរាជក្រម|ព្រះរាជក្រឹត្យ|
+សារាចរ|លិខិតអញ្ជើញ|របាយការណ៍|កំណត់ហេតុ|កិច្ចសន្យា|ពាក្យសុំ|សូមគោរពជូន|សូមជម្រាបជូន|សូមជម្រាបជូនសាធារណជនឱ្យបានជ្រាបថា|អាស្រ័យដូចបានជម្រាបជូនខាងលើ|
+សេចក្តីដូចបានជម្រាបជូនខាងលើ|សូមលោកនាយកមេត្តាពិនិត្យ និងសម្រេច|យោង|កម្មវត្ថុ|តាមរយៈ|ស្តីពី|បានឃើញ|សម្រេច|យោងតាមលិខិតលេខ|យោងតាមសេចក្តីត្រូវការចាំបាច់|តាមសំណើរបស់|
+ចម្លងជូន|ដើម្បីជ្រាប|កាលប្បវត្តិ|ឯកសារ|ដូចមានចែងក្នុង|ដែលពាក់ព័ន្ធ|ទីស្តីការគណៈរដ្ឋមន្ត្រី|រាជរដ្ឋាភិបាលកម្ពុជា|ក្រសួងមហាផ្ទៃ|ក្រសួងសេដ្ឋកិច្ចនិងហិរញ្ញវត្ថុ|
+ក្រសួងអប់រំ យុវជន និងកីឡា|ក្រសួងសុខាភិបាល|ក្រសួងយុត្តិធម៌|ក្រសួងបរិស្ថាន|ក្រសួងទេសចរណ៍|ក្រសួងពាណិជ្ជកម្ម|ក្រសួងសាធារណការ និងដឹកជញ្ជូន|សាលារាជធានីភ្នំពេញ|
+អគ្គនាយកដ្ឋាន|នាយកដ្ឋានរដ្ឋបាល|ការិយាល័យ|មន្ទីរអប់រំ|រដ្ឋមន្ត្រី|រដ្ឋលេខាធិការ|អនុរដ្ឋលេខាធិការ|ប្រធាននាយកដ្ឋាន|អភិបាលខេត្ត|នាយករដ្ឋមន្ត្រី|ហត្ថលេខា និងត្រា|
+បានឃើញ និងឯកភាព|រាជធានីភ្នំពេញ|សូមទទួលនូវការគោរពដ៏ខ្ពង់ខ្ពស់|សូមអរគុណ|ដោយក្តីគោរព|អ្នកទទួលបន្ទុក|ឈ្មោះ|ភេទ|អាយុ|សញ្ជាតិ|មុខរបរ|ទីកន្លែងកំណើត|អាសយដ្ឋាន|
+អត្តសញ្ញាណប័ណ្ណលេខ|ថ្ងៃខែឆ្នាំកំណើត|ចំនួន|តម្លៃ|សរុប|បរិមាណ|ឯកតា|ផ្សេងៗ|ល.រ|បរិយាយ|ពិន្ទុ|ថ្នាក់ទី|មុខវិជ្ជា|និទ្ទេស|លេខគណនី|កាលបរិច្ឆេទ'''.replace('\n', '').split('|')
+
+# %% ../nbs/01_corpus.ipynb #65d41950
 _measures = 'គីឡូម៉ែត្រ ម៉ែត្រ ហិកតា គីឡូក្រាម តោន លីត្រ នាក់ គ្រួសារ ដង ឆ្នាំ ខែ ថ្ងៃ ម៉ោង ភូមិ កន្លែង ក្បាល គ.ម គ.ក្រ ម.ក kg km cm mm ml MB GB kW'.split()
 
 def _quantity(rng, words=()): return f'{_k(rng, str(_int(rng, 1, 9999)))}{_pick(rng, ["", " "])}{_pick(rng, _measures)}'
+
 def _reference(rng, words=()):
-    n, l = _int(rng, 1, 2999), ''.join(_pick(rng, _consonants[:33]) + '.' for _ in range(_int(rng, 1, 3)))[:-1]
-    return _pick(rng, ['លេខ៖ ', 'លេខ ', 'លេខ៖', 'ប្រកាសលេខ ']) + _k(rng, f'{n:03}', .9) + _pick(rng, [f' {l}', f'/{_int(rng, 15, 26)} {l}'.translate(_to_khmer), f' {l}/{_letters(rng, 3)}', ''])
+    n, l = _k(rng, f'{_int(rng, 1, 2999):03}', .9), '.'.join(_pick(rng, _abbreviated) for _ in range(_int(rng, 1, 3)))
+    year = f'/{_int(rng, 15, 26)}'.translate(_to_khmer)
+    return _pick(rng, ['លេខ៖ ', 'លេខ ', 'លេខ៖', 'ប្រកាសលេខ ']) + n + _pick(rng, [f' {l}', f'{year} {l}', f' {l}/{_letters(rng, 3)}', ''])
 
-# %% ../nbs/01_corpus.ipynb #2185fd81
-def _bullet(rng, words=()):
-    n, c = _int(rng, 1, 40), _pick(rng, _consonants[:20])
-    return _k(rng, _pick(rng, [f'{n}.', f'{n}.', f'{n}-', f'{n})', f'({n})', f'{c}.', f'{c}-', f'{c})', f'({c})', '-', '-', '+', '*', f'{n}.{n % 7 + 1}.', f'{n}.{n % 7 + 1}', f'មាត្រា {n}._', f'មាត្រា {n}.-', f'មាត្រា {n}៖',
-                               f'មាត្រា {n}', f'ប្រការ {n}៖', f'ជំពូកទី{n}៖', f'ជំពូក {n}', f'កថាខណ្ឌ {n}', f'ផ្នែកទី{n}', f'មេរៀនទី {n}៖', f'ចំណុច {c}', f'{_pick(rng, "abcdefgh")})', f'{_pick(rng, "ABCDEFGH")}.', f'សំណួរទី{n}៖']), .8)
+def _bullet(rng):
+    n, c, a = _int(rng, 1, 40), _pick(rng, _consonants[:20]), _pick(rng, 'abcdefgh')
+    return _k(rng, _pick(rng, [f'{n}.', f'{n}.', f'{n}-', f'{n})', f'({n})', f'{c}.', f'{c}-', f'{c})', f'({c})', '-', '-', '+', '*', f'{n}.{n % 7 + 1}.', f'{n}.{n % 7 + 1}',
+                               f'មាត្រា {n}._', f'មាត្រា {n}.-', f'មាត្រា {n}៖', f'មាត្រា {n}', f'ប្រការ {n}៖', f'ជំពូកទី{n}៖', f'ជំពូក {n}', f'កថាខណ្ឌ {n}', f'ផ្នែកទី{n}',
+                               f'មេរៀនទី {n}៖', f'ចំណុច {c}', f'{a})', f'{a.upper()}.', f'សំណួរទី{n}៖']), .8)
 
-_things = dict(number=_number, percent=_percent, money=_money, phone=_phone, date=_date, time=_time, phrase=_phrase, acronym=_acronym, address=_address_line,
-               name=_name, code=_code, syllables=_syllables, quantity=_quantity, reference=_reference)
-_weights = dict(number=10, percent=5, money=8, phone=5, date=12, time=4, phrase=20, acronym=12, address=5, name=7, code=9, syllables=3, quantity=5, reference=4)
-_thing_names, _thing_cum = list(_weights), list(itertools.accumulate(_weights.values()))
+# %% ../nbs/01_corpus.ipynb #b247bf21
+_things = dict(number=(_number, 10), percent=(_percent, 5), money=(_money, 8), phone=(_phone, 5), date=(_date, 12), time=(_time, 4), phrase=(_phrase, 20), acronym=(_acronym, 12),
+               address=(_address, 5), name=(_name, 7), code=(_code, 9), syllables=(_syllables, 3), quantity=(_quantity, 5), reference=(_reference, 4))
+_thing_names, _thing_cum = list(_things), list(itertools.accumulate(n for _, n in _things.values()))
 
 def _thing(rng, words):
-    "A thing of some kind, and its kind"
+    "(text, kind) of one thing"
     kind = _thing_names[bisect(_thing_cum, rng.random()*_thing_cum[-1])]
-    return _things[kind](rng, words), kind
+    return _things[kind][0](rng, words), kind
 
-# %% ../nbs/01_corpus.ipynb #5262d76c
+# %% ../nbs/01_corpus.ipynb #45c89df7
 def _piece(rng, sentences):
     "Some Khmer: a part of a sentence cut at spaces, or an official phrase"
     if not sentences or rng.random() < .12: return _pick(rng, _letter)
     parts = _pick(rng, sentences).split(' ')
     i = int(rng.random()*len(parts))
     s = ' '.join(parts[i:i + _int(rng, 1, 4)])
-    s = (_pick(rng, cut(s, 55)) if len(s) > 55 else s).strip(' ។៕៖ៗ,.;:?!()[]"\'«»-')
-    return s or _pick(rng, _letter)
+    return (_pick(rng, cut(s, 55)) if len(s) > 55 else s).strip(' ។៕៖ៗ,.;:?!()[]"\'«»-') or _pick(rng, _letter)
 
-def _wrapped(rng, s):
+def _wrapped(rng, s, bare=.5):
     "Bare, in brackets or in quotes"
-    style = rng.random()
-    if style < .5: return s
-    a, b = _pick(rng, ['()', '()', '()', '[]', '""', '""', '«»', ("''"), '« »'.split(' ')])
-    return f'{a} {s} {b}' if a == '«' and style > .75 else f'{a}{s}{b}'
+    if rng.random() < bare: return s
+    a, b = _pick(rng, ['()', '()', '()', '[]', '""', '""', '«»', '« »'.split(' '), "''"])
+    return f'{a} {s} {b}' if a == '«' and rng.random() < .5 else f'{a}{s}{b}'
+
+# %% ../nbs/01_corpus.ipynb #25ad1e9e
+_joints = [' ', ' ', ' ', '', ', ', '៖ ', ' និង', ' ឬ', '។ ', '-', ' - ']
+_ends = ['', '', '', '', '។', ' ។', '៕', ' ៕', ':', '៖', ',', ';', '?', '!', ' ៗ', '៚']
 
 def _inserted(rng, sentences, words):
     "Khmer with things in it"
     out = _piece(rng, sentences) if rng.random() < .85 else ''
     for _ in range(_pick(rng, (1, 1, 1, 2, 2, 3))):
         s, kind = _thing(rng, words)
-        out += (' ' if out and kind in ('phrase', 'acronym', 'address', 'code') or rng.random() < .7 else '') + _wrapped(rng, s)
-        if rng.random() < .75:
-            k = _piece(rng, sentences)
-            out += _pick(rng, [' ', ' ', ' ', '', ', ', '៖ ', ' និង', ' ឬ', '។ ', '-', ' - ']) + (_wrapped(rng, k) if rng.random() < .25 else k)
-    return out.strip() + _pick(rng, ['', '', '', '', '។', ' ។', '៕', ' ៕', ':', '៖', ',', ';', '?', '!', ' ៗ', '៚'])
+        spaced = kind in ('phrase', 'acronym', 'address', 'code') or rng.random() < .7
+        out += (' ' if out and spaced else '') + _wrapped(rng, s)
+        if rng.random() < .75: out += _pick(rng, _joints) + _wrapped(rng, _piece(rng, sentences), .87)
+    return out + _pick(rng, _ends)
 
-# %% ../nbs/01_corpus.ipynb #c18e5a48
+# %% ../nbs/01_corpus.ipynb #eaa2a173
 def _listed(rng, sentences, words):
     return f'{_bullet(rng)} {_piece(rng, sentences)}' + (f' {_thing(rng, words)[0]}' if rng.random() < .3 else '') + _pick(rng, ['', '', '។', '៖', ';', ' ៕'])
-def _form(rng, sentences, words):
-    "A label and its value, once or twice, as forms and tables have them"
-    one = lambda: f'{_pick(rng, _letter)}{_pick(rng, ["៖ ", " ៖ ", ": ", " : ", "៖", " ", " = "])}{_thing(rng, words)[0] if rng.random() < .9 else "."*_int(rng, 3, 30)}'
-    return one() + (f'{_pick(rng, [" ", ", ", "; "])}{one()}' if rng.random() < .3 else '')
-def _official(rng, sentences, words):
-    return _pick(rng, [_pick(rng, _letter), _pick(rng, _letter) + _pick(rng, _letter), f'{_pick(rng, _letter)} {_pick(rng, _letter)}', f'{_pick(rng, _letter)} {_name(rng)}', f'{_reference(rng)} {_date(rng)}',
-                       f'{_pick(rng, ["រាជធានីភ្នំពេញ", "ភ្នំពេញ", "ធ្វើនៅភ្នំពេញ", "ខេត្តកណ្តាល"])}, {_date(rng)}', f'{_pick(rng, _letter)} « {_piece(rng, sentences)} »', f'- {_pick(rng, _letter)} {_reference(rng)}'])
-def _alone(rng, sentences, words): return _thing(rng, words)[0]
-def _latin_line(rng, sentences, words): return _english_line(rng, words)
-def _odd(rng, sentences, words): return _syllables(rng)
 
-_kinds = [(_inserted, 50), (_listed, 10), (_form, 9), (_official, 6), (_alone, 10), (_latin_line, 9), (_odd, 6)]
+def _form(rng, sentences, words):
+    def field():
+        value = _thing(rng, words)[0] if rng.random() < .9 else '.'*_int(rng, 3, 30)
+        return _pick(rng, _letter) + _pick(rng, ['៖ ', ' ៖ ', ': ', ' : ', '៖', ' ', ' = ']) + value
+    return field() + (f'{_pick(rng, [" ", ", ", "; "])}{field()}' if rng.random() < .3 else '')
+
+def _official(rng, sentences, words):
+    a, b, place = _pick(rng, _letter), _pick(rng, _letter), _pick(rng, ['រាជធានីភ្នំពេញ', 'ភ្នំពេញ', 'ធ្វើនៅភ្នំពេញ', 'ខេត្តកណ្តាល'])
+    return _pick(rng, [a, a + b, f'{a} {b}', f'{a} {_name(rng)}', f'{_reference(rng)} {_date(rng)}', f'{place}, {_date(rng)}', f'{a} « {_piece(rng, sentences)} »', f'- {a} {_reference(rng)}'])
+
+# %% ../nbs/01_corpus.ipynb #01b0aecd
+_kinds = [(_inserted, 50), (_listed, 10), (_form, 9), (_official, 6), (lambda rng, sentences, words: _thing(rng, words)[0], 10),
+          (lambda rng, sentences, words: _english_line(rng, words), 9), (lambda rng, sentences, words: _syllables(rng), 6)]
 _kind_cum = list(itertools.accumulate(n for _, n in _kinds))
 
 def rule_line(
@@ -609,8 +638,8 @@ def rule_line(
 ) -> str: # normalised line, all of it in the khmer-latin charset
     "One line made by rule"
     while True:
-        s = normalise(_kinds[bisect(_kind_cum, rng.random()*_kind_cum[-1])][0](rng, sentences, words))
-        if len(s) > longest: s = cut(s, longest)[0]
+        make = _kinds[bisect(_kind_cum, rng.random()*_kind_cum[-1])][0]
+        s = cut(normalise(make(rng, sentences, words)), longest)[0]
         if not fault(s): return s
 
 # %% ../nbs/01_corpus.ipynb #a2886461
@@ -730,14 +759,14 @@ def build_corpus(
     write_atomic(Path(out)/'corpus.json', json.dumps(stats, ensure_ascii=False, indent=1) + '\n')
     return stats
 
-# %% ../nbs/01_corpus.ipynb #f7dc0093
+# %% ../nbs/01_corpus.ipynb #0db9d7ec
 def load_lines(
     folder='data/processed', # what `build_corpus` wrote
     split:str='train' # train, val or test
 ) -> list[str]:
     "The lines of one split"
     path = Path(folder)/f'{split}.txt'
-    if split not in _parts: raise KhmerOCRError(f'Unknown split {split!r}{suggest(split, _parts)}: use train, val or test')
+    if split not in _parts: raise KhmerOCRError(f'Unknown split {split!r}: use train, val or test{suggest(split, _parts)}')
     if not path.exists(): raise KhmerOCRError(f'Corpus files not found in {folder}: run `khmer-ocr corpus`')
     return path.read_text('utf-8').splitlines()
 
