@@ -7,12 +7,14 @@ __all__ = ['configure', 'TrainConfig', 'read_settings', 'lr_at', 'adamw', 'best_
            'load_weights', 'ema_update', 'CancelFit', 'Callback', 'Learner', 'memory_mb', 'Timer', 'write_csv',
            'read_history', 'History', 'Progress', 'TensorBoard', 'EarlyStop', 'plot_history']
 
-# %% ../nbs/08_learner.ipynb #a4e0d6bf
+# %% ../nbs/08_learner.ipynb #a612c0c2
 import csv, io, json, logging, math, os, re, signal, sys, threading, time, tomllib
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from inspect import signature
 from itertools import islice
+from multiprocessing import resource_tracker
 from operator import attrgetter
 from pathlib import Path
 
@@ -244,7 +246,16 @@ def setup(self: Learner):
     self.model, self.opt = self.fabric.setup(self.net, self.opt_fn(self.net, c))
     torch.manual_seed(c.seed + self.fabric.global_rank)
 
-# %% ../nbs/08_learner.ipynb #fd41e6cc
+# %% ../nbs/08_learner.ipynb #ac62b845
+@contextmanager
+def _deaf():
+    if not hasattr(signal, 'pthread_sigmask'): yield; return  # Windows
+    resource_tracker.ensure_running()  # once it runs, it leaves the mask alone
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+# %% ../nbs/08_learner.ipynb #9cb2b600
 @patch
 def open(self: Learner, n: int):
     "Iterator over this process's batches from its `n`-th on"
@@ -260,8 +271,9 @@ def next_batch(self: Learner):
     if self.source is not None: batch = next(self.source, None)
     if batch is None:
         rng = torch.get_rng_state()
-        self.source = self.open(self.taken)
-        batch = next(self.source, None)
+        with _deaf():
+            self.source = self.open(self.taken)
+            batch = next(self.source, None)
         torch.set_rng_state(rng)
     if batch is None: raise KhmerOCRError(f'No data: the source of batches gave nothing for batch {self.taken}')
     self.taken += 1
