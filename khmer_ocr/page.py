@@ -254,7 +254,7 @@ def _in_order(lines):
         else: rows.append([l])
     return [l for row in rows for l in sorted(row, key=lambda l: l.x0)]
 
-# %% ../nbs/13_page.ipynb #851f23ba
+# %% ../nbs/13_page.ipynb #35d7c8f9
 def _owners(p, lines, picture):
     "For each piece the number of its line, from 1; 0 for none and for parts of a picture"
     cost = np.full((len(lines) + 1, len(p.h)), 1.)
@@ -262,7 +262,8 @@ def _owners(p, lines, picture):
         mid = l.mid(p.x + p.w/2)
         apart = np.maximum(np.maximum(mid - l.up - (p.y + p.h), p.y - mid - l.down), 0)/l.core
         beside = np.maximum(np.maximum(l.x0 - (p.x + p.w), p.x - l.x1), 0)/l.core
-        cost[k] = np.where((apart < .9) & (beside < 1.5), apart + .1*beside, 2)
+        speck = p.area < .06*l.core**2
+        cost[k] = np.where((apart < np.where(speck, .4, .9)) & (beside < np.where(speck, .7, 1.5)), apart + .1*beside, 2)
     own = cost.argmin(0)
     own[picture[np.minimum(p.y + p.h//2, len(picture) - 1), np.minimum(p.x + p.w//2, picture.shape[1] - 1)]] = 0
     for k, l in enumerate(lines, 1): own[l.pieces] = k

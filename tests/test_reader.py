@@ -1,0 +1,118 @@
+"Reading lines: order, width, memory, bad input. Runs with the weights that ship, or with an untrained network where there are none."
+import resource, subprocess, sys, textwrap
+import numpy as np, pytest, torch
+from PIL import Image
+from khmer_ocr.ctc import CTCNet, Units, header, load_ctc
+from khmer_ocr.data import prepare
+from khmer_ocr.learner import save_checkpoint
+from khmer_ocr.reader import Reader, Reading, _checkpoint, models, read_files, working
+from khmer_ocr.text import KhmerOCRError, charset
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    if 'fast' in models(): return models()['fast']
+    torch.manual_seed(0); units, path = Units(charset()), tmp_path_factory.mktemp('weights')/'random.safetensors'
+    net = CTCNet(len(units))
+    for n, p in net.named_parameters():
+        if 'weight_ih' in n or n == 'name.weight': torch.nn.init.normal_(p, std=.5)   # so that it says more than one thing
+    save_checkpoint(path, net.state_dict(), header(net.config, units))
+    return path
+
+@pytest.fixture(scope='module')
+def reader(weights): return Reader.load(weights)
+
+def scribble(width, seed=0, height=48):
+    "Something with the density of text"
+    rng = np.random.default_rng(seed); im = np.full((height, width), 235, np.uint8)
+    for x in range(12, width-20, 16):
+        for _ in range(3):
+            a, b = rng.integers(10, 30), rng.integers(2, 10); im[a:a+b, x+rng.integers(0, 6):x+rng.integers(7, 13)] = 30
+    return im
+
+@pytest.fixture(scope='module')
+def lines(): return [scribble(int(w), i) for i, w in enumerate([300, 90, 1200, 301, 20, 640, 299, 2000, 150])]
+
+def same(a, b): return a.text == b.text and abs(a.confidence - b.confidence) < .05
+
+def test_order_and_company(reader, lines):
+    "A line reads the same alone, in any order and in any batch"
+    whole = reader.read(lines)
+    assert len(whole) == len(lines) and all(isinstance(r, Reading) for r in whole)
+    for size in (1, 3): assert all(map(same, reader.read(lines, size), whole))
+    assert all(map(same, reader.read(lines[::-1]), whole[::-1]))
+    assert same(reader.read([lines[2]])[0], whole[2])
+    assert reader.read([]) == []
+
+def test_chars(reader, lines):
+    for im, r in zip(lines, reader.read(lines)):
+        xs = [x for *_, a, b in r.chars for x in (a, b)]
+        assert xs == sorted(xs) and all(0 <= x <= im.shape[1] for x in xs)
+        assert 0 <= r.confidence <= 1 and len(r.char_confidences) == len(r.chars)
+
+@pytest.mark.parametrize('image', [np.full((40, 300), v, np.uint8) for v in (0, 128, 255)] + [np.zeros((1, 1), np.uint8), np.full((1, 500), 255, np.uint8), np.full((500, 1), 255, np.uint8)])
+def test_blank(reader, image): assert reader.read([image])[0] == Reading('', 1.)
+
+@pytest.mark.parametrize('shape', [(1, 1), (1, 400), (400, 1), (2, 3), (700, 20), (3, 5000)])
+def test_odd_shapes(reader, shape):
+    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    assert isinstance(reader.read([noise])[0].text, str)
+
+@pytest.mark.parametrize('bad', [np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4)), np.zeros((0, 4), np.uint8), 'line.png', None])
+def test_not_a_line(reader, bad):
+    with pytest.raises(KhmerOCRError, match='image 1'): reader.read([scribble(60), bad])
+
+def test_windows(reader):
+    "Cut into windows, a line of 3,000 px says what it says whole"
+    line = prepare(scribble(3900))[:, :3000]
+    with torch.inference_mode():
+        (cut, _), = reader._line_frames([line], 32)
+        (whole, _), = reader._frames([line], 3008)
+    assert len(cut) == len(whole) == 750
+    assert (cut == whole).mean() > .97
+
+def test_wide_memory(weights, tmp_path):
+    "A line 20,000 px wide takes hardly more memory than one of 2,000"
+    code = textwrap.dedent('''
+        import sys, resource, numpy as np
+        from khmer_ocr.reader import Reader
+        r, rng = Reader.load(sys.argv[1]), np.random.default_rng(0)
+        line = np.where(rng.random((40, 20000)) < .2, 30, 235).astype(np.uint8)
+        r.read([line[:, :2000]]*4); a = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        r.read([line]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - a)''')
+    out = subprocess.run([sys.executable, '-c', code, str(weights)], capture_output=True, text=True, check=True).stdout
+    assert int(out)/1024 < 400   # MB
+
+def test_precisions(weights):
+    "bfloat16 and float32 agree; folding the norms changes nothing"
+    net, units, head = load_ctc(weights)
+    line = torch.from_numpy(prepare(scribble(600))[None, None]).float()/255
+    with torch.inference_mode():
+        plain, folded = net(line).softmax(-1), working(net)(line).softmax(-1)
+        half = working(net, torch.bfloat16)(line.bfloat16()).softmax(-1)
+    assert (plain - folded).abs().max() < 1e-3
+    assert (plain - half).abs().mean() < .01
+
+def test_threads(reader):
+    before = torch.get_num_threads()
+    reader.read([scribble(100)]); assert torch.get_num_threads() == before
+
+def test_loading(weights, tmp_path):
+    data = weights.read_bytes()
+    for name, content, why in (('cut', data[:5000], 'truncated'), ('half', data[:len(data)//2], 'truncated'), ('empty', b'', 'truncated'), ('text', b'hello', 'truncated')):
+        f = tmp_path/f'{name}.safetensors'; f.write_bytes(content)
+        with pytest.raises(KhmerOCRError, match=why): Reader.load(f)
+    from safetensors.torch import save_file
+    save_file({'a': torch.zeros(2)}, foreign := tmp_path/'foreign.safetensors')
+    with pytest.raises(KhmerOCRError, match='not a checkpoint'): Reader.load(foreign)
+    with pytest.raises(KhmerOCRError, match='not found'): Reader.load(tmp_path/'none.safetensors')
+    with pytest.raises(KhmerOCRError, match='Unknown model'): Reader.load('fsat')
+
+def test_files(reader, tmp_path):
+    "One bad file among many is reported in its place, the rest are read"
+    for i in range(5): Image.fromarray(scribble(100 + 40*i, i)).save(tmp_path/f'{i}.png')
+    (tmp_path/'2.png').write_text('no image'); (tmp_path/'3.png').write_bytes(b'')
+    paths = [tmp_path/f'{i}.png' for i in range(6)]
+    got = list(read_files(reader, iter(paths), portion=2))
+    assert [p for p, _ in got] == paths
+    assert [isinstance(r, KhmerOCRError) for _, r in got] == [False, False, True, True, False, True]
+    assert same(got[4][1], reader.read([scribble(260, 4)])[0])
