@@ -117,22 +117,14 @@ def _inputs(paths: list[str]) -> list[Path]:
         out += found
     return out
 
-# %% ../nbs/32_cli.ipynb #0461efc0
-def _opened(path, problems):
-    "The grey image, or None with the reason on stderr"
-    from khmer_ocr.data import read_image
-    try: return read_image(path)
-    except KhmerOCRError as e:
-        print(f'khmer-ocr: {_one_line(e)}', file=sys.stderr)
-        problems[str(path)] = _one_line(e)
-
-def _line_readings(reader, paths, batch_size, problems):
-    "Yields (path, Reading or None) in order"
-    many = 8*batch_size
-    for i in range(0, len(paths), many):
-        images = [_opened(p, problems) for p in paths[i:i+many]]
-        good = iter(reader.read([im for im in images if im is not None], batch_size=batch_size))
-        yield from ((p, next(good) if im is not None else None) for p,im in zip(paths[i:i+many], images))
+# %% ../nbs/32_cli.ipynb #9e5e7892
+def _noted(pairs, problems):
+    "Yields (path, Reading or None); an error goes to stderr and is noted"
+    for p,r in pairs:
+        if isinstance(r, KhmerOCRError):
+            problems[str(p)] = _one_line(r)
+            print(f'khmer-ocr: {problems[str(p)]}', file=sys.stderr, flush=True)
+        yield p, None if isinstance(r, KhmerOCRError) else r
 
 # %% ../nbs/32_cli.ipynb #5ddfcfd2
 def _line_output(path, r, fmt, problems) -> str:
@@ -160,7 +152,7 @@ def _page_output(reader, path, fmt) -> str:
     line = lambda b,r: dict(text=r.text, confidence=round(float(r.confidence), 4), box=[int(v) for v in (b.x0, b.y0, b.x1, b.y1)])
     return json.dumps(dict(path=str(path), pages=[dict(page=name, lines=[line(b, r) for b,r in lines]) for name,lines in pages]), ensure_ascii=False) + '\n'
 
-# %% ../nbs/32_cli.ipynb #705b035b
+# %% ../nbs/32_cli.ipynb #26c2d0eb
 def _deliver(outputs, out, fmt):
     "(path, text) pairs to stdout, or each to a file of its own in folder `out`"
     taken = set()
@@ -172,11 +164,9 @@ def _page_outputs(reader, paths, fmt, problems):
     "Yields (path, text) of the pages that could be read; the others are reported"
     for p in paths:
         try: yield p, _page_output(reader, p, fmt)
-        except KhmerOCRError as e:
-            problems[str(p)] = _one_line(e)
-            print(f'khmer-ocr: {problems[str(p)]}', file=sys.stderr)
+        except KhmerOCRError as e: next(_noted([(p, e)], problems))
 
-# %% ../nbs/32_cli.ipynb #fcb952d6
+# %% ../nbs/32_cli.ipynb #802bd99e
 @app.command()
 def read(
     inputs: list[str] = typer.Argument(..., metavar='IMAGE|PDF|DIR', help='Images, PDF files, or folders of images.'),
@@ -188,11 +178,11 @@ def read(
     batch_size: int = typer.Option(32, '--batch-size', callback=_positive, help='Lines read at once.')):
     "Read Khmer text from images, PDF files or folders."
     paths = _inputs(inputs)
-    from khmer_ocr.reader import Reader
+    from khmer_ocr.reader import Reader, read_files
     if out and Path(out).exists() and not Path(out).is_dir(): raise KhmerOCRError(f'--out {out} is a file: give a folder')
     reader = Reader.load(model) if model else Reader.load()
     problems = {}
-    if line: outputs = ((p, _line_output(p, r, format, problems)) for p,r in _line_readings(reader, paths, batch_size, problems))
+    if line: outputs = ((p, _line_output(p, r, format, problems)) for p,r in _noted(read_files(reader, paths, batch_size), problems))
     else: outputs = _page_outputs(reader, paths, format, problems)
     _deliver(outputs, out, format)
     if problems: raise typer.Exit(1)
