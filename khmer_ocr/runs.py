@@ -16,13 +16,13 @@ import khmer_ocr
 from .text import KhmerOCRError, suggest, write_atomic
 from .report import write_report
 
-# %% ../nbs/31_runs.ipynb #43beeaa0
+# %% ../nbs/31_runs.ipynb #8c71ee57
 def run_folder() -> Path:  # holds the run notebooks
     "`nbs/runs` of a clone, or the copy inside an installed package"
     package = Path(list(khmer_ocr.__path__)[0]).resolve()
-    for p in (package.parent/'nbs/runs', package/'runs'):
+    for p in (package.parent/'nbs/runs', package/'run_notebooks'):
         if any(p.glob('*.ipynb')): return p
-    raise KhmerOCRError(f'No run notebooks in {package.parent/"nbs/runs"} or {package/"runs"}: install the package again')
+    raise KhmerOCRError(f'No run notebooks in {package.parent/"nbs/runs"} or {package/"run_notebooks"}: install the package again')
 
 def available_runs() -> list[str]:  # sorted names
     "The names of the run notebooks"
