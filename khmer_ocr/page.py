@@ -39,26 +39,27 @@ def binarise(
     std = np.sqrt(np.maximum(cv2.sqrBoxFilter(grey, -1, (win, win)) - mean*mean, 0))
     return grey < mean*(1 + k*(std/128 - 1))
 
-# %% ../nbs/13_page.ipynb #54358348
+# %% ../nbs/13_page.ipynb #5ef82e81
 def _contrast(ys, xs, degrees):
     "Sum of squared differences of neighbouring row counts after shearing by `degrees`"
-    rows = (ys - xs*math.tan(math.radians(degrees))).astype(np.int64)
+    rows = np.floor(ys + xs*.618 % 1 - xs*math.tan(math.radians(degrees))).astype(np.int64)
     counts = np.bincount(rows - rows.min()).astype(np.float64)
     return float((np.diff(counts)**2).sum())
 
-# %% ../nbs/13_page.ipynb #c1617385
+# %% ../nbs/13_page.ipynb #a26b0244
 def deskew_angle(
     ink: np.ndarray,  # bool HxW
     limit: float = 5.  # degrees; larger angles are not looked for
-) -> float:  # degrees, positive when the lines fall to the right; 0 below 0.1
+) -> float:  # degrees, positive when the lines fall to the right; 0 below 0.2, which is not worth the blur of turning
     "The angle under which the rows of the page differ most"
-    ys, xs = np.nonzero(ink)
+    rules = cv2.morphologyEx(ink.astype(np.uint8), cv2.MORPH_OPEN, np.ones((1, max(15, ink.shape[1]//15)), np.uint8))
+    ys, xs = np.nonzero(ink & (rules == 0))
     if len(ys) < 50: return 0.
     step = max(1, len(ys)//100_000)
     ys, xs = ys[::step].astype(np.float32), xs[::step] - np.float32(ink.shape[1]/2)
     best = max(np.arange(-limit, limit + .1, .5), key=lambda a: (_contrast(ys, xs, a), -abs(a)))
     best = max(np.arange(best - .5, best + .51, .05), key=lambda a: (_contrast(ys, xs, a), -abs(a)))
-    return float(best) if abs(best) >= .1 else 0.
+    return float(best) if abs(best) > .19 else 0.
 
 # %% ../nbs/13_page.ipynb #3f31dea2
 def rotate(
@@ -142,7 +143,7 @@ def _ridges(p, em):
     thick = cv2.dilate((ridge & near).astype(np.uint8), np.ones((3, 3), np.uint8))
     return cv2.connectedComponents(thick, connectivity=8)[1]
 
-# %% ../nbs/13_page.ipynb #bb96013e
+# %% ../nbs/13_page.ipynb #62046427
 @dataclass
 class _Run:
     "A stretch of one line: the path of its middle (`xs` rising, `ys`), its core from `up` px above to `down` px below, its `pieces`"
@@ -157,7 +158,7 @@ class _Run:
     @property
     def x1(self): return self.xs[-1]
     @property
-    def y(self): return float(np.median(self.ys))
+    def y(self): return float(self.ys[len(self.ys)//2])
     @property
     def core(self): return self.up + self.down
 
