@@ -71,9 +71,10 @@ class TrainConfig:
 
     def __post_init__(self): _check(self)
 
-# %% ../nbs/08_learner.ipynb #1ff85eeb
+# %% ../nbs/08_learner.ipynb #c787e20f
 _choices = dict(schedule=('cosine', 'onecycle', 'constant'), precision=('auto', 'bf16-mixed', '32-true'), mode=('min', 'max'), device=('auto', 'cpu', 'cuda'))
-_at_least = dict(steps=1, batch_size=1, lr=0, weight_decay=0, warmup=0, clip=0, accumulate=1, ema=0, eval_every=1, save_every=1, log_every=1, seed=0, patience=0, threads=0)
+_at_least = dict(steps=1, batch_size=1, lr=0, weight_decay=0, warmup=0, clip=0, accumulate=1,
+    ema=0, eval_every=1, save_every=1, log_every=1, seed=0, patience=0, threads=0)
 
 def _check(config):
     for k, ok in _choices.items():
@@ -229,7 +230,7 @@ def __call__(self: Learner, event: str):
         try: getattr(cb, event, lambda learn: None)(self)
         except CancelFit as e: self.stopping = str(e) or type(cb).__name__
 
-# %% ../nbs/08_learner.ipynb #813ffd27
+# %% ../nbs/08_learner.ipynb #ab666a55
 @patch
 def setup(self: Learner):
     "Place model, average and optimiser on the device; called by `fit`"
@@ -239,7 +240,8 @@ def setup(self: Learner):
     if cuda and not torch.cuda.is_available(): raise KhmerOCRError("Setting 'device' is 'cuda', but torch finds no GPU: use 'auto' or 'cpu'")
     precision = best_precision('cuda' if cuda else 'cpu') if c.precision == 'auto' else c.precision
     logging.getLogger('lightning_fabric').setLevel(logging.WARNING)
-    self.fabric = Fabric(accelerator='cuda' if cuda else 'cpu', devices=local, num_nodes=max(1, world//local), strategy='ddp' if world > 1 else 'auto', precision=precision)
+    self.fabric = Fabric(accelerator='cuda' if cuda else 'cpu', precision=precision, devices=local, num_nodes=max(1, world//local),
+        strategy='ddp' if world > 1 else 'auto')
     self.fabric.launch()
     if c.channels_last: self.net.to(memory_format=torch.channels_last)
     self.ema = deepcopy(self.net).requires_grad_(False).eval().to(self.fabric.device) if c.ema else None
@@ -255,7 +257,7 @@ def _deaf():
     try: yield
     finally: signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
-# %% ../nbs/08_learner.ipynb #9cb2b600
+# %% ../nbs/08_learner.ipynb #080a8b7b
 @patch
 def open(self: Learner, n: int):
     "Iterator over this process's batches from its `n`-th on"
@@ -264,6 +266,7 @@ def open(self: Learner, n: int):
     if 'shard' in signature(self.batches).parameters: return iter(self.batches(n, shard=(rank, world)))
     return islice(self.batches(n*world), rank, None, world)
 
+# %% ../nbs/08_learner.ipynb #53fb4cc4
 @patch
 def next_batch(self: Learner):
     "The next batch, on the device; `KhmerOCRError` when the source is empty"
@@ -321,7 +324,7 @@ def one_step(self: Learner):
     self.step += 1
     self('after_step')
 
-# %% ../nbs/08_learner.ipynb #e6d06fc4
+# %% ../nbs/08_learner.ipynb #b1399c99
 @patch
 def run_evaluation(self: Learner):
     "Score the averaged weights, keep them if they are the best so far"
@@ -337,6 +340,7 @@ def run_evaluation(self: Learner):
     if self.improved: self.save('best')
     self('after_eval')
 
+# %% ../nbs/08_learner.ipynb #e4799597
 @patch
 def is_better(self: Learner) -> bool:
     "Compare `config.metric` with the best so far and remember it; without evaluation the newest is the best"
@@ -348,7 +352,7 @@ def is_better(self: Learner) -> bool:
     if better: self.best = new
     return better
 
-# %% ../nbs/08_learner.ipynb #efc611bf
+# %% ../nbs/08_learner.ipynb #4aa29fc1
 @patch
 def training_state(self: Learner) -> dict:
     "All tensors of the run, by name"
@@ -356,6 +360,7 @@ def training_state(self: Learner) -> dict:
     parts['opt'] = {f'{i}.{k}': torch.as_tensor(v) for i, s in self.opt.optimizer.state_dict()['state'].items() for k, v in s.items()}
     return {f'{p}.{k}': v for p, d in parts.items() for k, v in d.items()}
 
+# %% ../nbs/08_learner.ipynb #920772db
 @patch
 def rng_state(self: Learner) -> dict:
     "States of the random generators, one row per process"
@@ -365,6 +370,9 @@ def rng_state(self: Learner) -> dict:
     rows = {k: [v.to(self.fabric.device, copy=True) for _ in range(self.fabric.world_size)] for k, v in states.items()}
     for k, v in rows.items(): torch.distributed.all_gather(v, states[k].to(self.fabric.device))
     return {k: torch.stack(v) for k, v in rows.items()}
+
+# %% ../nbs/08_learner.ipynb #861fe399
+_counters = ('step', 'skipped', 'streak', 'best', 'taken')
 
 @patch
 def save(self: Learner, name: str):
@@ -377,15 +385,14 @@ def save(self: Learner, name: str):
         header['run'] = {k: getattr(self, k) for k in _counters} | {'callbacks': {type(cb).__name__: s for cb in self.callbacks if (s := cb.state())}}
     save_checkpoint(self.out_dir/f'{name}.safetensors', tensors, header)
 
-_counters = ('step', 'skipped', 'streak', 'best', 'taken')
-
-# %% ../nbs/08_learner.ipynb #d73e6bad
+# %% ../nbs/08_learner.ipynb #6a0cb92d
 def _fill(module, tensors, path):
     own = module.state_dict()
     bad = [k for k in own.keys() | tensors.keys() if k not in own or k not in tensors or own[k].shape != tensors[k].shape]
     if bad: raise KhmerOCRError(f'{path} belongs to another model: {sorted(bad)[0]} and {len(bad)-1} more tensors do not fit')
     module.load_state_dict(tensors)
 
+# %% ../nbs/08_learner.ipynb #c5d911ee
 @patch
 def restore(self: Learner, path: str|Path):
     "Go back to the state in `path`, a latest.safetensors"
@@ -402,6 +409,7 @@ def restore(self: Learner, path: str|Path):
         if k == 'cpu': torch.set_rng_state(rows[self.fabric.global_rank].clone())
         elif self.fabric.device.type == 'cuda': torch.cuda.set_rng_state(rows[self.fabric.global_rank].clone(), self.fabric.device)
 
+# %% ../nbs/08_learner.ipynb #8c0526c4
 @patch
 def restore_opt(self: Learner, tensors: dict):
     "Put the optimiser's memory back, each tensor in the layout of its parameter"
@@ -426,7 +434,7 @@ class _Polite:
     def __exit__(self, *_):
         if self.main: signal.signal(signal.SIGINT, self.old)
 
-# %% ../nbs/08_learner.ipynb #b32f6124
+# %% ../nbs/08_learner.ipynb #2323b5da
 @patch
 def fit(self: Learner,
     resume: str|Path|None = None,  # None: start anew; 'latest': go on from out_dir; or a path
@@ -450,22 +458,24 @@ def fit(self: Learner,
         finally: self('after_fit')
     return self
 
+# %% ../nbs/08_learner.ipynb #ffaa3354
 @patch
 def agree_to_stop(self: Learner) -> bool:
     "Has any process been asked to stop?"
     if self.fabric.world_size == 1: return bool(self.stopping)
     return bool(self.fabric.all_reduce(torch.tensor(float(bool(self.stopping)), device=self.fabric.device), reduce_op='sum'))
 
-# %% ../nbs/08_learner.ipynb #6c89c6b7
+# %% ../nbs/08_learner.ipynb #f0812b94
 def _size(batch):
-    while not isinstance(batch, torch.Tensor):
-        batch = next((o for o in (batch.values() if isinstance(batch, dict) else vars(batch).values() if hasattr(batch, '__dict__') else batch) if not isinstance(o, (str, int, float))), torch.zeros(0))
-    return len(batch)
+    sizes = []
+    apply_to_collection(batch, torch.Tensor, lambda x: sizes.append(x.shape[0] if x.ndim else 1))
+    return sizes[0] if sizes else 0
 
 def memory_mb(device) -> float:
     "Megabytes in use: of the GPU at its highest, or of this process"
     return (torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else psutil.Process().memory_info().rss) / 2**20
 
+# %% ../nbs/08_learner.ipynb #d26f208d
 class Timer(Callback):
     "Measures `learn.speed`: samples/s, waiting share, memory; `learn.first_batch`: seconds until the first batch"
     order = -20
@@ -484,7 +494,7 @@ class Timer(Callback):
         if learn.fabric.is_global_zero: write_csv(learn.out_dir/'speed.csv', [{k: round(v, 3) for k, v in r.items()} for r in self.rows])
     def after_eval(self, learn): self.t = time.perf_counter()
 
-# %% ../nbs/08_learner.ipynb #ea8d01e7
+# %% ../nbs/08_learner.ipynb #a6835d9e
 def write_csv(path, rows: list[dict]):
     "Write `rows` as CSV; columns in the order of their first appearance"
     out = io.StringIO()
@@ -497,6 +507,7 @@ def read_history(path: str|Path) -> list[dict]:
     with Path(path).open(newline='') as f:
         return [{k: int(v) if k in ('step', 'skipped') else float(v) for k, v in r.items() if v} for r in csv.DictReader(f)]
 
+# %% ../nbs/08_learner.ipynb #262b33d9
 class History(Callback):
     "`learn.history` and history.csv: step, loss, lr, norm of the gradient, steps skipped, scores"
     order = -10
