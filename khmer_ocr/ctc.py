@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STRIDE', 'Units', 'conv', 'Pair', 'CTCConfig', 'CTCNet', 'CTCLoss', 'greedy', 'read_batches', 'evaluate_net',
-           'header', 'load_ctc', 'train_ctc']
+           'header', 'load_ctc', 'train_ctc', 'release']
 
-# %% ../nbs/10_ctc.ipynb #5a1627c2
+# %% ../nbs/10_ctc.ipynb #5cf9e533
 import re, time
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from .text import COENG, CONSONANTS, INDEPENDENT, Charset, KhmerOCRError, charse
 from .synth import Recipe
 from .data import HEIGHT, LineFolder, OnTheFly, as_input
 from .metrics import score
-from .learner import Learner, TrainConfig, load_weights
+from .learner import Learner, TrainConfig, load_weights, save_checkpoint
 
 # %% ../nbs/10_ctc.ipynb #54f7e10d
 class Units:
@@ -113,7 +113,7 @@ def _greedy_line(best, p):
     peak = [a+int(p[a:b].argmax()) for a, b in keep]
     return [int(best[i]) for i in peak], [float(p[i]) for i in peak], peak
 
-# %% ../nbs/10_ctc.ipynb #b31f6929
+# %% ../nbs/10_ctc.ipynb #6a9b920a
 @torch.inference_mode()
 def read_batches(net, units: Units, batches) -> tuple[list[str], list[str]]:  # read, true
     "Greedy texts of the lines in `batches`, beside the labels"
@@ -125,7 +125,7 @@ def read_batches(net, units: Units, batches) -> tuple[list[str], list[str]]:  # 
 
 def evaluate_net(net, units, batches, name='') -> dict[str, float]:
     "cer (folded, without spaces), cer_raw and exact of the lines in `batches`"
-    s = score(*read_batches(net, units, batches))
+    s = score(*read_batches(net, units, batches), extras=False)
     return {name+'cer': s['cer_folded'], name+'cer_raw': s['cer'], name+'exact': s['exact']}
 
 # %% ../nbs/10_ctc.ipynb #800a2a72
@@ -145,7 +145,7 @@ def load_ctc(path) -> tuple[CTCNet, Units, dict]:  # network in eval mode, its u
     except RuntimeError: raise KhmerOCRError(f'{path} does not fit this version of the reader: fetch or train it again') from None
     return net.eval(), units, head
 
-# %% ../nbs/10_ctc.ipynb #a533c613
+# %% ../nbs/10_ctc.ipynb #34aa8a32
 def train_ctc(
     out_dir,  # checkpoints, history and logs
     recipe: Recipe = Recipe(random_text=True),  # of the on-the-fly stream
@@ -157,7 +157,7 @@ def train_ctc(
     resume=None,  # 'latest' or a checkpoint: go on with the same run
     init=None,  # checkpoint whose weights a new run starts from
     texts=None,  # lines in place of the corpus
-    pool=16,  # batches a pool (see `OnTheFly`)
+    pool=32,  # batches a pool (see `OnTheFly`)
     callbacks=(),
     verbose=True
 ) -> Learner:
@@ -171,3 +171,17 @@ def train_ctc(
     about = header(config, units, recipe=asdict(recipe) | dict(data=str(data)), train=asdict(train), init=str(init) if init else None)
     learn = Learner(net, CTCLoss(units), batches, train, out_dir, callbacks, (lambda m: evaluate_net(m, units, val)) if val else None, about, verbose=verbose)
     return learn.fit(resume)
+
+# %% ../nbs/10_ctc.ipynb #d27603a7
+def release(
+    checkpoint,  # of a training run
+    path,  # .safetensors to write
+    **about  # joins the header: scores, hardware, date ...
+) -> int:  # bytes written
+    "Averaged weights in half precision, with a header that says what they are; statistics of the norms stay in float32"
+    weights, head = load_weights(checkpoint)
+    if head.get('model') != 'ctc': raise KhmerOCRError(f'{checkpoint} holds no CTC reader')
+    half = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in weights.items()}
+    keep = {k: v for k, v in head.items() if k in ('model', 'config', 'charset', 'height', 'stride', 'preprocess', 'normal_form', 'recipe', 'train', 'init', 'step')}
+    save_checkpoint(path, half, keep | about)
+    return Path(path).stat().st_size

@@ -82,10 +82,10 @@ def prepare(
     W = max(8, round(w*height/h))
     return cv2.resize(image, (W, height), interpolation=cv2.INTER_AREA if h > height else cv2.INTER_LINEAR)
 
-# %% ../nbs/06_data.ipynb #fe655f27
+# %% ../nbs/06_data.ipynb #3687f64e
 def collate(
     items,  # pairs (uint8 (height, W), label)
-    multiple=8  # the width is padded to a multiple of this
+    multiple=16  # the width is padded to a multiple of this: few different shapes let the CPU's kernels be prepared once
 ) -> dict:  # images uint8 (B, 1, height, W), widths int64 (B,), texts list of B strings
     "One batch: padded with white on the right"
     W = max(im.shape[1] for im, _ in items); W = -(-W//multiple)*multiple
@@ -109,23 +109,30 @@ def bucket_batches(
     if rng is not None: rng.shuffle(batches)
     return [collate([items[i] for i in b]) for b in batches]
 
-# %% ../nbs/06_data.ipynb #f1881b9d
+# %% ../nbs/06_data.ipynb #f651e4a2
 class OnTheFly(Dataset):
     "Pools of training batches made from a recipe; item p is the list of the batches of pool p"
-    def __init__(self, recipe: Recipe, batch_size=64, pool=16, height=HEIGHT, pools=1_000_000, texts=None):
+    def __init__(self, recipe: Recipe, batch_size=64, pool=32, height=HEIGHT, pools=1_000_000, texts=None):
         self.recipe, self.batch_size, self.pool, self.height, self.pools, self._texts, self._synth = recipe, batch_size, pool, height, pools, texts, None
     def __len__(self): return self.pools
     def __getstate__(self): return self.__dict__ | dict(_synth=None)       # workers open their own fonts
 
     def __getitem__(self, p):
         if self._synth is None: cv2.setNumThreads(1); self._synth = Synth(self.recipe, self._texts)
-        n = self.batch_size*self.pool
-        samples = (self._synth('train', i) for i in range(p*n, (p+1)*n))
+        a, b = (self.start(p+i)*self.batch_size for i in (0, 1))
+        samples = (self._synth('train', i) for i in range(a, b))
         return bucket_batches([(prepare(s.image, self.height), s.text) for s in samples], self.batch_size, np.random.Generator(np.random.Philox(key=[self.recipe.seed, 10], counter=[0, 0, 0, p])))
+
+    def start(self, p) -> int:
+        "Number of the first batch of pool `p`: pools hold 2, 4, 8, ... batches, then `pool`, so that the first batch comes soon"
+        ramp = [2**(i+1) for i in range(min(p, 16)) if 2**(i+1) < self.pool]
+        return sum(ramp) + (p-len(ramp))*self.pool
 
     def batches(self, step: int = 0, workers: int = 0) -> Iterator[dict]:
         "The endless stream of batches from batch number `step` on; the same for any number of `workers`"
-        p0, skip = divmod(step, self.pool)
+        p0 = max(0, step//self.pool-1)
+        while self.start(p0+1) <= step: p0 += 1
+        skip = step-self.start(p0)
         loader = DataLoader(self, batch_size=None, sampler=range(p0, self.pools), num_workers=workers, prefetch_factor=1 if workers else None, multiprocessing_context='spawn' if workers else None)
         for pool in loader: yield from pool[skip:]; skip = 0
 
@@ -152,7 +159,7 @@ def _read_tsv(path) -> list[tuple[Path, str, dict]]:
         if len(r) < 2: raise KhmerOCRError(f'{path} line {i+1}: wanted path<TAB>text, found {r[0][:40]!r}')
     return [(path.parent/r[0], normalise(r[1]), dict(zip(names[2:], r[2:]))) for r in rows]
 
-# %% ../nbs/06_data.ipynb #0acb38ed
+# %% ../nbs/06_data.ipynb #57ed54bb
 class LineFolder(Dataset):
     "Labelled lines on disk; item i is (prepared image, label)"
     def __init__(self, path, height=HEIGHT, limit=None):
@@ -164,7 +171,7 @@ class LineFolder(Dataset):
         "All lines in batches of like width"
         return bucket_batches([self[i] for i in range(len(self))], batch_size)
 
-    def stream(self, batch_size=64, seed=42, pool=16, step=0) -> Iterator[dict]:
+    def stream(self, batch_size=64, seed=42, pool=32, step=0) -> Iterator[dict]:
         "Endless shuffled batches for training on a set from disk, from batch number `step` on"
         per = batch_size*pool; p, skip = divmod(step, pool)
         while True:

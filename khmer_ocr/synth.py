@@ -24,7 +24,7 @@ from .fonts import covers, find_fonts, hash_font, random_font
 from .render import RenderError, render
 from .degrade import degrade, preset
 
-# %% ../nbs/05_synth.ipynb #334ddace
+# %% ../nbs/05_synth.ipynb #d371cb69
 @dataclass(frozen=True)
 class Recipe:
     "What decides a set of samples, beside split and index"
@@ -35,7 +35,7 @@ class Recipe:
     families: tuple[str, ...] = ()    # only these font families; () for all of the split
     common: float = .55               # share of training lines set in a `COMMON` face
     size: tuple[float, float] = (13., 46.)   # px per em, from a geometric ladder
-    short: float = .25                # share of training lines that are cut to 1-18 characters (random text only)
+    short: float = .3                # share of training lines that are cut to 1-18 characters (random text only)
     blank: float = .01                # share of training images without text, label '' (random text only)
     random_text: bool = False         # False: line `index` of the corpus; True: any line
     augment: bool = True              # False: no damage in training either
