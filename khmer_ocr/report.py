@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['khmer_font_file', 'khmer_mpl_font', 'new_figure', 'show', 'line_grid', 'page_figure', 'read_curves', 'learning_curve',
            'read_set', 'error_by', 'length_class', 'error_bars', 'Table', 'confusion_table', 'score_table', 'histogram',
-           'write_metrics', 'font_css', 'outside_references', 'write_report']
+           'write_metrics', 'font_css', 'read_notebook', 'outside_references', 'write_report']
 
 # %% ../nbs/30_report.ipynb #c09238e9
 import base64, csv, html, importlib.util, io, json, os, re, sys, tempfile
@@ -301,6 +301,18 @@ def font_css() -> str:  # an `@font-face` rule
     data = base64.b64encode(out.read_bytes()).decode()
     return f"@font-face {{ font-family: 'Khmer Report'; src: url(data:font/woff2;base64,{data}) format('woff2'); unicode-range: U+1780-17FF, U+19E0-19FF, U+200B-200D, U+25CC; }}"
 
+# %% ../nbs/30_report.ipynb #1b68b5df
+def read_notebook(
+    path  # an .ipynb file
+):  # an nbformat notebook, version 4
+    "Opens a notebook; `KhmerOCRError` if it is none"
+    import nbformat
+    try:
+        nb = nbformat.reads(Path(path).read_text(encoding='utf-8'), as_version=4)
+        nbformat.validate(nb)
+        return nb
+    except Exception as e: raise KhmerOCRError(f'Cannot read the notebook {path}: {(str(e).splitlines() or [type(e).__name__])[0]}') from None
+
 # %% ../nbs/30_report.ipynb #e5d04a25
 def _prepared(nb):
     "The notebook with a title, described pictures and named code cells"
@@ -329,7 +341,7 @@ def _unlink(page: str) -> str:
     "Links to elsewhere become their text, followed by the address"
     return re.sub(r'<a\b[^>]*href="((?:https?:)?//[^"]*)"[^>]*>(.*?)</a>', r'\2 <span class="address">(\1)</span>', page, flags=re.S)
 
-# %% ../nbs/30_report.ipynb #6e9ce23e
+# %% ../nbs/30_report.ipynb #adc787ab
 def _exporter():
     "nbconvert's HTML exporter with our template and no prompts"
     from nbconvert import HTMLExporter
@@ -344,9 +356,7 @@ def write_report(
     page  # path of the HTML file to write
 ) -> Path:  # `page`
     "Turns an executed notebook into one HTML file that needs nothing but itself; code folded, Khmer font inside"
-    import nbformat
-    try: nb = nbformat.read(notebook, as_version=4)
-    except (OSError, ValueError, nbformat.reader.NotJSONError) as e: raise KhmerOCRError(f'Cannot read the notebook {notebook}: {e}') from None
+    nb = read_notebook(notebook)
     body,_ = _exporter().from_notebook_node(_prepared(nb), resources=dict(khmer_font_css=font_css(), metadata=dict(name=Path(notebook).stem)))
     body = _unlink(body)
     if refs := outside_references(body): raise KhmerOCRError(f'{page} would not be self-contained: it refers to {refs[0]}; embed it or leave it out')

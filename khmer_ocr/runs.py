@@ -6,15 +6,15 @@
 __all__ = ['run_folder', 'available_runs', 'find_run', 'Parameter', 'run_parameters', 'coerce', 'check_parameters', 'run_help',
            'Run', 'run_notebook', 'list_runs']
 
-# %% ../nbs/31_runs.ipynb #f9cbdc08
-import ast, json, logging, os, platform, re, sys, time
+# %% ../nbs/31_runs.ipynb #b2ee0e14
+import ast, io, json, logging, os, platform, re, sys, time, tokenize
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import khmer_ocr
 from .text import KhmerOCRError, suggest, write_atomic
-from .report import write_report
+from .report import read_notebook, write_report
 
 # %% ../nbs/31_runs.ipynb #8c71ee57
 def run_folder() -> Path:  # holds the run notebooks
@@ -39,7 +39,7 @@ def find_run(
     if str(name) in (known := available_runs()): return run_folder()/f'{name}.ipynb'
     raise KhmerOCRError(f'No run called {name!r}{suggest(str(name), known)} (there are: {", ".join(known)})')
 
-# %% ../nbs/31_runs.ipynb #99112426
+# %% ../nbs/31_runs.ipynb #0c34218a
 @dataclass(frozen=True)
 class Parameter:
     "One parameter of a run notebook"
@@ -48,31 +48,25 @@ class Parameter:
     default: object
     help: str = ''
 
-def _read_notebook(path):
-    "A notebook as nbformat sees it, or one line saying why not"
-    import nbformat
-    try: return nbformat.read(path, as_version=4)
-    except (OSError, ValueError, nbformat.reader.NotJSONError) as e: raise KhmerOCRError(f'Cannot read the notebook {path}: {str(e).splitlines()[0]}') from None
+def _comments(source: str) -> dict:
+    "Line number -> the comment on it"
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {t.start[0]: t.string.lstrip('# ').strip() for t in tokens if t.type == tokenize.COMMENT}
 
-def _comment(line: str) -> str:
-    "What stands behind the last # of a line of code"
-    m = re.search(r'#\s*([^#\'"]*)$', line)
-    return m.group(1).strip() if m else ''
-
-# %% ../nbs/31_runs.ipynb #83f18ee8
+# %% ../nbs/31_runs.ipynb #18afbab4
 def run_parameters(
     notebook  # name of a run or path of a notebook
 ) -> list[Parameter]:  # in the notebook's order; empty when it has no cell tagged `parameters`
     "Reads the parameter cell without running it"
     path = find_run(notebook)
-    cell = next((c for c in _read_notebook(path).cells if 'parameters' in c.metadata.get('tags', [])), None)
+    cell = next((c for c in read_notebook(path).cells if 'parameters' in c.metadata.get('tags', [])), None)
     if cell is None: return []
-    out, lines = [], cell.source.splitlines()
+    out, comments = [], _comments(cell.source)
     for o in ast.parse(cell.source).body:
         if not isinstance(o, (ast.Assign, ast.AnnAssign)): continue
         target, default = (o.target if isinstance(o, ast.AnnAssign) else o.targets[0]).id, ast.literal_eval(o.value)
         kind = ast.unparse(o.annotation) if isinstance(o, ast.AnnAssign) else type(default).__name__
-        out.append(Parameter(target, kind, default, _comment(lines[o.end_lineno-1])))
+        out.append(Parameter(target, kind, default, comments.get(o.end_lineno, '')))
     return out
 
 # %% ../nbs/31_runs.ipynb #cefbb239
@@ -118,12 +112,12 @@ def check_parameters(
         if k not in known: raise KhmerOCRError(f'{Path(str(notebook)).stem} has no parameter {k!r}{suggest(k, known)} (it has: {", ".join(known) or "none"})')
     return {k: coerce(known[k], v) for k,v in params.items()}
 
-# %% ../nbs/31_runs.ipynb #fafbdc9c
+# %% ../nbs/31_runs.ipynb #5cf87bd3
 def run_help(
     notebook  # name or path
 ) -> str:  # plain text, one line per parameter
     "What a run does and which parameters it takes"
-    cells = _read_notebook(find_run(notebook)).cells
+    cells = read_notebook(find_run(notebook)).cells
     head = next((c.source for c in cells if c.cell_type == 'markdown'), '')
     lines = [re.sub(r'^[#> ]+', '', l) for l in head.splitlines() if l.strip()][:2]
     ps = run_parameters(notebook)
@@ -201,7 +195,7 @@ def run_notebook(
     write_atomic(out/'run.json', json.dumps(facts, ensure_ascii=False, indent=1) + '\n')
     return Run(out, _read_json(out/'metrics.json'), seconds)
 
-# %% ../nbs/31_runs.ipynb #88ada99a
+# %% ../nbs/31_runs.ipynb #81b5eea4
 def _executed(path, out, params, echo) -> dict:
     "Runs the notebook, keeps it as `run.ipynb` whether it fails or not; gives the seconds of each cell"
     from papermill.exceptions import PapermillExecutionError
@@ -209,7 +203,7 @@ def _executed(path, out, params, echo) -> dict:
     import nbformat
     try:
         _execute(path, part, params, echo)
-        nb = _read_notebook(part)
+        nb = read_notebook(part)
         cells = _tidied(nb)
         write_atomic(out/'run.ipynb', nbformat.writes(nb) + '\n')
         return cells

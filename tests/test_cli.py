@@ -1,0 +1,215 @@
+"The command: each happy path on a tiny set, and every kind of bad input: one clear line, exit 1, nothing half-written."
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np, pytest
+from PIL import Image
+from typer.testing import CliRunner
+from tiny import make_tiny
+from khmer_ocr.cli import app
+
+command = [sys.executable, '-c', 'from khmer_ocr.cli import app; app()']
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory): return make_tiny(tmp_path_factory.mktemp('tiny'))
+
+@pytest.fixture
+def model(tiny): return str(tiny/'model/best.safetensors')
+
+def call(*args): return CliRunner().invoke(app, [str(a) for a in args])
+
+def ok(*args):
+    r = call(*args)
+    assert r.exit_code == 0, r.stderr
+    return r.stdout
+
+def refused(*args, code=1, word=''):
+    "One line on stderr (warnings about fonts aside) and nothing on stdout"
+    r = call(*args)
+    lines = [l for l in r.stderr.splitlines() if not l.startswith('warning:')]
+    assert r.exit_code == code and r.stdout == '' and word in r.stderr, (r.exit_code, r.stdout, r.stderr)
+    assert len(lines) == 1 if code == 1 else 1 <= len(lines) <= 3, lines
+    assert 'Traceback' not in r.stderr and '─' not in r.stderr
+    return lines[0]
+
+def files(folder): return sorted(str(p.relative_to(folder)) for p in folder.rglob('*'))
+
+# the command line itself
+def test_help_and_version_are_fast():
+    t = time.perf_counter(); out = subprocess.run([*command, '--help'], capture_output=True, text=True); t = time.perf_counter() - t
+    assert out.returncode == 0 and 'Commands:' in out.stdout and t < 5
+    modules = subprocess.run([sys.executable, '-c', 'import khmer_ocr.cli, sys; print(*sys.modules)'], capture_output=True, text=True).stdout.split()
+    assert not {'torch', 'cv2', 'matplotlib', 'numpy', 'PIL'} & set(modules)
+    assert ok('--version').startswith('khmer-ocr ') and 'Usage:' in ok()
+
+@pytest.mark.parametrize('name', ['read', 'fonts', 'corpus', 'generate', 'validation-set', 'train', 'evaluate', 'run', 'check'])
+def test_every_command_has_help(name): assert ok(name, '--help').startswith(f'Usage: khmer-ocr {name}')
+
+@pytest.mark.parametrize('args', [('raed',), ('read',), ('read', 'x.png', '--fromat', 'text'), ('evaluate',), ('fonts', 'list', 'more')])
+def test_wrong_usage_is_2_in_three_lines(args): refused(*args, code=2)
+
+@pytest.mark.parametrize('args, word', [(('read', 'x.png', '--format', 'txet'), 'did you mean text?'), (('read', 'x.png', '--decoder', 'best'), 'ctc'), (('generate', '--max-lines', 'ten'), '--max-lines'),
+    (('generate', '--max-lines', '0'), 'from 1 up'), (('corpus', '--licence', 'opn'), 'did you mean open?'), (('train', '--model', 'rnn'), 'ctc'), (('train', '--batch-size', 'big'), 'or auto'),
+    (('fonts', 'instal'), 'did you mean install?'), (('check', 'dat'), 'did you mean data?'), (('generate', '--preset', 'ducument'), 'did you mean document?')])
+def test_unknown_option_values(args, word): refused(*args, word=word)
+
+def test_debug_shows_the_traceback():
+    r = call('--debug', 'fonts', 'instal')
+    assert r.exit_code == 1 and 'Traceback' in r.stderr and r.stderr.splitlines()[-1].startswith('khmer-ocr: ')
+    assert 'Traceback' in call('fonts', 'instal', '--debug').stderr
+
+# read
+@pytest.fixture
+def images(tmp_path):
+    "Two good lines, and every kind of bad one"
+    rng = np.random.default_rng(0)
+    for n in ('a', 'b'): Image.fromarray(np.where(rng.random((40, 200)) < .2, 0, 255).astype(np.uint8)).save(tmp_path/f'{n}.png')
+    Image.fromarray(np.zeros((1, 1), np.uint8)).save(tmp_path/'dot.png')
+    (tmp_path/'text.png').write_text('no picture'); (tmp_path/'empty.png').touch()
+    (tmp_path/'cut.png').write_bytes((tmp_path/'a.png').read_bytes()[:300])
+    return tmp_path
+
+def test_read_line_is_one_line_per_image_in_order(images, model):
+    paths = [images/f'{n}.png' for n in ('b', 'text', 'dot', 'empty', 'a', 'nothing', 'cut', 'b')]
+    r = call('read', '--line', '--model', model, *paths)
+    lines = r.stdout.split('\n')
+    assert r.exit_code == 1 and len(lines) == len(paths)+1 and lines[0] == lines[7] and lines[1] == lines[3] == lines[5] == ''
+    said = r.stderr.splitlines()
+    assert len(said) == 4 and [Path(l.split()[1].rstrip(':')).name for l in said] == ['text.png', 'empty.png', 'nothing.png', 'cut.png']
+
+def test_read_line_json(images, model):
+    r = call('read', '--line', '--format', 'json', '--model', model, images/'a.png', images/'text.png')
+    rows = [json.loads(l) for l in r.stdout.splitlines()]
+    assert [Path(o['path']).name for o in rows] == ['a.png', 'text.png'] and 'error' in rows[1] and 0 <= rows[0]['confidence'] <= 1
+
+@pytest.mark.parametrize('bad, word', [('text', 'cannot be read as an image'), ('empty', 'empty'), ('nothing', 'no such file'), ('cut', 'cannot be read')])
+def test_bad_pages(images, model, bad, word): refused('read', '--model', model, images/f'{bad}.png', word=word)
+
+def test_read_a_folder_and_write_files(images, model, tmp_path):
+    for n in ('text', 'empty', 'cut'): (images/f'{n}.png').unlink()
+    out = images/'out'
+    assert ok('read', '--model', model, images, '--out', out) == ''
+    assert files(out) == ['a.txt', 'b.txt', 'dot.txt']
+    page = json.loads(ok('read', '--model', model, images/'a.png', '--format', 'json'))
+    assert page['pages'][0]['page'].endswith('a.png')
+
+def test_read_without_images_or_model(images, tmp_path, model):
+    (images/'none').mkdir()
+    refused('read', images/'none', word='has no images')
+    refused('read', images/'a.png', '--model', 'fats', word='Unknown model')
+    refused('read', images/'a.png', '--model', images/'nothing.safetensors', word='not found')
+    refused('read', images/'a.png', '--model', images/'a.png', word='a.png')
+    refused('read', images/'a.png', '--model', model, '--out', images/'b.png', word='is a file')
+
+def test_bad_checkpoints(images, model, tmp_path):
+    import torch
+    from safetensors.torch import save_file
+    (tmp_path/'cut.safetensors').write_bytes(Path(model).read_bytes()[:2000])
+    save_file({'x': torch.zeros(3)}, tmp_path/'foreign.safetensors')
+    (tmp_path/'void.safetensors').touch()
+    for n,word in (('cut', 'truncated'), ('foreign', 'not a checkpoint'), ('void', 'truncated')): refused('read', '--line', images/'a.png', '--model', tmp_path/f'{n}.safetensors', word=word)
+
+def test_a_pipe_that_closes_is_silent(images, model):
+    many = [str(images/'a.png')]*600
+    p = subprocess.Popen([*command, 'read', '--line', '--model', model, *many], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p.stdout.close()
+    assert p.stderr.read() == b'' and p.wait() != 0
+
+# sets
+def test_generate_stats_verify(tiny, tmp_path):
+    out = tmp_path/'set'
+    said = ok('generate', '--corpus', tiny/'corpus', '--out', out, '--max-lines', 3, '--seed', 7)
+    assert 'Total images: 9' in said and said.startswith('=== Synthetic Image Statistics ===') and said == ok('generate', '--out', out, '--stats')
+    assert json.loads(ok('generate', '--out', out, '--stats', '--json'))['total_images'] == 9
+    assert 'as recorded' in ok('generate', '--out', out, '--verify')
+    (out/'val/labels/val_000001.txt').write_text('x')
+    r = call('generate', '--out', out, '--verify')
+    assert r.exit_code == 1 and 'val_000001.txt has changed' in r.stderr
+    refused('generate', '--corpus', tiny/'corpus', '--out', out, '--max-lines', 3, '--seed', 8, word='another recipe')
+
+def test_generate_without_corpus_or_fonts(tiny, tmp_path, monkeypatch):
+    refused('generate', '--corpus', tmp_path/'none', '--out', tmp_path/'set', word='run `khmer-ocr corpus`')
+    refused('generate', '--out', tmp_path/'set', '--stats', word='No generated set'); refused('generate', '--out', tmp_path/'set', '--verify', word='No generated set')
+    (tmp_path/'fonts').mkdir(); (tmp_path/'fonts/manifest.json').write_text('[]')
+    monkeypatch.setenv('KHMER_OCR_FONTS', str(tmp_path/'fonts'))
+    refused('generate', '--corpus', tiny/'corpus', '--out', tmp_path/'set', word='khmer-ocr fonts install')
+    assert not (tmp_path/'set').exists()
+
+def test_settings_files(tiny, tmp_path):
+    (tmp_path/'r.toml').write_text('sead = 3'); (tmp_path/'bad.toml').write_text('= ='); (tmp_path/'r.json').write_text('{"seed": 3, // why not\n "size": [20, 20]}')
+    go = ('generate', '--corpus', tiny/'corpus', '--out', tmp_path/'set', '--max-lines', 1, '--config')
+    refused(*go, tmp_path/'r.toml', word='did you mean seed'); refused(*go, tmp_path/'bad.toml', word='not valid TOML'); refused(*go, tmp_path/'none.toml', word='none.toml')
+    assert not (tmp_path/'set').exists()
+    ok(*go, tmp_path/'r.json')
+    assert json.loads((tmp_path/'set/generation_metadata.json').read_text())['recipe']['size'] == [20, 20]
+
+def test_validation_set(tiny, tmp_path):
+    out, go = tmp_path/'fixed', ('validation-set', '--corpus', tiny/'corpus')
+    refused('validation-set', '--validate-only', '--output-dir', out, word='Fixed validation set not found')
+    refused(*go, '--num-samples', 9999, '--output-dir', out, word='20 lines')
+    assert not out.exists()
+    assert '5 images' in ok(*go, '--num-samples', 5, '--output-dir', out) and 'as recorded' in ok('validation-set', '--validate-only', '--output-dir', out)
+
+def test_corpus(tiny, tmp_path):
+    assert 'total' in ok('corpus', '--source', tiny/'text.txt', '--out', tmp_path/'c', '--limit', 30)
+    assert files(tmp_path/'c') == ['corpus.json', 'test.txt', 'train.txt', 'val.txt']
+    (tmp_path/'empty.txt').touch(); (tmp_path/'folder').mkdir()
+    for bad in ('empty.txt', 'folder'): refused('corpus', '--source', tmp_path/bad, '--out', tmp_path/'d', word=bad)
+    refused('corpus', '--source', 'rdlab-sentence', '--out', tmp_path/'d', word='did you mean rdlab-sentences')
+    assert not (tmp_path/'d').exists()
+
+def test_fonts():
+    assert 'Noto Sans Khmer' in ok('fonts') and json.loads(ok('fonts', 'list', '--json'))[0]['family']
+
+# training and judging
+def settings(path, **train):
+    model = '[model]\nchannels = [8, 8, 8, 8, 16]\nhidden = 8\nlayers = 1\n'
+    path.write_text('[train]\nprecision = "32-true"\ntensorboard = false\n' + ''.join(f'{k} = {v}\n' for k,v in train.items()) + model)
+    return path
+
+def test_train_and_resume(tiny, tmp_path):
+    out = tmp_path/'run'
+    go = ('train', '--config', settings(tmp_path/'s.toml'), '--corpus', tiny/'corpus', '--validation-dir', tiny/'set/val', '--out', out, '--batch-size', 2)
+    assert '2 steps done' in ok(*go, '--steps', 2)
+    assert {'best.safetensors', 'latest.safetensors', 'history.csv'} <= set(files(out))
+    refused(*go, '--steps', 2, word='--resume latest')
+    assert '3 steps done' in ok(*go, '--steps', 3, '--resume', 'latest')
+    refused(*go[:-4], '--out', tmp_path/'other', '--resume', 'latest', word='No training run')
+
+def test_train_on_a_set(tiny, tmp_path):
+    out = ok('train', '--config', settings(tmp_path/'s.toml'), '--data', tiny/'set/train', '--max-samples', 3, '--num-epochs', 2, '--batch-size', 2, '--validation-dir', 'none', '--out', tmp_path/'run')
+    assert 'steps done' in out and len((tmp_path/'run/samples.tsv').read_text(encoding='utf-8').splitlines()) == 3
+
+def test_bad_training(tiny, tmp_path):
+    go = ('train', '--corpus', tiny/'corpus', '--steps', 1, '--out', tmp_path/'run')
+    refused(*go, '--validation-dir', 'none', '--config', settings(tmp_path/'s.toml', stepz=3), word='stepz')
+    (tmp_path/'t.toml').write_text('[trian]\nsteps = 2')
+    refused(*go, '--config', tmp_path/'t.toml', word='did you mean train')
+    refused(*go, '--validation-dir', tmp_path/'none', word='none')
+    refused(*go[:1], '--corpus', tmp_path/'none', '--steps', 1, '--out', tmp_path/'run', '--validation-dir', 'none', word='run `khmer-ocr corpus`')
+    refused(*go, '--data', tmp_path/'none', '--validation-dir', 'none', word='none')
+    (tmp_path/'x.safetensors').write_bytes(b'x'*50)
+    refused(*go, '--resume', tmp_path/'x.safetensors', '--validation-dir', 'none', word='x.safetensors')
+
+def test_evaluate(tiny, model, tmp_path):
+    assert 'character errors' in ok('evaluate', tiny/'set', '--model', model)
+    assert json.loads(ok('evaluate', tiny/'set/val', '--model', model, '--json'))['lines'] == 4
+    (tmp_path/'labels.tsv').write_text('path\ttext\nx.png\tក\n', encoding='utf-8'); (tmp_path/'empty.tsv').touch()
+    refused('evaluate', tmp_path/'labels.tsv', '--model', model, word='x.png'); refused('evaluate', tmp_path/'empty.tsv', '--model', model, word='empty.tsv'); refused('evaluate', tmp_path/'nothing', '--model', model, word='nothing')
+
+def test_run(tiny, tmp_path):
+    assert 'Making the corpus' in ok('run') and 'max_lines (int)' in ok('run', 'generate', '--help-notebook')
+    refused('run', 'genrate', word='did you mean generate'); refused('run', 'generate', '-p', 'max_line', '3', word='did you mean max_lines'); refused('run', 'generate', '-p', 'seed', word='a name and a value')
+    r = call('run', 'corpus', '-p', 'sources', tiny/'text.txt', '-p', 'out', tmp_path/'c', '-p', 'limit=20', '--out', tmp_path/'report', '--json')
+    assert r.exit_code == 0 and json.loads(r.stdout)['lines'] > 5 and (tmp_path/'report/report.html').exists()
+
+def test_check(): assert ok('check', 'data').endswith('all is well\n')
+
+@pytest.mark.skipif(os.name == 'nt', reason='signals')
+def test_ctrl_c_is_one_line_and_130(tiny, tmp_path):
+    (tmp_path/'corpus').mkdir()
+    for s in ('train', 'val', 'test'): (tmp_path/'corpus'/f'{s}.txt').write_text((tiny/'text.txt').read_text(encoding='utf-8')*200, encoding='utf-8')
+    p = subprocess.Popen([*command, 'generate', '--corpus', tmp_path/'corpus', '--out', tmp_path/'set'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob('set/train/images/*.png')) and p.poll() is None: time.sleep(.05)
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and out == '' and err.splitlines()[-1].startswith('khmer-ocr: stopped') and 'Traceback' not in err

@@ -1,0 +1,68 @@
+"Every run notebook executes with tiny parameters, and leaves a report that refers to nothing outside itself."
+import importlib.util, json
+from pathlib import Path
+import nbformat, pytest
+from tiny import make_tiny
+from khmer_ocr.report import outside_references
+from khmer_ocr.runs import available_runs, run_folder, run_notebook, run_parameters
+from khmer_ocr.text import KhmerOCRError
+
+root = Path(__file__).resolve().parents[1]
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory): return make_tiny(tmp_path_factory.mktemp('tiny'))
+
+def demo_page(folder):
+    "A page as the demo makes it"
+    spec = importlib.util.spec_from_file_location('demo', root/'tools/demo.py')
+    demo = importlib.util.module_from_spec(spec); spec.loader.exec_module(demo)
+    from khmer_ocr.report import khmer_font_file
+    lines = demo.typeset(['ព្រះរាជាណាចក្រកម្ពុជា', 'ជាតិ សាសនា ព្រះមហាក្សត្រ', 'ឆ្នាំ២០២៥'], str(khmer_font_file()), folder/'page.pdf')
+    demo.rasterise(folder/'page.pdf', folder/'page.png', dpi=72)
+    (folder/'page.txt').write_text('\n'.join(lines), encoding='utf-8')
+
+def parameters(name, t, d):
+    if name == 'demo': demo_page(d)
+    return dict(
+        corpus=dict(out=str(d/'corpus'), sources=[str(t/'text.txt')], limit=40),
+        generate=dict(corpus=str(t/'corpus'), out=str(d/'set'), max_lines=4, shown=2),
+        train_ocr=dict(corpus=str(t/'corpus'), validation=str(t/'set/val'), validation_samples=2, model_dir=str(d/'model'), steps=2, batch_size=2, channels=[8, 8, 8, 8, 16], hidden=8, layers=1),
+        evaluate=dict(model=str(t/'model/best.safetensors'), data=str(t/'set'), limit=3),
+        demo=dict(samples=str(t/'set/train'), training=str(t/'model'), evaluation='', page=str(d/'page.png'), truth=str(d/'page.txt'), model=str(t/'model/best.safetensors'), shown=2))[name]
+
+@pytest.mark.parametrize('name', available_runs())
+def test_run(name, tiny, tmp_path):
+    params = parameters(name, tiny, tmp_path)
+    run = run_notebook(name, params, tmp_path/'report')
+    page = (run.folder/'report.html').read_text(encoding='utf-8')
+    assert run.metrics and outside_references(page) == [] and 'http://' not in page.split('</head>')[0]
+    assert list((run.folder/'figures').glob('*.png'))
+    facts = json.loads((run.folder/'run.json').read_text(encoding='utf-8'))
+    assert facts['started'][:10] not in (run.folder/'run.ipynb').read_text(encoding='utf-8') and facts['host'] and facts['versions']['khmer_ocr']
+
+@pytest.mark.parametrize('name', available_runs())
+def test_committed_without_outputs_and_defines_nothing(name):
+    nb = nbformat.read(run_folder()/f'{name}.ipynb', as_version=4)
+    for c in nb.cells:
+        assert not c.get('outputs'), name
+        assert not any(l.startswith(('def ', 'class ')) for l in c.source.splitlines() if c.cell_type == 'code'), name
+    ps = run_parameters(name)
+    assert ps and all(p.help for p in ps) and ps[-1].name == 'out_dir'
+
+def test_equal_runs_are_equal_but_for_run_json(tiny, tmp_path):
+    params = parameters('generate', tiny, tmp_path)
+    first = {p.name: p.read_bytes() for p in run_notebook('generate', params, tmp_path/'report').folder.rglob('*') if p.is_file()}
+    b = run_notebook('generate', params, tmp_path/'report').folder
+    for p in b.rglob('*'):
+        if p.is_file() and p.name != 'run.json': assert p.read_bytes() == first[p.name], p
+
+def test_bad_parameters_touch_nothing(tmp_path):
+    for params, word in ((dict(max_line=3), 'did you mean max_lines'), (dict(max_lines='few'), 'whole number')):
+        with pytest.raises(KhmerOCRError, match=word): run_notebook('generate', params, tmp_path/'x')
+    with pytest.raises(KhmerOCRError, match='did you mean generate'): run_notebook('genrate')
+    assert not (tmp_path/'x').exists()
+
+def test_a_failing_cell_is_one_line_and_leaves_the_notebook(tmp_path):
+    with pytest.raises(KhmerOCRError, match='Corpus files not found') as e: run_notebook('generate', dict(corpus=str(tmp_path/'none'), out=str(tmp_path/'set')), tmp_path/'r')
+    assert '\n' not in str(e.value)
+    assert [p.name for p in (tmp_path/'r').iterdir()] == ['run.ipynb']
