@@ -144,7 +144,7 @@ def _versions() -> dict:
         except PackageNotFoundError: pass
     return out
 
-# %% ../nbs/31_runs.ipynb #66d9b5f1
+# %% ../nbs/31_runs.ipynb #5ab7e9e9
 def _reason(e) -> str:
     "One line from a `PapermillExecutionError`"
     first = (str(e.evalue).strip().splitlines() or [''])[0]
@@ -156,7 +156,7 @@ def _execute(path, part, params, echo):
     for name in ('papermill', 'papermill.translators'): logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')
     streams = dict(stdout_file=sys.stderr, stderr_file=sys.stderr) if echo else {}
-    pm.execute_notebook(str(path), str(part), parameters=params, kernel_name='python3', language='python', progress_bar=False, **streams)
+    pm.execute_notebook(str(path), str(part), parameters=params, kernel_name='python3', language='python', progress_bar=False, extra_arguments=['--IPKernelApp.log_level=50'], **streams)
 
 # %% ../nbs/31_runs.ipynb #ed3684bd
 @dataclass(frozen=True)
