@@ -8,7 +8,7 @@ good() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null;
 for python in ${PYTHON:-.venv/bin/python python3 python3.11 python3.12 python3.13}; do
     if good "$python"; then found=$python; break; fi
 done
-[ -n "$found" ] || stop "Python 3.11 or newer is needed, ${PYTHON:-python3} is $(${PYTHON:-python3} -V 2>&1 || true): install it, or name one with make PYTHON=/path/to/python3"
+[ -n "$found" ] || stop "Python 3.11 or newer is needed, ${PYTHON:-python3} is $(${PYTHON:-python3} -V 2>/dev/null || echo missing): install it, or name one with make PYTHON=/path/to/python3"
 if ! good .venv/bin/python; then
     "$found" -c 'import venv, ensurepip' 2>/dev/null || stop "Python's venv module is missing: on Debian and Ubuntu run 'apt install python3-venv'"
     rm -rf .venv
