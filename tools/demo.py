@@ -56,9 +56,9 @@ def train_small(corpus, data, models, reports, steps):
         metrics = json.loads((reports/'training'/'metrics.json').read_text())
         if metrics['steps'] >= steps: return done(f'there already: loss {metrics["first_loss"]:.2f} -> {metrics["last_loss"]:.2f} (delete {models} to train again)')
     run = run_notebook('train_ocr', dict(data=str(data/'set/train'), corpus=str(corpus), validation=str(data/'validation'), validation_samples=100, model_dir=str(models), steps=steps, batch_size=16,
-        channels=[16, 24, 32, 48, 96], hidden=64, layers=1, lr=.005, eval_every=max(1, steps//5), ema=.98, threads=1, resume=latest.exists()), reports/'training', echo=True)
+        channels=[16, 24, 32, 48, 96], hidden=64, layers=1, lr=.004, eval_every=max(1, steps//5), ema=.98, threads=1, resume=latest.exists()), reports/'training', echo=True)
     m = run.metrics
-    done(f'loss {m["first_loss"]:.2f} -> {m["last_loss"]:.2f}, {100*m["scores"]["cer_folded"]:.0f} % of the characters wrong after a minute of learning')
+    done(f'loss {m["first_loss"]:.2f} -> {m["last_loss"]:.2f}, {100*m["scores"]["cer_folded"]:.0f} % of the characters wrong after this much learning')
 
 # 5
 def judge(data, reports, model):
@@ -152,7 +152,7 @@ def main():
     fonts = get_fonts()
     get_corpus(corpus, 600 if a.quick else None)
     make_lines(corpus, data, *((24, 8) if a.quick else (2000, 300)))
-    train_small(corpus, data, models, reports, 4 if a.quick else 500)
+    train_small(corpus, data, models, reports, 4 if a.quick else 800)
     judge(data, reports, a.model)
     make_page(fonts, corpus, data)
     run = read_it(data, models, reports, a.model)
