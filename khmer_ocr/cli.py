@@ -335,7 +335,7 @@ def _fresh(out, resume):
     if not resume and (Path(out)/'latest.safetensors').exists(): raise KhmerOCRError(f'{out} holds a training run: go on with --resume latest, or choose another --out')
     if resume == 'latest' and not (Path(out)/'latest.safetensors').exists(): raise KhmerOCRError(f'No training run in {out} to resume: leave --resume away, or check --out')
 
-# %% ../nbs/32_cli.ipynb #aa869ca9
+# %% ../nbs/32_cli.ipynb #831b4a2f
 @app.command()
 def train(
     model: str = typer.Option('ctc', '--model', metavar='ctc', callback=_one_of('ctc'), help='Which recogniser.'),
@@ -366,6 +366,7 @@ def train(
     elif max_samples: texts = load_lines(recipe.corpus, 'train')[:max_samples]
     validation = _validation(validation_dir, validation_samples)
     learn = train_ctc(out, recipe, loop, net, data=data, validation=validation, workers=workers, resume=resume, init=init, texts=texts)
+    if learn.stopping == 'Ctrl-C': raise _Stopped(f'stopped at step {learn.step}: the same command with --resume latest goes on from there')
     print(f'{learn.step} steps done; weights in {out}/best.safetensors' + ''.join(f', {k} {v:.4f}' for k,v in learn.metrics.items()))
 
 # %% ../nbs/32_cli.ipynb #028bbcfd
