@@ -389,7 +389,7 @@ def evaluate(
     print(f"{len(got['reads']):,} lines\n{score_table(scores)!r}")
     for k,v in parts.items(): print(f'  {k}: {100*v:.2f} % of characters')
 
-# %% ../nbs/32_cli.ipynb #d5219687
+# %% ../nbs/32_cli.ipynb #1d6fd9c8
 def _pairs(params: list[str]) -> dict:
     "`NAME=VALUE` words as a dict"
     bad = [p for p in params or [] if '=' not in p or p.endswith('=')]
@@ -405,7 +405,7 @@ def run(
     as_json: bool = typer.Option(False, '--json', help='Print the metrics as JSON.')):
     "Execute a run notebook and write its report."
     from khmer_ocr.runs import available_runs, run_help, run_notebook
-    if notebook is None: return print('\n'.join(run_help(n).splitlines()[0] for n in available_runs()))
+    if notebook is None: return print('\n'.join(f'{n:<12}  {run_help(n).splitlines()[0]}' for n in available_runs()))
     if help_notebook: return print(run_help(notebook))
     done = run_notebook(notebook, _pairs(params), out, echo=True)
     _print_json(done.metrics) if as_json else print(f'{done.folder/"report.html"} ({done.seconds:.0f} s)')

@@ -197,7 +197,7 @@ def test_evaluate(tiny, model, tmp_path):
     refused('evaluate', tmp_path/'labels.tsv', '--model', model, word='x.png'); refused('evaluate', tmp_path/'empty.tsv', '--model', model, word='empty.tsv'); refused('evaluate', tmp_path/'nothing', '--model', model, word='nothing')
 
 def test_run(tiny, tmp_path):
-    assert 'Making the corpus' in ok('run') and 'max_lines (int)' in ok('run', 'generate', '--help-notebook')
+    assert 'corpus        Making the corpus' in ok('run') and 'max_lines (int)' in ok('run', 'generate', '--help-notebook')
     refused('run', 'genrate', word='did you mean generate'); refused('run', 'generate', '-p', 'max_line', '3', word='did you mean max_lines'); refused('run', 'generate', '-p', 'seed', word='a name and a value')
     r = call('run', 'corpus', '-p', 'sources', tiny/'text.txt', '-p', 'out', tmp_path/'c', '-p', 'limit=20', '--out', tmp_path/'report', '--json')
     assert r.exit_code == 0 and json.loads(r.stdout)['lines'] > 5 and (tmp_path/'report/report.html').exists()
