@@ -1,7 +1,7 @@
 """make demo: the whole way, from fonts and text to a page that is read and scored.
 
 What an earlier run left behind is used again, so a second run is short. `python tools/demo.py --quick` does everything on a very small scale (for tests)."""
-import argparse, io, json, os, sys, time
+import argparse, io, json, os, shutil, sys, time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -38,14 +38,24 @@ def get_corpus(folder, limit):
     done(f'{stats["lines"]:,} lines in {folder}' + (', there already' if there else ''))
 
 # 3
-def make_lines(corpus, data, lines, fixed):
-    from khmer_ocr.synth import Recipe, format_stats, generate_set, make_validation_set
-    done = step(3, f'Images: {lines:,} labelled lines to train on, {fixed:,} fixed ones to judge by')
-    stats = generate_set(Recipe(corpus=str(corpus), preset='light', size=(18., 32.)), data/'set', max_lines=lines, splits=('train',), workers=os.cpu_count() or 1)
+def fresh_lines(corpus, data, lines, fixed):
+    from khmer_ocr.synth import Recipe, generate_set, make_validation_set
     before = (data/'validation'/'metadata.json').exists()
+    stats = generate_set(Recipe(corpus=str(corpus), preset='light', size=(18., 32.)), data/'set', max_lines=lines, splits=('train',), workers=os.cpu_count() or 1)
     make_validation_set(data/'validation', num_samples=fixed, corpus=corpus)
+    return stats, before and not stats['images_made']
+
+def make_lines(corpus, data, models, lines, fixed):
+    from khmer_ocr.synth import format_stats
+    done = step(3, f'Images: {lines:,} labelled lines to train on, {fixed:,} fixed ones to judge by')
+    try: stats, there = fresh_lines(corpus, data, lines, fixed)
+    except KhmerOCRError as e:
+        if 'holds' not in str(e): raise
+        say('      fonts or text have changed since the last demo: making everything anew')
+        for old in (data, models): shutil.rmtree(old, ignore_errors=True)
+        stats, there = fresh_lines(corpus, data, lines, fixed)
     say('\n'.join('      ' + l for l in format_stats(stats).splitlines() if l))
-    done(f'in {data}' + (', there already' if before and not stats['images_made'] else ''))
+    done(f'in {data}' + (', there already' if there else ''))
 
 # 4
 def train_small(corpus, data, models, reports, steps):
@@ -151,7 +161,7 @@ def main():
     corpus, data, models, reports = base/'data/processed', base/'data/demo', base/'models/demo', base/'reports/demo'
     fonts = get_fonts()
     get_corpus(corpus, 600 if a.quick else None)
-    make_lines(corpus, data, *((24, 8) if a.quick else (2000, 300)))
+    make_lines(corpus, data, models, *((24, 8) if a.quick else (2000, 300)))
     train_small(corpus, data, models, reports, 4 if a.quick else 800)
     judge(data, reports, a.model)
     make_page(fonts, corpus, data)
