@@ -190,11 +190,11 @@ def _make_chunk(recipe, texts, split, out, start, stop, prefix):
     write_atomic(out/'parts'/f'{start:06d}.jsonl', ''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows))
     return stop-start
 
-# %% ../nbs/05_synth.ipynb #c4b083bf
-def _progress(total, desc, show=True):
-    "A bar on a terminal; plain lines (every 15 s) elsewhere; nothing if not `show`"
+# %% ../nbs/05_synth.ipynb #12b78960
+def _progress(total, desc, show=True, done=0):
+    "A bar on a terminal; plain lines (every 15 s) elsewhere; nothing if not `show`; `done` images were there before"
     tty = sys.stderr.isatty()
-    return tqdm(total=total, desc=desc, unit='img', disable=not show, mininterval=.5 if tty else 15, ascii=not tty, file=sys.stderr, leave=True)
+    return tqdm(total=total, initial=done, desc=desc, unit='img', disable=not show, mininterval=.5 if tty else 15, ascii=not tty, file=sys.stderr, leave=True)
 
 def _make_split(recipe, split, out, n, executor, workers, texts=None, prefix=None, progress=True):
     "Make what is missing of a split of `n` samples, then its record; returns the number of images made"
@@ -204,8 +204,7 @@ def _make_split(recipe, split, out, n, executor, workers, texts=None, prefix=Non
     for p in (p for d in ('images', 'labels', 'parts') for p in (out/d).glob('.*')): p.unlink(missing_ok=True)      # left by a killed run
     done = {p.stem: sum(1 for _ in p.open(encoding='utf-8')) for p in (out/'parts').glob('*.jsonl')}
     todo = [(a, b) for a, b in chunks if done.get(f'{a:06d}') != b-a]
-    with _progress(n, split, progress) as bar:
-        bar.update(n - sum(b-a for a, b in todo))
+    with _progress(n, split, progress, n - sum(b-a for a, b in todo)) as bar:
         args = [(recipe, texts, split, out, a, b, prefix) for a, b in todo]
         if executor is None:
             for a in args: bar.update(_make_chunk(*a))
