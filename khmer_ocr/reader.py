@@ -69,7 +69,7 @@ class Reading:
     @property
     def char_confidences(self): return [c for _, c, *_ in self.chars]
 
-# %% ../nbs/12_reader.ipynb #06eccb79
+# %% ../nbs/12_reader.ipynb #9532cbfb
 def _place(image, width):
     "(x of the first prepared column, px per prepared column) on the given image"
     whole = stretch(upright_polarity(np.ascontiguousarray(image)))
@@ -78,12 +78,10 @@ def _place(image, width):
     return x0, part.shape[1]/width
 
 def _spans(at, n):
-    "Each unit's stretch of frames [a, b): halfway to its neighbours, as far on the outer side as on the inner, within 0..n"
+    "Each unit's stretch of frames [a, b): from where it was surest to where the next one was; within 0..n"
     if not len(at): return []
-    at = np.asarray(at) + .5
-    mid = (at[1:] + at[:-1])/2
-    first, last = (2*at[0] - mid[0], 2*at[-1] - mid[-1]) if len(at) > 1 else (at[0] - 2, at[0] + 2)
-    edge = np.r_[max(0, first), mid, min(n, last)]
+    usual = np.median(np.diff(at)) if len(at) > 1 else 4
+    edge = [*at, min(n, at[-1] + 1.3*usual + 1)]
     return list(zip(edge, edge[1:]))
 
 # %% ../nbs/12_reader.ipynb #2bfd717f
