@@ -13,8 +13,12 @@ from collections.abc import Callable
 from functools import cache, partial
 from .text import KhmerOCRError, suggest
 
-# %% ../nbs/04_degrade.ipynb #bc3b6ff1
-def weight(image, rng, strength=(.2, .9)):
+# %% ../nbs/04_degrade.ipynb #c0928a5a
+def weight(
+    image,  # uint8 (H, W), dark ink on light paper; so in all operations
+    rng,  # numpy Generator; so in all operations
+    strength=(.2, .9)  # share of the changed image in the blend, drawn from this range
+) -> np.ndarray:  # uint8 (H, W)
     "Heavier or lighter strokes: grey morphology with a 2x2 or 3x3 element, blended with the original"
     size, heavier = (2, 3)[rng.random() < .3], rng.random() < .6
     f = cv2.erode if heavier else cv2.dilate
