@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'ATTEMPTS', 'COMMON', 'CHUNK', 'Recipe', 'sample_rng', 'cut
            'generate_set', 'set_stats', 'format_stats', 'verify_set', 'validation_texts', 'make_validation_set',
            'validate_validation_set']
 
-# %% ../nbs/05_synth.ipynb #8e746917
+# %% ../nbs/05_synth.ipynb #b6aeb36f
 import hashlib, io, json, os, platform, shutil, sys, time
 import cv2
 import numpy as np
@@ -17,6 +17,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from fastcore.basics import patch
 from tqdm import tqdm
 from .text import KhmerOCRError, charset, clusters, normalise, suggest, write_atomic
 from .corpus import load_lines, typeset
@@ -68,7 +69,7 @@ def cut_short(text: str, rng, most=18) -> str:
     while i < len(cs) and len(out) + len(cs[i]) <= max(n, len(cs[i])) and len(out) < n: out += cs[i]; i += 1
     return normalise(out) or text
 
-# %% ../nbs/05_synth.ipynb #777b8630
+# %% ../nbs/05_synth.ipynb #64ac5b05
 @dataclass
 class Sample:
     "One labelled line image"
@@ -80,6 +81,7 @@ ATTEMPTS = 12
 COMMON = frozenset('''Khmer OS, Khmer OS Battambang, Khmer OS Siemreap, Khmer OS System, Khmer OS Content, Khmer OS Muol Light, Battambang, Siemreap, Hanuman, Content, Moul, Noto Sans Khmer, Noto Serif Khmer,
     Suwannaphum, Kantumruy Pro'''.replace('\n   ', '').split(', '))
 
+# %% ../nbs/05_synth.ipynb #edc12db9
 class Synth:
     "Makes the samples of a recipe; `texts` replaces the corpus' lines of every split"
     def __init__(self, recipe: Recipe, texts: list[str] | None = None):
@@ -91,28 +93,33 @@ class Synth:
         absent = set(recipe.families) - {f.family for f in self.fonts}
         if absent or not self.fonts: raise KhmerOCRError(f'No font of {", ".join(sorted(absent)) or "this split"} in the font folder: run `khmer-ocr fonts install`')
 
-    def lines(self, split) -> list[str]:
-        "The lines of a split"
-        if self._texts is not None: return self._texts
-        if split not in self._lines: self._lines[split] = load_lines(self.recipe.corpus, split)
-        return self._lines[split]
+# %% ../nbs/05_synth.ipynb #db86d3c0
+@patch
+def lines(self: Synth, split) -> list[str]:
+    "The lines of a split"
+    if self._texts is not None: return self._texts
+    if split not in self._lines: self._lines[split] = load_lines(self.recipe.corpus, split)
+    return self._lines[split]
 
-    def text(self, split, index, rng) -> str:
-        "The label of a sample"
-        lines = self.lines(split)
-        if not self.recipe.random_text: return lines[index % len(lines)]
-        if rng.random() < self.recipe.blank: return ''
-        t = lines[int(rng.integers(len(lines)))]
-        return cut_short(t, rng) if rng.random() < self.recipe.short else t
+@patch
+def text(self: Synth, split, index, rng) -> str:
+    "The label of a sample"
+    lines = self.lines(split)
+    if not self.recipe.random_text: return lines[index % len(lines)]
+    if rng.random() < self.recipe.blank: return ''
+    t = lines[int(rng.integers(len(lines)))]
+    return cut_short(t, rng) if rng.random() < self.recipe.short else t
 
-    def __call__(self, split, index) -> Sample:
-        "Sample `index` of `split`; KhmerOCRError after `ATTEMPTS` failures"
-        for attempt in range(ATTEMPTS):
-            rng = sample_rng(self.recipe.seed, split, index, attempt)
-            text = self.text(split, index, rng)
-            try: return _draw(self, split, text, rng, attempt)
-            except RenderError as e: why = e
-        raise KhmerOCRError(f'Sample {index} of {split} could not be drawn in {ATTEMPTS} attempts ({why}): install more fonts (`khmer-ocr fonts install`) or remove the line from the corpus')
+# %% ../nbs/05_synth.ipynb #fba6fb0d
+@patch
+def __call__(self: Synth, split, index) -> Sample:
+    "Sample `index` of `split`; KhmerOCRError after `ATTEMPTS` failures"
+    for attempt in range(ATTEMPTS):
+        rng = sample_rng(self.recipe.seed, split, index, attempt)
+        text = self.text(split, index, rng)
+        try: return _draw(self, split, text, rng, attempt)
+        except RenderError as e: why = e
+    raise KhmerOCRError(f'Sample {index} of {split} could not be drawn in {ATTEMPTS} attempts ({why}): install more fonts (`khmer-ocr fonts install`) or remove the line from the corpus')
 
 # %% ../nbs/05_synth.ipynb #b858a71a
 _latin_letters = frozenset('ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz')
@@ -244,7 +251,7 @@ def _check_same(path, want):
     diff = [f'{k}: {a.get(k)!r} there, {b.get(k)!r} now' for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
     if diff: raise KhmerOCRError(f'{path.parent} holds a set of another recipe ({"; ".join(diff[:3])}{f" and {len(diff)-3} more" if len(diff) > 3 else ""}): choose another --out or delete it')
 
-# %% ../nbs/05_synth.ipynb #878165ce
+# %% ../nbs/05_synth.ipynb #ee41f3ad
 def _pool(workers):
     "Fresh processes: no threads or random states are inherited"
     return ProcessPoolExecutor(workers, mp_context=get_context('spawn')) if workers > 1 else None
@@ -258,7 +265,7 @@ def generate_set(
     executor=None,  # any concurrent.futures.Executor, in place of `workers`
     progress: bool = True
 ) -> dict:  # the set's statistics, with images_made and seconds of this run
-    "Make (or complete) a pre-generated set in the layout of seed 000; a second run finds all done"
+    "Make (or complete) a pre-generated set in the layout of founding document 000; a second run finds all done"
     if max_lines is not None and max_lines < 1: raise KhmerOCRError(f'--max-lines {max_lines}: give a number of lines from 1 up')
     out, t0, made, synth = Path(out), time.time(), 0, Synth(recipe)
     counts = {s: min(len(synth.lines(s)), max_lines or 10**9) for s in splits}
@@ -294,7 +301,7 @@ def _run_info(t0, made, workers):
     s = time.time()-t0
     return dict(date=time.strftime('%Y-%m-%dT%H:%M:%S'), host=platform.node(), seconds=round(s, 2), images_made=made, images_per_second=round(made/max(s, 1e-9), 1), workers=workers)
 
-# %% ../nbs/05_synth.ipynb #ccb9a7e6
+# %% ../nbs/05_synth.ipynb #d6508d14
 def set_stats(folder) -> dict:
     "Images, labels and bytes of each split in `folder`"
     folder = Path(folder)
@@ -307,7 +314,7 @@ def set_stats(folder) -> dict:
     return dict(folder=str(folder), total_images=sum(s['images'] for s in splits.values()), total_bytes=sum(s['bytes'] for s in splits.values()), splits=splits)
 
 def format_stats(st: dict) -> str:
-    "Statistics in the words of seed 000"
+    "Statistics as text, in the words of founding document 000"
     out = ['=== Synthetic Image Statistics ===', f'Output directory: {st["folder"]}', f'Total images: {st["total_images"]}', f'Total size: {st["total_bytes"]/2**20:.2f} MB']
     for k, s in st['splits'].items(): out += ['', f'{k.upper()} split:', f'  Images: {s["images"]}', f'  Labels: {s["labels"]}', f'  Size: {s["bytes"]/2**20:.2f} MB']
     return '\n'.join(out)
@@ -336,13 +343,14 @@ def verify_set(folder) -> list[str]:
     bad = [f'{folder/s} is missing' for s in want if not (folder/s).is_dir()]
     return bad + [b for s in SPLITS if (folder/s).is_dir() for b in _verify_split(folder/s)]
 
-# %% ../nbs/05_synth.ipynb #5f9180db
+# %% ../nbs/05_synth.ipynb #f667507e
 def validation_texts(lines: list[str], n: int, seed: int) -> list[str]:
     "`n` different lines in random order; KhmerOCRError if there are fewer"
     if not 1 <= n <= len(lines): raise KhmerOCRError(f'--num-samples {n}: the validation split has {len(lines)} lines, choose a number from 1 to that')
     order = np.random.Generator(np.random.Philox(key=[seed, 77])).permutation(len(lines))[:n]
     return [lines[i] for i in order]
 
+# %% ../nbs/05_synth.ipynb #22f0ce47
 def make_validation_set(
     out='data/validation_fixed',  # folder of the set
     num_samples: int = 6400,
@@ -353,7 +361,7 @@ def make_validation_set(
     held_out: bool = False,  # in the families that training never sees
     progress: bool = True
 ) -> dict:  # the set's metadata
-    "Make (or complete) the fixed validation set of seed 001"
+    "Make (or complete) the fixed validation set"
     out, recipe, t0 = Path(out), Recipe(corpus=str(corpus), fonts=fonts, seed=random_seed, held_out=held_out), time.time()
     texts = tuple(validation_texts(load_lines(corpus, 'val'), num_samples, random_seed))
     meta = provenance(Synth(recipe), ('val',)) | dict(num_samples=num_samples, random_seed=random_seed)
