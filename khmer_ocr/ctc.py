@@ -40,8 +40,12 @@ class Units:
 
     def decode(self, ids) -> str: return ''.join(self.units[i] for i in ids)
 
-# %% ../nbs/10_ctc.ipynb #5e29acce
-def conv(a, b, kernel=3, stride=1, padding=None):
+# %% ../nbs/10_ctc.ipynb #dc06047e
+def conv(
+    a, b,  # channels in and out
+    kernel=3, stride=1,  # px, or pairs of (rows, columns)
+    padding=None  # px; None: half the kernel, so that only `stride` changes the size
+) -> nn.Sequential:  # (B, a, H, W) -> (B, b, H', W')
     "Convolution, batch norm, ReLU"
     pad = kernel//2 if padding is None else padding
     return nn.Sequential(nn.Conv2d(a, b, kernel, stride, pad, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True))

@@ -109,10 +109,17 @@ def bucket_batches(
     if rng is not None: rng.shuffle(batches)
     return [collate([items[i] for i in b]) for b in batches]
 
-# %% ../nbs/06_data.ipynb #f651e4a2
+# %% ../nbs/06_data.ipynb #d39bab37
 class OnTheFly(Dataset):
     "Pools of training batches made from a recipe; item p is the list of the batches of pool p"
-    def __init__(self, recipe: Recipe, batch_size=64, pool=32, height=HEIGHT, pools=1_000_000, texts=None):
+    def __init__(self,
+        recipe: Recipe,
+        batch_size=64,  # lines a batch
+        pool=32,  # batches a pool
+        height=HEIGHT,  # px
+        pools=1_000_000,  # after so many the stream ends
+        texts=None  # lines in place of the corpus
+    ):
         self.recipe, self.batch_size, self.pool, self.height, self.pools, self._texts, self._synth = recipe, batch_size, pool, height, pools, texts, None
     def __len__(self): return self.pools
     def __getstate__(self): return self.__dict__ | dict(_synth=None)       # workers open their own fonts
@@ -159,10 +166,14 @@ def _read_tsv(path) -> list[tuple[Path, str, dict]]:
         if len(r) < 2: raise KhmerOCRError(f'{path} line {i+1}: wanted path<TAB>text, found {r[0][:40]!r}')
     return [(path.parent/r[0], normalise(r[1]), dict(zip(names[2:], r[2:]))) for r in rows]
 
-# %% ../nbs/06_data.ipynb #57ed54bb
+# %% ../nbs/06_data.ipynb #29dcd291
 class LineFolder(Dataset):
     "Labelled lines on disk; item i is (prepared image, label)"
-    def __init__(self, path, height=HEIGHT, limit=None):
+    def __init__(self,
+        path,  # as `read_labels` takes it
+        height=HEIGHT,  # px
+        limit=None  # only so many, from the beginning
+    ):
         self.rows, self.height = read_labels(path)[:limit], height
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return prepare(read_image(self.rows[i][0]), self.height), self.rows[i][1]
