@@ -322,7 +322,7 @@ def _train_settings(config, batch, steps, epochs, per_epoch, lr, seed, preset, c
     model = {k: tuple(v) if isinstance(v, list) else v for k,v in t['model'].items()}
     return Recipe.from_dict(t['recipe']), configure(TrainConfig, t['train']), configure(CTCConfig, model)
 
-# %% ../nbs/32_cli.ipynb #932836eb
+# %% ../nbs/32_cli.ipynb #dbc2f0b1
 def _validation(folder: str|None, samples: int|None):
     "Batches of the validation set; 'none' means no evaluation"
     if folder == 'none': return None
@@ -330,12 +330,19 @@ def _validation(folder: str|None, samples: int|None):
     chosen = FixedSet(limit=samples) if folder is None else LineFolder(folder, limit=samples)
     return chosen.batches()
 
+def _source(data, max_samples, recipe, out):  # (data, texts) for `train_ctc`
+    "The source of images; with `max_samples`, its first lines only"
+    from khmer_ocr.corpus import load_lines
+    if not max_samples: return data, None
+    if data == 'onthefly': return data, load_lines(recipe.corpus, 'train')[:max_samples]
+    return _first_samples(data, max_samples, out), None
+
 def _fresh(out, resume):
     "A new run does not silently replace an old one"
     if not resume and (Path(out)/'latest.safetensors').exists(): raise KhmerOCRError(f'{out} holds a training run: go on with --resume latest, or choose another --out')
     if resume == 'latest' and not (Path(out)/'latest.safetensors').exists(): raise KhmerOCRError(f'No training run in {out} to resume: leave --resume away, or check --out')
 
-# %% ../nbs/32_cli.ipynb #831b4a2f
+# %% ../nbs/32_cli.ipynb #c87d8d48
 @app.command()
 def train(
     model: str = typer.Option('ctc', '--model', metavar='ctc', callback=_one_of('ctc'), help='Which recogniser.'),
@@ -359,13 +366,9 @@ def train(
     "Train a recogniser, on images made on the fly or on a set from disk."
     _fresh(out, resume)
     recipe, loop, net = _train_settings(config, _batch_size(batch_size), steps, num_epochs, train_samples_per_epoch, lr, seed, preset, corpus, data)
-    from khmer_ocr.corpus import load_lines
     from khmer_ocr.ctc import train_ctc
-    texts = None
-    if data != 'onthefly': data = _first_samples(data, max_samples, out) if max_samples else data
-    elif max_samples: texts = load_lines(recipe.corpus, 'train')[:max_samples]
-    validation = _validation(validation_dir, validation_samples)
-    learn = train_ctc(out, recipe, loop, net, data=data, validation=validation, workers=workers, resume=resume, init=init, texts=texts)
+    data, texts = _source(data, max_samples, recipe, out)
+    learn = train_ctc(out, recipe, loop, net, data=data, validation=_validation(validation_dir, validation_samples), workers=workers, resume=resume, init=init, texts=texts)
     if learn.stopping == 'Ctrl-C': raise _Stopped(f'stopped at step {learn.step}: the same command with --resume latest goes on from there')
     print(f'{learn.step} steps done; weights in {out}/best.safetensors' + ''.join(f', {k} {v:.4f}' for k,v in learn.metrics.items()))
 

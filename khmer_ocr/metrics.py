@@ -98,11 +98,11 @@ def accuracy(
     names = torch.cat([read, true]).unique()
     return float(multiclass_accuracy(*(torch.searchsorted(names, x) for x in (read, true)), num_classes=max(2, len(names)), average='micro'))
 
-# %% ../nbs/07_metrics.ipynb #c48c40a0
+# %% ../nbs/07_metrics.ipynb #a00d3501
 def score(
     preds: list[str],  # what was read, one for each line
     truths: list[str],  # what is there
-    extras: bool = True  # also bleu and accuracy, which take three quarters of the time
+    extras: bool = True  # also bleu and accuracy
 ) -> dict:  # cer, cer_nospace, cer_folded, cluster, exact, wer, bleu, accuracy: fractions; lines, chars: counts
     "Every metric over the same lines; `chars` is the number of code points of the truth in normal form"
     metrics = dict(cer=CER(), cer_nospace=CER('nospace'), cer_folded=CER('folded'), cluster=ClusterErrorRate(), exact=ExactLines(), wer=WER())
