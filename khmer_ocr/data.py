@@ -6,13 +6,14 @@
 __all__ = ['HEIGHT', 'read_image', 'to_grey', 'upright_polarity', 'stretch', 'trim', 'prepare', 'collate', 'as_input',
            'bucket_batches', 'OnTheFly', 'read_labels', 'LineFolder', 'FixedSet']
 
-# %% ../nbs/06_data.ipynb #71796c27
+# %% ../nbs/06_data.ipynb #dfbb60e7
 import csv, json
 import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from collections.abc import Iterator
+from fastcore.basics import patch
 from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 from .text import KhmerOCRError, normalise
@@ -34,12 +35,13 @@ def read_image(
         with Image.open(path) as im: return to_grey(ImageOps.exif_transpose(im))
     except _errors as e: raise KhmerOCRError(f'{path} cannot be read as an image: check that it opens in a viewer') from e
 
-# %% ../nbs/06_data.ipynb #085baef7
+# %% ../nbs/06_data.ipynb #168ba93c
 def to_grey(im: Image.Image) -> np.ndarray:
     "A Pillow image of any mode as uint8 (H, W) grey, transparency on white"
     if im.mode in ('I;16', 'I;16B', 'I;16L', 'I', 'F'):
-        a = np.asarray(im).astype(np.float64)
-        return np.clip(a/257 if a.max() > 255 else a, 0, 255).round().astype(np.uint8)
+        a = np.nan_to_num(np.asarray(im).astype(np.float64), posinf=0, neginf=0); top = a.max()
+        full = next((f for f in ((1,) if im.mode == 'F' else ()) + (255, 1023, 4095, 16383, 65535) if top <= f), top)
+        return np.clip(a*255/full, 0, 255).round().astype(np.uint8)
     if im.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in im.info:
         im = im.convert('RGBA'); paper = Image.new('RGBA', im.size, 'white'); im = Image.alpha_composite(paper, im).convert('RGB')
     return np.array(im.convert('L'))
@@ -109,7 +111,7 @@ def bucket_batches(
     if rng is not None: rng.shuffle(batches)
     return [collate([items[i] for i in b]) for b in batches]
 
-# %% ../nbs/06_data.ipynb #d39bab37
+# %% ../nbs/06_data.ipynb #11a37cda
 class OnTheFly(Dataset):
     "Pools of training batches made from a recipe; item p is the list of the batches of pool p"
     def __init__(self,
@@ -130,18 +132,21 @@ class OnTheFly(Dataset):
         samples = (self._synth('train', i) for i in range(a, b))
         return bucket_batches([(prepare(s.image, self.height), s.text) for s in samples], self.batch_size, np.random.Generator(np.random.Philox(key=[self.recipe.seed, 10], counter=[0, 0, 0, p])))
 
-    def start(self, p) -> int:
-        "Number of the first batch of pool `p`: pools hold 2, 4, 8, ... batches, then `pool`, so that the first batch comes soon"
-        ramp = [2**(i+1) for i in range(min(p, 16)) if 2**(i+1) < self.pool]
-        return sum(ramp) + (p-len(ramp))*self.pool
+# %% ../nbs/06_data.ipynb #204ac2dc
+@patch
+def start(self: OnTheFly, p) -> int:
+    "Number of the first batch of pool `p`: pools hold 2, 4, 8, ... batches, then `pool`, so that the first batch comes soon"
+    ramp = [2**(i+1) for i in range(min(p, 16)) if 2**(i+1) < self.pool]
+    return sum(ramp) + (p-len(ramp))*self.pool
 
-    def batches(self, step: int = 0, workers: int = 0) -> Iterator[dict]:
-        "The endless stream of batches from batch number `step` on; the same for any number of `workers`"
-        p0 = max(0, step//self.pool-1)
-        while self.start(p0+1) <= step: p0 += 1
-        skip = step-self.start(p0)
-        loader = DataLoader(self, batch_size=None, sampler=range(p0, self.pools), num_workers=workers, prefetch_factor=1 if workers else None, multiprocessing_context='spawn' if workers else None)
-        for pool in loader: yield from pool[skip:]; skip = 0
+@patch
+def batches(self: OnTheFly, step: int = 0, workers: int = 0) -> Iterator[dict]:
+    "The endless stream of batches from batch number `step` on; the same for any number of `workers`"
+    p0 = max(0, step//self.pool-1)
+    while self.start(p0+1) <= step: p0 += 1
+    skip = step-self.start(p0)
+    loader = DataLoader(self, batch_size=None, sampler=range(p0, self.pools), num_workers=workers, prefetch_factor=1 if workers else None, multiprocessing_context='spawn' if workers else None)
+    for pool in loader: yield from pool[skip:]; skip = 0
 
 # %% ../nbs/06_data.ipynb #835c64b8
 def read_labels(
