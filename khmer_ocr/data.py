@@ -6,8 +6,8 @@
 __all__ = ['HEIGHT', 'read_image', 'to_grey', 'upright_polarity', 'stretch', 'trim', 'prepare', 'collate', 'as_input',
            'bucket_batches', 'OnTheFly', 'read_labels', 'LineFolder', 'FixedSet']
 
-# %% ../nbs/06_data.ipynb #dfbb60e7
-import csv, json
+# %% ../nbs/06_data.ipynb #aeba0a6b
+import json
 import cv2
 import numpy as np
 import torch
@@ -35,8 +35,10 @@ def read_image(
         with Image.open(path) as im: return to_grey(ImageOps.exif_transpose(im))
     except _errors as e: raise KhmerOCRError(f'{path} cannot be read as an image: check that it opens in a viewer') from e
 
-# %% ../nbs/06_data.ipynb #168ba93c
-def to_grey(im: Image.Image) -> np.ndarray:
+# %% ../nbs/06_data.ipynb #9441b066
+def to_grey(
+    im: Image.Image  # of any mode
+) -> np.ndarray:  # uint8 (H, W)
     "A Pillow image of any mode as uint8 (H, W) grey, transparency on white"
     if im.mode in ('I;16', 'I;16B', 'I;16L', 'I', 'F'):
         a = np.nan_to_num(np.asarray(im).astype(np.float64), posinf=0, neginf=0); top = a.max()
@@ -46,21 +48,29 @@ def to_grey(im: Image.Image) -> np.ndarray:
         im = im.convert('RGBA'); paper = Image.new('RGBA', im.size, 'white'); im = Image.alpha_composite(paper, im).convert('RGB')
     return np.array(im.convert('L'))
 
-# %% ../nbs/06_data.ipynb #714ab0e9
-def upright_polarity(image: np.ndarray) -> np.ndarray:
+# %% ../nbs/06_data.ipynb #ee7142f1
+def upright_polarity(
+    image: np.ndarray  # uint8 (H, W), grey, of either polarity
+) -> np.ndarray:  # the same shape, ink dark
     "Dark ink on light paper, whatever came: the median grey of a line is its paper"
     lo, mid, hi = np.percentile(image[::2, ::2] if image.size > 4000 else image, (1, 50, 99))
     return 255-image if mid-lo < hi-mid else image
 
-# %% ../nbs/06_data.ipynb #da758efb
-def stretch(image: np.ndarray, least=40) -> np.ndarray:
-    "Grey levels stretched so that the paper is white and the darkest 0.5 % black; a range under `least` levels counts as blank"
+# %% ../nbs/06_data.ipynb #6f46320e
+def stretch(
+    image: np.ndarray,  # uint8 (H, W), dark ink on light paper
+    least=40  # grey levels between ink and paper that are stretched in full; fewer are stretched less
+) -> np.ndarray:  # uint8 (H, W)
+    "Grey levels stretched so that the paper is white and the darkest 0.5 % black; a range under `least` levels is not stretched in full, and stays pale"
     lo, paper = np.percentile(image[::2, ::2] if image.size > 4000 else image, (.5, 60))
     span = max(paper-lo, least)
     return cv2.convertScaleAbs(np.minimum(image, paper).astype(np.float32), alpha=255/span, beta=255*(1-paper/span)) if span < 250 else image
 
-# %% ../nbs/06_data.ipynb #330923a7
-def trim(image: np.ndarray, keep=.6) -> np.ndarray:
+# %% ../nbs/06_data.ipynb #fd13b1f6
+def trim(
+    image: np.ndarray,  # uint8 (H, W), dark ink on white
+    keep=.6  # least share of the height that the ink is left with
+) -> np.ndarray:  # a view of `image`, uint8
     "Cut blank rows and columns off a loose crop: the ink is left with at least `keep` of the height, and half a height of margin at the ends"
     h, w = image.shape
     ink = image < 128
@@ -160,16 +170,20 @@ def read_labels(
     if not rows: raise KhmerOCRError(f'{path} has no labelled lines')
     return rows
 
-# %% ../nbs/06_data.ipynb #a83a7886
+# %% ../nbs/06_data.ipynb #caad5e56
 def _read_tsv(path) -> list[tuple[Path, str, dict]]:
     "Rows of a labels.tsv; the header is optional"
     if not path.exists(): raise KhmerOCRError(f'{path}: no labelled lines there (wanted labels.tsv, or folders images/ and labels/)')
-    try: rows = [r for r in csv.reader(path.read_text(encoding='utf-8-sig').splitlines(), delimiter='\t', quoting=csv.QUOTE_NONE) if r]
+    try: rows = [(i, l.split('\t')) for i, l in enumerate(path.read_text(encoding='utf-8-sig').split('\n'), 1) if l.strip(' ')]
     except UnicodeDecodeError: raise KhmerOCRError(f'{path} is not UTF-8 text: save it as UTF-8') from None
-    names = rows.pop(0) if rows and rows[0][0].strip().lower() == 'path' else ['path', 'text']
-    for i, r in enumerate(rows):
-        if len(r) < 2: raise KhmerOCRError(f'{path} line {i+1}: wanted path<TAB>text, found {r[0][:40]!r}')
-    return [(path.parent/r[0], normalise(r[1]), dict(zip(names[2:], r[2:]))) for r in rows]
+    names = [c.strip().lower() for c in rows[0][1]] if rows else []
+    if 'path' in names: rows = rows[1:]
+    else: names = ['path', 'text']
+    if 'text' not in names: raise KhmerOCRError(f'{path} has no column "text" (its header: {", ".join(names)}): name the columns path and text')
+    p, t = names.index('path'), names.index('text')
+    for i, r in rows:
+        if len(r) <= max(p, t): raise KhmerOCRError(f'{path} line {i}: wanted {"<TAB>".join(names[:max(p, t)+1])}, found {r[0][:40]!r}')
+    return [(path.parent/r[p], normalise(r[t]), {k: v for k, v in zip(names, r) if k not in ('path', 'text')}) for _, r in rows]
 
 # %% ../nbs/06_data.ipynb #29dcd291
 class LineFolder(Dataset):

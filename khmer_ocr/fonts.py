@@ -231,7 +231,7 @@ def _install_package(package, rows, folder):
     except KhmerOCRError as e: return {}, e
     except OSError as e: return {}, KhmerOCRError(f'Could not keep {name} ({e}): make room or set XDG_CACHE_HOME and KHMER_OCR_FONTS to folders that can be written')
 
-# %% ../nbs/02_fonts.ipynb #3d3a4c15
+# %% ../nbs/02_fonts.ipynb #38f3a44a
 def install_fonts(
     folder: str|Path|None = None,  # default: `font_folder()`
     families: list[str]|None = None  # default: all of the manifest
@@ -244,6 +244,7 @@ def install_fonts(
     for r in rows:
         if r['kind'] == 'pip' or families and r['family'] not in families: continue
         if locate(r, folder, ledger)[1] != 'ok': todo.setdefault((r['kind'], r['package'], r['version']), []).append(r)
+    if folder.exists() and not folder.is_dir(): raise KhmerOCRError(f'{folder} is a file: fonts need a folder')
     if todo: print(f'fetching {len(todo)} font packages', file=sys.stderr)
     with ThreadPoolExecutor(6) as pool: done = list(pool.map(lambda p: _install_package(p, todo[p], folder), todo))
     for notes, _ in done: ledger |= notes
