@@ -20,7 +20,7 @@ from .data import HEIGHT, LineFolder, OnTheFly, as_input
 from .metrics import score
 from .learner import Learner, TrainConfig, load_weights, save_checkpoint
 
-# %% ../nbs/10_ctc.ipynb #54f7e10d
+# %% ../nbs/10_ctc.ipynb #8f0c7a78
 class Units:
     "Output units of a reader: the charset's symbols, then one unit per subscript. Ids start at 1; 0 is the CTC blank"
     def __init__(self, charset: Charset):
@@ -38,7 +38,9 @@ class Units:
         except KeyError: self.charset.encode(text)      # raises with the names
         return [i for u in self._split.findall(text) for i in ([self._id[u]] if u in self._id else [self._id[c] for c in u])]
 
-    def decode(self, ids) -> str: return ''.join(self.units[i] for i in ids)
+    def decode(self, ids) -> str:
+        "The text that a sequence of ids stands for; blanks (0) are nothing"
+        return ''.join(self.units[i] for i in ids)
 
 # %% ../nbs/10_ctc.ipynb #dc06047e
 def conv(
@@ -57,7 +59,7 @@ class Pair(nn.Module):
         self.a, self.b = conv(a, b), conv(b, b)
     def forward(self, x): x = self.a(x); return x + self.b(x)
 
-# %% ../nbs/10_ctc.ipynb #93a016ba
+# %% ../nbs/10_ctc.ipynb #a5e5f59d
 @dataclass(frozen=True)
 class CTCConfig:
     "Shape of the reader"
@@ -85,7 +87,9 @@ class CTCNet(nn.Module):
         return self.name(self.drop(self.read(f)[0]))
 
     @staticmethod
-    def lengths(widths): return (widths + STRIDE - 1)//STRIDE
+    def lengths(widths):
+        "Frames of images of `widths` px; numbers or tensors"
+        return (widths + STRIDE - 1)//STRIDE
 
 # %% ../nbs/10_ctc.ipynb #18776478
 class CTCLoss:

@@ -27,7 +27,7 @@ def _pairs(
         raise KhmerOCRError(f'{len(preds)} readings cannot be compared with {len(truths)} true lines: give one reading for each line, in the same order')
     return [(normalise(p), normalise(t)) for p, t in zip(preds, truths)]
 
-# %% ../nbs/07_metrics.ipynb #2920a58a
+# %% ../nbs/07_metrics.ipynb #ed2b2d22
 class EditRate(Metric):
     "Edits over true units, summed over all lines seen; a subclass says what a unit is. Range 0 (perfect) to any size; lower is better"
     is_differentiable, higher_is_better, full_state_update = False, False, False
@@ -35,7 +35,9 @@ class EditRate(Metric):
         super().__init__(**kwargs)
         self.add_state('edits', torch.tensor(0), dist_reduce_fx='sum')
         self.add_state('total', torch.tensor(0), dist_reduce_fx='sum')
-    def units(self, s: str): return s
+    def units(self, s: str):
+        "What is counted, as a sequence; here code points"
+        return s
     def update(self, preds, target):
         "Count the lines `preds` (str or list of str) against `target` (the same)"
         pairs = [(self.units(p), self.units(t)) for p, t in _pairs(preds, target)]

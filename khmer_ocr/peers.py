@@ -24,7 +24,7 @@ def tesseract_models() -> list[str]:
     have = [m for m in ('khm', 'script/Khmer', 'Khmer') if m in out]
     return have + (['khm+eng'] if {'khm', 'eng'} <= set(out) else [])
 
-# %% ../nbs/15_peers.ipynb #38eb0b31
+# %% ../nbs/15_peers.ipynb #7306ae62
 @dataclass
 class Run:
     "What an engine read, and what it cost"
@@ -32,7 +32,9 @@ class Run:
     texts: list[str]
     cpu_seconds: float    # processor time, files to text, all threads
     @property
-    def lines_per_cpu_second(self): return len(self.texts)/max(self.cpu_seconds, 1e-9)
+    def lines_per_cpu_second(self):
+        "Speed; processor time, not the clock on the wall"
+        return len(self.texts)/max(self.cpu_seconds, 1e-9)
 
 def _children(): u = resource.getrusage(resource.RUSAGE_CHILDREN); return u.ru_utime+u.ru_stime
 

@@ -59,7 +59,7 @@ def working(net: CTCNet, dtype=torch.float32, device='cpu') -> CTCNet:
     net.name = _Exact(net.name)
     return net.requires_grad_(False)
 
-# %% ../nbs/12_reader.ipynb #9028c8c1
+# %% ../nbs/12_reader.ipynb #598f7916
 @dataclass(frozen=True)
 class Reading:
     "What a line says. `chars`: (unit, confidence, x0, x1), the unit a character or a subscript, x in px of the given image"
@@ -67,7 +67,9 @@ class Reading:
     confidence: float   # mean confidence of the units, 0..1; of the blank where there are none
     chars: tuple = ()
     @property
-    def char_confidences(self): return [c for _, c, *_ in self.chars]
+    def char_confidences(self):
+        "The confidences of `chars` alone, 0..1"
+        return [c for _, c, *_ in self.chars]
 
 # %% ../nbs/12_reader.ipynb #9532cbfb
 def _place(image, width):
