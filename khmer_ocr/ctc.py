@@ -59,7 +59,7 @@ class Pair(nn.Module):
         self.a, self.b = conv(a, b), conv(b, b)
     def forward(self, x): x = self.a(x); return x + self.b(x)
 
-# %% ../nbs/10_ctc.ipynb #a5e5f59d
+# %% ../nbs/10_ctc.ipynb #710467b3
 @dataclass(frozen=True)
 class CTCConfig:
     "Shape of the reader"
@@ -72,6 +72,7 @@ class CTCConfig:
 
 STRIDE = 4          # px a frame
 
+# %% ../nbs/10_ctc.ipynb #4e1f3baf
 class CTCNet(nn.Module):
     "Line images (B, 1, height, W) float, ink 1, paper 0 -> logits (B, ceil(W/4), n_units)"
     def __init__(self, n_units: int, config: CTCConfig = CTCConfig()):
