@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['app', 'read', 'fonts', 'corpus', 'generate', 'validation_set', 'train', 'evaluate', 'run', 'check']
 
-# %% ../nbs/32_cli.ipynb #2f587d8c
-import json, os, sys, traceback
+# %% ../nbs/32_cli.ipynb #65aa9c91
+import json, logging, os, sys, traceback
 from pathlib import Path
 import typer
 from typer.core import TyperGroup
 from . import __version__
 from .text import KhmerOCRError, suggest, write_atomic
 
-# %% ../nbs/32_cli.ipynb #f3ce3c54
+# %% ../nbs/32_cli.ipynb #7cca48c8
 class _Stopped(KhmerOCRError): "Ctrl-C"
 
 def _one_line(s) -> str: return ' '.join(str(s).split())
@@ -24,7 +24,8 @@ def _complaint(e: BaseException) -> tuple[list[str], int]:  # lines for stderr, 
     if isinstance(e, KhmerOCRError): return [f'khmer-ocr: {_one_line(e)}'], 1
     if hasattr(e, 'format_message'): return _usage(e)
     if isinstance(e, MemoryError): return ['khmer-ocr: not enough memory: give fewer or smaller images, or a smaller --batch-size'], 1
-    if isinstance(e, OSError): return [f'khmer-ocr: {e.filename or "file"}: {e.strerror or e}'], 1
+    if isinstance(e, (FileExistsError, NotADirectoryError)): return [f'khmer-ocr: {e.filename} is a file or below one, where a folder is wanted: give another path'], 1
+    if isinstance(e, OSError): return [f'khmer-ocr: {e.filename or "output"}: {e.strerror or e}'], 1
     return [f'khmer-ocr: unexpected {type(e).__name__}: {_one_line(e)} (run again with --debug to see where)'], 1
 
 # %% ../nbs/32_cli.ipynb #951f02e1
@@ -36,7 +37,7 @@ def _usage(e) -> tuple[list[str], int]:
     if bad_value: return [f'{command}: {said}'], 1
     return [f'{command}: {said}', f"Try '{command} --help'."], 2
 
-# %% ../nbs/32_cli.ipynb #9e97ca39
+# %% ../nbs/32_cli.ipynb #884199d1
 def _join_pairs(args: list[str]) -> list[str]:
     "`-p NAME VALUE` as `-p NAME=VALUE`"
     out, it = [], iter(args)
@@ -49,9 +50,10 @@ def _join_pairs(args: list[str]) -> list[str]:
 
 class _Group(TyperGroup):
     "Commands whose errors are one line"
+    resumes = ('generate', 'validation-set', 'fonts', 'corpus')
     def invoke(self, ctx):
         try: return super().invoke(ctx)
-        except KeyboardInterrupt: raise _Stopped('stopped; what was finished stays, and the same command goes on from there') from None
+        except KeyboardInterrupt: raise _Stopped('stopped; what was finished stays' + (', and the same command goes on from there' if ctx.invoked_subcommand in self.resumes else '')) from None
 
     def main(self, args=None, prog_name=None, standalone_mode=True, **kwargs):
         args = list(sys.argv[1:] if args is None else args)
@@ -59,9 +61,10 @@ class _Group(TyperGroup):
         if args[:1] == ['run']: args = _join_pairs(args)
         sys.exit(_guarded(lambda: super(_Group, self).main(args, prog_name='khmer-ocr', standalone_mode=False, **kwargs), debug))
 
-# %% ../nbs/32_cli.ipynb #2f24e397
+# %% ../nbs/32_cli.ipynb #c4947ac3
 def _guarded(call, debug=False) -> int:  # exit status
     "Runs `call`; an exception becomes a line on stderr"
+    logging.getLogger('matplotlib').setLevel(logging.ERROR)      # a home that cannot be written to is no news to a reader of text
     for s in (sys.stdout, sys.stderr):
         if (s.encoding or '').lower().replace('-', '') != 'utf8' and hasattr(s, 'reconfigure'): s.reconfigure(encoding='utf-8')
     try:
@@ -90,7 +93,7 @@ def _main(ctx: typer.Context,
     "Khmer text recognition: make labelled lines, train readers, read pages."
     if ctx.invoked_subcommand is None: print(ctx.get_help())
 
-# %% ../nbs/32_cli.ipynb #0f34972a
+# %% ../nbs/32_cli.ipynb #776849b8
 def _one_of(*names):
     "A check for an option's value"
     def check(ctx: typer.Context, param: typer.CallbackParam, value: str):
@@ -103,6 +106,11 @@ def _print_json(o): print(json.dumps(o, ensure_ascii=False, indent=1))
 def _positive(ctx: typer.Context, param: typer.CallbackParam, value: int|None):
     "A check for counts"
     if value is not None and value < 1: raise KhmerOCRError(f'{param.opts[0]} takes a whole number from 1 up, not {value}')
+    return value
+
+def _seed(ctx: typer.Context, param: typer.CallbackParam, value: int|None):
+    "A check for seeds and for counts that may be 0"
+    if value is not None and not 0 <= value < 2**63: raise KhmerOCRError(f'{param.opts[0]} takes a whole number from 0 up (below 2 to the 63rd), not {value}')
     return value
 
 # %% ../nbs/32_cli.ipynb #210c6319
@@ -187,7 +195,7 @@ def read(
     _deliver(outputs, out, format)
     if problems: raise typer.Exit(1)
 
-# %% ../nbs/32_cli.ipynb #3db5645c
+# %% ../nbs/32_cli.ipynb #ec15a510
 def _columns(rows: list[dict]) -> str:
     "Rows of equal keys as aligned text with a head"
     from khmer_ocr.report import Table
@@ -206,17 +214,18 @@ def fonts(
         return _print_json(dict(faces=len(found), families=len({f.family for f in found}))) if as_json else print(f'{len(found)} faces of {len({f.family for f in found})} families are installed')
     rows = font_table(folder) if action == 'list' else [dict(font=n, state=s, path=str(p)) for n,p,s in check_fonts(folder)]
     if family: rows = [r for r in rows if any(str(r.get('family', r.get('font'))).startswith(f) for f in family)]
+    if not rows: raise KhmerOCRError(f'No family {", ".join(family)} in the font manifest: `khmer-ocr fonts list` shows them')
     _print_json(rows) if as_json else print(_columns(rows))
     bad = sum(r.get('state', 'ok') != 'ok' for r in rows)
     if bad: raise KhmerOCRError(f'{bad} of {len(rows)} font files are missing or changed: run `khmer-ocr fonts install`')
 
-# %% ../nbs/32_cli.ipynb #ce300c80
+# %% ../nbs/32_cli.ipynb #79e8102a
 @app.command()
 def corpus(
     source: list[str] = typer.Option(None, '--source', metavar='NAME|PATH', help='A source of the manifest, or your own .txt, folder or Wikimedia dump (may be repeated).'),
     licence: str = typer.Option('any', '--licence', metavar='open|declared|any', callback=_one_of('open', 'declared', 'any'), help='Which licence classes to accept.'),
     out: str = typer.Option('data/processed', '--out', help='Folder for train.txt, val.txt, test.txt.'),
-    seed: int = typer.Option(42, '--seed', help='Decides rule-made lines and order.'),
+    seed: int = typer.Option(42, '--seed', callback=_seed, help='Decides rule-made lines and order.'),
     limit: int = typer.Option(None, '--limit', callback=_positive, help='About this many lines in all; 400,000 by default.'),
     as_json: bool = typer.Option(False, '--json', help='Print JSON.')):
     "Fetch text and make clean lines for training, validation and test."
@@ -239,13 +248,13 @@ def _report_problems(problems: list[str], where):
     if problems: raise KhmerOCRError(f'{where}: {len(problems)} problem{"s" if len(problems) > 1 else ""}{" (the first 20 are shown)" if len(problems) > 20 else ""}; generate it again to repair it')
     print(f'{where}: every file is as recorded')
 
-# %% ../nbs/32_cli.ipynb #739e3fa3
+# %% ../nbs/32_cli.ipynb #832a41f6
 @app.command()
 def generate(
     out: str = typer.Option('data/synthetic', '--out', help='Folder of the set.'),
     max_lines: int = typer.Option(None, '--max-lines', callback=_positive, help='At most this many lines per split.'),
     workers: int = typer.Option(1, '--workers', callback=_positive, help='Processes; the bytes do not depend on it.'),
-    seed: int = typer.Option(None, '--seed', help='Decides everything; default 42.'),
+    seed: int = typer.Option(None, '--seed', callback=_seed, help='Decides everything; default 42.'),
     stats: bool = typer.Option(False, '--stats', help='Only count what is there.'),
     verify: bool = typer.Option(False, '--verify', help='Only check every file against the record.'),
     preset: str = typer.Option(None, '--preset', help='How the training lines are damaged.'),
@@ -259,11 +268,11 @@ def generate(
     else: made = generate_set(Recipe.from_dict(_merged(config, seed=seed, preset=preset, corpus=corpus)), out, max_lines=max_lines, workers=workers)
     _print_json(made) if as_json else print(format_stats(made))
 
-# %% ../nbs/32_cli.ipynb #ba862a51
+# %% ../nbs/32_cli.ipynb #995b5443
 @app.command('validation-set')
 def validation_set(
     num_samples: int = typer.Option(6400, '--num-samples', callback=_positive, help='Lines in the set.'),
-    random_seed: int = typer.Option(42, '--random-seed', help='Decides which lines.'),
+    random_seed: int = typer.Option(42, '--random-seed', callback=_seed, help='Decides which lines.'),
     output_dir: str = typer.Option('data/validation_fixed', '--output-dir', help='Folder of the set.'),
     validate_only: bool = typer.Option(False, '--validate-only', help='Only check every file against the record.'),
     corpus: str = typer.Option('data/processed', '--corpus', help='Folder of the corpus.'),
@@ -342,7 +351,7 @@ def _fresh(out, resume):
     if not resume and (Path(out)/'latest.safetensors').exists(): raise KhmerOCRError(f'{out} holds a training run: go on with --resume latest, or choose another --out')
     if resume == 'latest' and not (Path(out)/'latest.safetensors').exists(): raise KhmerOCRError(f'No training run in {out} to resume: leave --resume away, or check --out')
 
-# %% ../nbs/32_cli.ipynb #c87d8d48
+# %% ../nbs/32_cli.ipynb #09a3f469
 @app.command()
 def train(
     model: str = typer.Option('ctc', '--model', metavar='ctc', callback=_one_of('ctc'), help='Which recogniser.'),
@@ -359,10 +368,10 @@ def train(
     validation_dir: str = typer.Option(None, '--validation-dir', metavar='DIR|none', help='Labelled lines to evaluate on; default data/validation_fixed.'),
     validation_samples: int = typer.Option(None, '--validation-samples', callback=_positive, help='Only so many of them.'),
     out: str = typer.Option('models/ctc', '--out', help='Folder for checkpoints, history and logs.'),
-    seed: int = typer.Option(None, '--seed', help='Decides weights and data; default 42.'),
+    seed: int = typer.Option(None, '--seed', callback=_seed, help='Decides weights and data; default 42.'),
     preset: str = typer.Option(None, '--preset', help='How training lines are damaged.'),
     corpus: str = typer.Option(None, '--corpus', help='Folder of the corpus.'),
-    workers: int = typer.Option(0, '--workers', help='Processes that make images beside the training; 0: none.')):
+    workers: int = typer.Option(0, '--workers', callback=_seed, help='Processes that make images beside the training; 0: none.')):
     "Train a recogniser, on images made on the fly or on a set from disk."
     _fresh(out, resume)
     recipe, loop, net = _train_settings(config, _batch_size(batch_size), steps, num_epochs, train_samples_per_epoch, lr, seed, preset, corpus, data)

@@ -775,7 +775,7 @@ def build_corpus(
     write_atomic(Path(out)/'corpus.json', json.dumps(stats, ensure_ascii=False, indent=1) + '\n')
     return stats
 
-# %% ../nbs/01_corpus.ipynb #26054185
+# %% ../nbs/01_corpus.ipynb #8135ccfb
 def load_lines(
     folder='data/processed', # what `build_corpus` wrote
     split:str='train' # train, val or test
@@ -784,7 +784,10 @@ def load_lines(
     path = Path(folder)/f'{split}.txt'
     if split not in _parts: raise KhmerOCRError(f'Unknown split {split!r}: use train, val or test{suggest(split, _parts)}')
     if not path.exists(): raise KhmerOCRError(f'Corpus files not found in {folder}: run `khmer-ocr corpus`')
-    return path.read_text('utf-8').splitlines()
+    try: lines = path.read_text('utf-8').splitlines()
+    except UnicodeDecodeError: raise KhmerOCRError(f'{path} is not UTF-8 text: run `khmer-ocr corpus` again') from None
+    if not lines and split == 'train': raise KhmerOCRError(f'{path} has no lines: run `khmer-ocr corpus`')
+    return lines
 
 # %% ../nbs/01_corpus.ipynb #2d7e7eb6
 def corpus_stats(

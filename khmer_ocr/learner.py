@@ -145,13 +145,14 @@ def save_checkpoint(
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, _safetensors_bytes(flat, {'khmer_ocr': meta}))
 
-# %% ../nbs/08_learner.ipynb #bc6bc060
+# %% ../nbs/08_learner.ipynb #1dd520b0
 def load_checkpoint(
     path: str|Path
 ) -> tuple[dict, dict]:  # name -> tensor (CPU), header
     "Read what `save_checkpoint` wrote; `KhmerOCRError` if the file is missing, truncated, foreign or too new"
     path = Path(path)
-    if not path.is_file(): raise KhmerOCRError(f'Checkpoint not found: {path}')
+    if path.is_dir(): raise KhmerOCRError(f'{path} is a folder, not a checkpoint: give a .safetensors file')
+    if not path.is_file(): raise KhmerOCRError(f'Checkpoint not found: {path}: check the path, or train it')
     try:
         with safe_open(path, 'pt') as f:
             header = json.loads((f.metadata() or {}).get('khmer_ocr', 'null'))

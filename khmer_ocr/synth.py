@@ -25,7 +25,7 @@ from .fonts import covers, find_fonts, hash_font, random_font
 from .render import RenderError, render
 from .degrade import degrade, preset
 
-# %% ../nbs/05_synth.ipynb #d371cb69
+# %% ../nbs/05_synth.ipynb #a6ca90ac
 @dataclass(frozen=True)
 class Recipe:
     "What decides a set of samples, beside split and index"
@@ -49,9 +49,24 @@ class Recipe:
         for k in d:
             if k not in known: raise KhmerOCRError(f'Unknown recipe setting {k!r}{suggest(k, known)}: choose from {", ".join(known)}')
         r = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
-        preset(r.preset)
-        if not 8 <= r.size[0] <= r.size[1] <= 200: raise KhmerOCRError(f'Recipe setting size={list(r.size)} must be two sizes in pixels per em, smaller first, between 8 and 200')
-        return r
+        return _checked(r)
+
+# %% ../nbs/05_synth.ipynb #a512adb5
+def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
+
+def _checked(r: Recipe) -> Recipe:
+    "The recipe, or KhmerOCRError for a value of the wrong kind or out of range"
+    def want(ok, what, *names):
+        for k in names:
+            if not ok(v := getattr(r, k)): raise KhmerOCRError(f'Recipe setting {k}={list(v) if isinstance(v, tuple) else v!r} must be {what}')
+    want(lambda v: type(v) is int and 0 <= v < 2**63, 'a whole number from 0 up', 'seed')
+    want(lambda v: _number(v) and 0 <= v <= 1, 'a share from 0 to 1', 'common', 'short', 'blank')
+    want(lambda v: isinstance(v, bool), 'true or false', 'random_text', 'augment', 'held_out')
+    want(lambda v: isinstance(v, (str, Path)), 'a text', 'corpus', 'preset')
+    want(lambda v: isinstance(v, tuple) and all(isinstance(f, str) for f in v), 'a list of names', 'families')
+    want(lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(_number, v)) and 8 <= v[0] <= v[1] <= 200, 'two sizes in pixels per em, smaller first, between 8 and 200', 'size')
+    preset(r.preset)
+    return r
 
 # %% ../nbs/05_synth.ipynb #2f1659ce
 SPLITS = ('train', 'val', 'test')
@@ -197,11 +212,27 @@ def _make_chunk(recipe, texts, split, out, start, stop, prefix):
     write_atomic(out/'parts'/f'{start:06d}.jsonl', ''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows))
     return stop-start
 
-# %% ../nbs/05_synth.ipynb #12b78960
+# %% ../nbs/05_synth.ipynb #9e6b42b4
+class _Lines:
+    "A stream for tqdm where there is no terminal: each state on a line of its own"
+    def write(self, s):
+        if s := s.strip(): print(s, file=sys.stderr)
+    def flush(self): sys.stderr.flush()
+
 def _progress(total, desc, show=True, done=0):
     "A bar on a terminal; plain lines (every 15 s) elsewhere; nothing if not `show`; `done` images were there before"
     tty = sys.stderr.isatty()
-    return tqdm(total=total, initial=done, desc=desc, unit='img', disable=not show, mininterval=.5 if tty else 15, ascii=not tty, file=sys.stderr, leave=True)
+    return tqdm(total=total, initial=done, desc=desc, unit='img', disable=not show, mininterval=.5 if tty else 15, ascii=not tty, file=sys.stderr if tty else _Lines(), leave=True)
+
+# %% ../nbs/05_synth.ipynb #2d661473
+def _sha256_file(path) -> str: return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+def _intact(out, start, n) -> bool:
+    "Is the chunk of `n` samples from `start` on as its record says?"
+    try:
+        rows = [json.loads(l) for l in (out/'parts'/f'{start:06d}.jsonl').read_text(encoding='utf-8').splitlines()]
+        return len(rows) == n and all(_sha256_file(out/'images'/f'{r["name"]}.png') == r['sha256'] and (out/'labels'/f'{r["name"]}.txt').read_bytes() == r['text'].encode() for r in rows)
+    except (OSError, ValueError, KeyError, TypeError): return False
 
 def _make_split(recipe, split, out, n, executor, workers, texts=None, prefix=None, progress=True):
     "Make what is missing of a split of `n` samples, then its record; returns the number of images made"
@@ -209,8 +240,7 @@ def _make_split(recipe, split, out, n, executor, workers, texts=None, prefix=Non
     for d in ('images', 'labels', 'parts'): (out/d).mkdir(parents=True, exist_ok=True)
     chunks = [(a, min(a+CHUNK, n)) for a in range(0, n, CHUNK)]
     for p in (p for d in ('images', 'labels', 'parts') for p in (out/d).glob('.*')): p.unlink(missing_ok=True)      # left by a killed run
-    done = {p.stem: sum(1 for _ in p.open(encoding='utf-8')) for p in (out/'parts').glob('*.jsonl')}
-    todo = [(a, b) for a, b in chunks if done.get(f'{a:06d}') != b-a]
+    todo = [(a, b) for a, b in chunks if not _intact(out, a, b-a)]
     with _progress(n, split, progress, n - sum(b-a for a, b in todo)) as bar:
         args = [(recipe, texts, split, out, a, b, prefix) for a, b in todo]
         if executor is None:
@@ -221,9 +251,7 @@ def _make_split(recipe, split, out, n, executor, workers, texts=None, prefix=Non
     write_atomic(out/'samples.jsonl', rows)
     return sum(b-a for a, b in todo)
 
-# %% ../nbs/05_synth.ipynb #321169f6
-def _sha256_file(path) -> str: return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
+# %% ../nbs/05_synth.ipynb #bf9da40c
 def provenance(synth: Synth, splits=SPLITS) -> dict:
     "All that decides the bytes of a set"
     libs = {k: version(k) for k in ('numpy', 'opencv-python' if _has('opencv-python') else 'opencv-python-headless', 'uharfbuzz', 'freetype-py')}
@@ -237,21 +265,32 @@ def _has(package):
     try: version(package); return True
     except Exception: return False
 
-# %% ../nbs/05_synth.ipynb #06f050ba
+# %% ../nbs/05_synth.ipynb #575981fc
 def _flat(d, pre=''):
     "Nested dict to dotted keys"
     return {k2: v2 for k, v in d.items() for k2, v2 in (_flat(v, f'{pre}{k}.') if isinstance(v, dict) else {pre+k: v}).items()}
 
+def _record(path) -> dict:
+    "What a JSON record says; {} where there is none"
+    if not path.exists(): return {}
+    try: have = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError: have = None
+    if not isinstance(have, dict): raise KhmerOCRError(f'{path} is damaged: delete {path.parent} and make the set again')
+    return have
+
 def _check_same(path, want):
     "KhmerOCRError if the metadata at `path` exists and says another recipe than `want`"
-    if not path.exists(): return
-    try: have = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError: raise KhmerOCRError(f'{path} is damaged: delete {path.parent} and generate again') from None
+    if not (have := _record(path)): return
     a, b = _flat({k: have.get(k) for k in want}), _flat(json.loads(json.dumps(want)))
     diff = [f'{k}: {a.get(k)!r} there, {b.get(k)!r} now' for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
     if diff: raise KhmerOCRError(f'{path.parent} holds a set of another recipe ({"; ".join(diff[:3])}{f" and {len(diff)-3} more" if len(diff) > 3 else ""}): choose another --out or delete it')
 
-# %% ../nbs/05_synth.ipynb #ee41f3ad
+def _check_room(out, counts):
+    "A smaller set would leave images of the larger one behind, and deleting them is not for us to decide"
+    for k, n in _record(out/'generation_metadata.json').get('splits', {}).items():
+        if n > counts.get(k, n): raise KhmerOCRError(f'{out} holds a larger set ({n:,} lines in {k}, {counts[k]:,} now): choose another --out or delete it')
+
+# %% ../nbs/05_synth.ipynb #2f204d5a
 def _pool(workers):
     "Fresh processes: no threads or random states are inherited"
     return ProcessPoolExecutor(workers, mp_context=get_context('spawn')) if workers > 1 else None
@@ -271,6 +310,7 @@ def generate_set(
     counts = {s: min(len(synth.lines(s)), max_lines or 10**9) for s in splits}
     meta = dict(format='khmer_ocr set', version=1) | provenance(synth, splits)
     _check_same(out/'generation_metadata.json', meta)
+    _check_room(out, counts)
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out/'generation_metadata.json', json.dumps(meta | dict(splits=counts), ensure_ascii=False, indent=1, sort_keys=True))
     own = None if executor else _pool(workers)
@@ -319,11 +359,11 @@ def format_stats(st: dict) -> str:
     for k, s in st['splits'].items(): out += ['', f'{k.upper()} split:', f'  Images: {s["images"]}', f'  Labels: {s["labels"]}', f'  Size: {s["bytes"]/2**20:.2f} MB']
     return '\n'.join(out)
 
-# %% ../nbs/05_synth.ipynb #af9e2d28
+# %% ../nbs/05_synth.ipynb #8f075580
 def _verify_split(folder) -> list[str]:
     "Problems of one split"
     bad, rows = [], _rows(folder)
-    meta = json.loads((folder/'metadata.json').read_text(encoding='utf-8')) if (folder/'metadata.json').exists() else {}
+    meta = _record(folder/'metadata.json')
     if meta.get('num_samples') != len(rows): bad.append(f'{folder}/metadata.json says {meta.get("num_samples")} samples, samples.jsonl has {len(rows)}')
     if meta.get('samples_sha256') != _sha256_file(folder/'samples.jsonl'): bad.append(f'{folder}/samples.jsonl is not the one of metadata.json')
     for r in rows:
@@ -331,7 +371,7 @@ def _verify_split(folder) -> list[str]:
         if not im.exists(): bad.append(f'{im} is missing')
         elif _sha256_file(im) != r['sha256']: bad.append(f'{im} has changed')
         if not lab.exists(): bad.append(f'{lab} is missing')
-        elif lab.read_text(encoding='utf-8') != r['text']: bad.append(f'{lab} has changed')
+        elif lab.read_bytes() != r['text'].encode(): bad.append(f'{lab} has changed')
     names = {r['name'] for r in rows}
     bad += [f'{p} does not belong to the set' for d in ('images', 'labels') for p in sorted((folder/d).iterdir()) if p.stem not in names]
     return bad
@@ -339,7 +379,7 @@ def _verify_split(folder) -> list[str]:
 def verify_set(folder) -> list[str]:
     "Problems of a generated set, one line each; [] if every byte is as recorded"
     folder = Path(folder); set_stats(folder)
-    want = json.loads((folder/'generation_metadata.json').read_text(encoding='utf-8')).get('splits', {})
+    want = _record(folder/'generation_metadata.json').get('splits', {})
     bad = [f'{folder/s} is missing' for s in want if not (folder/s).is_dir()]
     return bad + [b for s in SPLITS if (folder/s).is_dir() for b in _verify_split(folder/s)]
 
@@ -350,7 +390,7 @@ def validation_texts(lines: list[str], n: int, seed: int) -> list[str]:
     order = np.random.Generator(np.random.Philox(key=[seed, 77])).permutation(len(lines))[:n]
     return [lines[i] for i in order]
 
-# %% ../nbs/05_synth.ipynb #22f0ce47
+# %% ../nbs/05_synth.ipynb #d82b2ead
 def make_validation_set(
     out='data/validation_fixed',  # folder of the set
     num_samples: int = 6400,
@@ -365,8 +405,9 @@ def make_validation_set(
     out, recipe, t0 = Path(out), Recipe(corpus=str(corpus), fonts=fonts, seed=random_seed, held_out=held_out), time.time()
     texts = tuple(validation_texts(load_lines(corpus, 'val'), num_samples, random_seed))
     meta = provenance(Synth(recipe), ('val',)) | dict(num_samples=num_samples, random_seed=random_seed)
-    old = json.loads((out/'metadata.json').read_text(encoding='utf-8'))['provenance'] if (out/'metadata.json').exists() else None
+    old = _record(out/'metadata.json').get('provenance') or _record(out/'parts'/'provenance.json')      # of a finished set, or of one that was stopped
     if old: _check_same_validation(out, old, meta)
+    (out/'parts').mkdir(parents=True, exist_ok=True); write_atomic(out/'parts'/'provenance.json', json.dumps(meta, ensure_ascii=False, sort_keys=True))
     pool = _pool(workers)
     try: made = _make_split(recipe, 'val', out, num_samples, pool, workers, texts, progress=progress)
     finally:

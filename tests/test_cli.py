@@ -214,3 +214,16 @@ def test_ctrl_c_is_one_line_and_130(tiny, tmp_path):
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)
     assert p.returncode == 130 and out == '' and err.splitlines()[-1].startswith('khmer-ocr: stopped') and 'Traceback' not in err
+
+def test_folders_that_are_files_and_families_that_are_not(tmp_path, tiny, model):
+    (tmp_path/'f').write_text('x')
+    refused('generate', '--corpus', tiny/'corpus', '--max-lines', 1, '--out', tmp_path/'f', word='a folder is wanted')
+    refused('fonts', 'install', '--folder', tmp_path/'f', word='is a file')
+    refused('fonts', '--family', 'Nonesuch', word='Nonesuch')
+    refused('read', '--model', tmp_path, tmp_path/'f', word='is a folder, not a checkpoint')
+    for args in (('generate', '--seed'), ('validation-set', '--random-seed'), ('train', '--seed'), ('train', '--workers'), ('corpus', '--seed')): refused(*args, '-1', word='from 0 up')
+
+def test_an_unwritable_home_is_no_news(tmp_path, model):
+    Image.new('L', (90, 30), 255).save(tmp_path/'a.png')
+    r = subprocess.run([*command, 'read', '--line', '--model', model, str(tmp_path/'a.png')], capture_output=True, text=True, env=os.environ | dict(HOME='/proc', MPLCONFIGDIR=''))
+    assert (r.returncode, r.stdout, r.stderr) == (0, '\n', '')

@@ -83,3 +83,21 @@ def test_bad_files(tmp_path):
     for n in ('empty.png', 'text.png', 'cut.png', 'd', 'nothing.png'):
         with pytest.raises(KhmerOCRError, match=n) as e: read_image(tmp_path/n)
         assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('scale, kind', [(4, np.uint16), (16, np.uint16), (64, np.uint16), (1/255, np.float32)])
+def test_fewer_bits_in_a_deep_file(line, tmp_path, scale, kind):
+    "10, 12 and 14 bits in 16, and floats up to 1, are full greys and no blank page; what is no number is ink"
+    a = (line.astype(np.float64)*scale).round(4).astype(kind)
+    if kind is np.float32: a[0, 0] = np.nan
+    Image.fromarray(a).save(tmp_path/'deep.tif')
+    assert np.abs(read_image(tmp_path/'deep.tif')[1:].astype(int)-line[1:]).max() <= 1
+
+def test_label_columns_go_by_name(tmp_path):
+    (tmp_path/'labels.tsv').write_text('split\tpath\ttext\nval\ta.png\tក\n\nval\tb c.png\t"ខ\n', encoding='utf-8')
+    assert read_labels(tmp_path) == [(tmp_path/'a.png', 'ក', dict(split='val')), (tmp_path/'b c.png', '"ខ', dict(split='val'))]
+    (tmp_path/'labels.tsv').write_text('path\tsplit\na.png\tval\n')
+    with pytest.raises(KhmerOCRError, match='no column "text"'): read_labels(tmp_path)
+    (tmp_path/'labels.tsv').write_text('path\ttext\n\na.png\n')
+    with pytest.raises(KhmerOCRError, match='line 3'): read_labels(tmp_path)
+    (tmp_path/'labels.tsv').write_text('a.png\t' + 'ក'*200_000, encoding='utf-8')
+    assert len(read_labels(tmp_path)[0][1]) == 200_000

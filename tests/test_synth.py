@@ -80,3 +80,31 @@ def test_faults(corpus, tmp_path):
     before = tree(tmp_path/'set')
     with pytest.raises(KhmerOCRError, match='seed: 42 there, 43 now'): generate_set(Recipe(corpus=corpus, seed=43), tmp_path/'set', max_lines=3, splits=('val',), progress=False)
     assert tree(tmp_path/'set') == before
+
+@pytest.mark.parametrize('bad', [dict(seed='x'), dict(seed=-1), dict(common=5), dict(short=True), dict(augment='no'), dict(families='Moul'), dict(size=[13]), dict(size=[13, 'a']), dict(preset=3)])
+def test_recipe_values_of_the_wrong_kind(bad):
+    with pytest.raises(KhmerOCRError, match=next(iter(bad))) as e: Recipe.from_dict(bad)
+    assert '\n' not in str(e.value)
+
+def test_making_a_set_again_repairs_it(corpus, tmp_path):
+    make = lambda n=5: generate_set(Recipe(corpus=corpus), tmp_path/'set', max_lines=n, splits=('val',), progress=False)
+    make(); whole = tree(tmp_path/'set')
+    (tmp_path/'set/val/images/val_000003.png').unlink(); (tmp_path/'set/val/labels/val_000001.txt').write_bytes(b'\xff')
+    assert len(verify_set(tmp_path/'set')) == 2
+    make(); assert verify_set(tmp_path/'set') == [] and tree(tmp_path/'set') == whole
+    with pytest.raises(KhmerOCRError, match='larger set'): make(2)       # it would leave three images behind
+    assert tree(tmp_path/'set') == whole
+    (tmp_path/'set/val/metadata.json').write_text('{')
+    with pytest.raises(KhmerOCRError, match='damaged'): verify_set(tmp_path/'set')
+
+def test_a_stopped_validation_set_is_not_mixed_with_another(corpus, tmp_path):
+    make = lambda seed: make_validation_set(tmp_path/'v', num_samples=5, random_seed=seed, corpus=corpus, progress=False)
+    make(1); whole = tree(tmp_path/'v')
+    for f in ('metadata.json', 'samples.jsonl', 'validation_texts.txt'): (tmp_path/'v'/f).unlink()      # as a kill leaves it
+    with pytest.raises(KhmerOCRError, match='another validation set'): make(2)
+    make(1); assert tree(tmp_path/'v') == whole
+
+def test_progress_is_plain_lines_off_a_terminal(corpus, tmp_path, capfd):
+    generate_set(Recipe(corpus=corpus), tmp_path, max_lines=3, splits=('val',))
+    out, err = capfd.readouterr()
+    assert out == '' and '\r' not in err and [l for l in err.splitlines() if '3/3' in l]
