@@ -187,7 +187,7 @@ def _blank(rng, size):
     "Paper as large as a line of 1 to 20 letters"
     return np.full((int(size*rng.uniform(1.3, 1.9)), int(size*rng.uniform(1, 20))), 255, np.uint8)
 
-# %% ../nbs/05_synth.ipynb #77de7113
+# %% ../nbs/05_synth.ipynb #3765b3d4
 CHUNK = 250
 
 def _png(image) -> bytes:
@@ -196,7 +196,9 @@ def _png(image) -> bytes:
 
 def _put(path, data: bytes):
     "Write aside and rename, without the cost of a sync: the chunk's record, written last, is synced"
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}'); tmp.write_bytes(data); os.replace(tmp, path)
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}')
+    try: tmp.write_bytes(data); os.replace(tmp, path)
+    except OSError as e: tmp.unlink(missing_ok=True); raise KhmerOCRError(f'Cannot write {path}: {e.strerror or e}') from None
 
 @lru_cache(2)
 def _worker_synth(recipe, texts): return Synth(recipe, list(texts) if texts is not None else None)

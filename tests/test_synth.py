@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from khmer_ocr.corpus import load_lines
 from khmer_ocr.fonts import find_fonts
-from khmer_ocr.synth import CHUNK, Recipe, Synth, generate_set, make_validation_set, sample_rng, validate_validation_set, verify_set
+from khmer_ocr.synth import CHUNK, Recipe, Synth, _put, generate_set, make_validation_set, sample_rng, validate_validation_set, verify_set
 from khmer_ocr.text import KhmerOCRError, normalise
 
 lines = [f'{t} {i}' for i in range(60) for t in ('ព្រះរាជាណាចក្រកម្ពុជា', 'ស្ត្រីខ្មែរ', 'ឆ្នាំ ២០២៥ "ថ្មី"', 'តម្លៃ - ៥.០០០ រៀល...', 'Khmer OCR ភ្នំពេញ')]
@@ -108,3 +108,8 @@ def test_progress_is_plain_lines_off_a_terminal(corpus, tmp_path, capfd):
     generate_set(Recipe(corpus=corpus), tmp_path, max_lines=3, splits=('val',))
     out, err = capfd.readouterr()
     assert out == '' and '\r' not in err and [l for l in err.splitlines() if '3/3' in l]
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    (tmp_path/'a.png').mkdir()
+    with pytest.raises(KhmerOCRError, match='Cannot write .*a.png'): _put(tmp_path/'a.png', b'x')
+    assert [p.name for p in tmp_path.iterdir()] == ['a.png']
