@@ -134,11 +134,11 @@ def _noted(pairs, problems):
             print(f'khmer-ocr: {problems[str(p)]}', file=sys.stderr, flush=True)
         yield p, None if isinstance(r, KhmerOCRError) else r
 
-# %% ../nbs/32_cli.ipynb #5ddfcfd2
+# %% ../nbs/32_cli.ipynb #16ce38af
 def _line_output(path, r, fmt, problems) -> str:
     "The one line that stands for an image"
     if fmt == 'text': return _one_line(r.text) if r else ''
-    facts = dict(path=str(path), text=r.text if r else '', confidence=round(float(r.confidence), 4) if r else None)
+    facts = dict(path=str(path), text=r.text if r else '', confidence=round(float(r.confidence), 4) if r else None, chars=[[u, round(c, 4), round(a, 1), round(b, 1)] for u,c,a,b in r.chars] if r else [])
     return json.dumps(facts | ({} if r else dict(error=problems[str(path)])), ensure_ascii=False)
 
 def _target(out, path, fmt, taken) -> Path:

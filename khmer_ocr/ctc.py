@@ -59,7 +59,7 @@ class Pair(nn.Module):
         self.a, self.b = conv(a, b), conv(b, b)
     def forward(self, x): x = self.a(x); return x + self.b(x)
 
-# %% ../nbs/10_ctc.ipynb #710467b3
+# %% ../nbs/10_ctc.ipynb #3e478488
 @dataclass(frozen=True)
 class CTCConfig:
     "Shape of the reader"
@@ -69,6 +69,11 @@ class CTCConfig:
     layers: int = 2
     dropout: float = .1
     charset: str = 'khmer-latin'
+
+    def __post_init__(self):
+        if self.height % 8 or not 16 <= self.height <= 128: raise KhmerOCRError(f"Setting 'height' is {self.height!r}: it must be a multiple of 8 from 16 to 128")
+        if len(self.channels) != 5 or min(self.channels) < 1: raise KhmerOCRError(f"Setting 'channels' is {list(self.channels)!r}: it must be five numbers from 1 up")
+        if self.hidden < 1 or self.layers < 1 or not 0 <= self.dropout < 1: raise KhmerOCRError(f"Settings hidden={self.hidden!r}, layers={self.layers!r}, dropout={self.dropout!r}: the first two must be 1 or more, the last from 0 to below 1")
 
 STRIDE = 4          # px a frame
 
