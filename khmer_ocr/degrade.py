@@ -375,7 +375,7 @@ def curl(image, rng, bend=(.08, .3), crowd=(.1, .4), dark=(.1, .5)):
     if rng.random() < .5: x, dy, shade = w-1-x[::-1], dy[::-1], shade[::-1]
     return (_bend(image, x, dy)*shade >> 8).astype(np.uint8)
 
-# %% ../nbs/04_degrade.ipynb #95c0a0cb
+# %% ../nbs/04_degrade.ipynb #f6f1e12b
 def tight(image, rng, cut=.07):
     "Cropped to the ink and a little further: up to `cut` of the ink's height is lost above and below, and up to two pixels at each end"
     dark = image < (int(image.min()) + int(image.max()) + 1)//2
@@ -385,7 +385,7 @@ def tight(image, rng, cut=.07):
     c, d = (int(v) for v in rng.integers(0, 3, 2))
     return image[rows[0]+a:rows[-1]+1-b, cols[0]+c:cols[-1]+1-d]
 
-def loose(image, rng, most=(.7, 2.)):
+def loose(image, rng, most=(.4, 2.5)):
     "Much paper around: up to `most` heights above and below, and at each end"
     h, p = image.shape[0], _blank(image)
     t, b, l, r = (1 + int(h*most[i//2]*rng.random()) for i in range(4))

@@ -29,6 +29,7 @@ def parameters(name, t, d):
         train_ocr=dict(corpus=str(t/'corpus'), validation=str(t/'set/val'), validation_samples=2, model_dir=str(d/'model'), steps=2, batch_size=2, channels=[8, 8, 8, 8, 16], hidden=8, layers=1),
         benchmark=dict(data=str(t/'set/val'), models=str(t/'model/best.safetensors'), limit=3, rendered=5),
         evaluate=dict(model=str(t/'model/best.safetensors'), data=str(t/'set'), limit=3),
+        gallery=dict(texts=['ឆ្នាំ២០២៥', 'ព្រះរាជាណាចក្រកម្ពុជា'], size=18., fates=1, shown=2, model=str(t/'model/best.safetensors')),
         demo=dict(samples=str(t/'set/train'), training=str(t/'model'), evaluation='', page=str(d/'page.png'), truth=str(d/'page.txt'), model=str(t/'model/best.safetensors'), shown=2))[name]
 
 @pytest.mark.parametrize('name', available_runs())
