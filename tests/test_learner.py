@@ -100,7 +100,7 @@ def test_spoilt_checkpoint(tmp_path, spoil):
     with pytest.raises(KhmerOCRError, match='truncated or no safetensors'): load_checkpoint(p)
 
 def test_wrong_checkpoints(tmp_path):
-    with pytest.raises(KhmerOCRError, match='not found'): load_checkpoint(tmp_path)
+    with pytest.raises(KhmerOCRError, match='is a folder'): load_checkpoint(tmp_path)
     save_checkpoint(tmp_path/'o.safetensors', nn.Linear(2, 2).state_dict(), {})
     with pytest.raises(KhmerOCRError, match='cannot be resumed'): learner(tmp_path).fit(tmp_path/'o.safetensors')
     learner(tmp_path/'a').fit()
