@@ -19,20 +19,22 @@ from torch.utils.data import DataLoader, Dataset
 from .text import KhmerOCRError, normalise
 from .synth import SPLITS, Recipe, Synth
 
-# %% ../nbs/06_data.ipynb #be21041f
+# %% ../nbs/06_data.ipynb #f9cba591
 Image.MAX_IMAGE_PIXELS = 500_000_000          # a 20,000 x 20,000 page scan passes; a decompression bomb does not
 _errors = (OSError, ValueError, SyntaxError, TypeError, EOFError, Image.DecompressionBombError, MemoryError)
 
 def read_image(
     path  # file of any format that Pillow reads
 ) -> np.ndarray:  # uint8 (H, W), grey
-    "Open one image upright and grey; KhmerOCRError if it is missing, empty or no image"
+    "Open one image upright and grey; KhmerOCRError if it is missing, empty, no image, or under 4 px wide or high"
     path = Path(path)
     if not path.exists(): raise KhmerOCRError(f'{path}: no such file')
     if path.is_dir(): raise KhmerOCRError(f'{path} is a folder, not an image')
     if not path.stat().st_size: raise KhmerOCRError(f'{path} is empty (0 bytes): copy the file again')
     try:
-        with Image.open(path) as im: return to_grey(ImageOps.exif_transpose(im))
+        with Image.open(path) as im:
+            if min(im.size) < 4: raise KhmerOCRError(f'{path} is {im.width} x {im.height} pixels: too small to hold text, give a larger picture')
+            return to_grey(ImageOps.exif_transpose(im))
     except _errors as e: raise KhmerOCRError(f'{path} cannot be read as an image: check that it opens in a viewer') from e
 
 # %% ../nbs/06_data.ipynb #9441b066

@@ -72,9 +72,9 @@ def test_read_line_is_one_line_per_image_in_order(images, model):
     paths = [images/f'{n}.png' for n in ('b', 'text', 'dot', 'empty', 'a', 'nothing', 'cut', 'b')]
     r = call('read', '--line', '--model', model, *paths)
     lines = r.stdout.split('\n')
-    assert r.exit_code == 1 and len(lines) == len(paths)+1 and lines[0] == lines[7] and lines[1] == lines[3] == lines[5] == ''
+    assert r.exit_code == 1 and len(lines) == len(paths)+1 and lines[0] == lines[7] and lines[1] == lines[2] == lines[3] == lines[5] == ''
     said = r.stderr.splitlines()
-    assert len(said) == 4 and [Path(l.split()[1].rstrip(':')).name for l in said] == ['text.png', 'empty.png', 'nothing.png', 'cut.png']
+    assert len(said) == 5 and [Path(l.split()[1].rstrip(':')).name for l in said] == ['text.png', 'dot.png', 'empty.png', 'nothing.png', 'cut.png']
 
 def test_read_line_json(images, model):
     r = call('read', '--line', '--format', 'json', '--model', model, images/'a.png', images/'text.png')
