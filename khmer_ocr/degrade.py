@@ -246,20 +246,20 @@ def tint(image, rng, level=(125, 215)):
     part[:] = cv2.convertScaleAbs(part, alpha=v/255)
     return out
 
-# %% ../nbs/04_degrade.ipynb #2031bbff
+# %% ../nbs/04_degrade.ipynb #8698fa63
 def fold(image, rng, depth=(50, 150), shade=(5, 40)):
     "A crease across (or, one in four, along) the line, `depth` levels dark or light, and on one side a shade of `shade` levels that dies away over 0.2-2 heights"
     h, w = image.shape; along = rng.random() < .25
     n, across = (h, w) if along else (w, h)
-    d = np.arange(-across, n+across, dtype=np.float32) - n*rng.uniform(.15, .85)
+    lean = np.round(rng.uniform(-.25, .25)*h/across*np.arange(-across/2, across/2)).astype(np.intp)      # how far the crease has moved, row by row
+    pad = int(np.abs(lean).max()) + 1
+    d = np.arange(-pad, n+pad, dtype=np.float32) - n*rng.uniform(.15, .85)                               # distance from the crease
     core = np.exp(-(d/rng.uniform(.6, 1.3))**2) * rng.uniform(*depth)
     side = np.exp(-np.abs(d)/(h*rng.uniform(.2, 2.))) * (d*(1, -1)[rng.random() < .5] > 0) * rng.uniform(*shade)
-    slope = rng.uniform(-.25, .25) if not along else rng.uniform(-.3, .3)*h/w
-    at = np.arange(n)[None] + (across + np.round(slope*(np.arange(across)-across/2)).astype(np.intp))[:, None]
-    dark, bright = (core+side, None) if rng.random() < .5 else (side, core)
-    line = lambda p: np.ascontiguousarray((p.astype(np.uint8)[at]).T if along else p.astype(np.uint8)[at])
-    out = cv2.subtract(image, line(dark))
-    return out if bright is None else cv2.add(out, line(bright))
+    at = np.arange(n)[None] + (pad+lean)[:, None]
+    spread = lambda p: np.ascontiguousarray(p.astype(np.uint8)[at].T if along else p.astype(np.uint8)[at])
+    if rng.random() < .5: return cv2.subtract(image, spread(core+side))
+    return cv2.add(cv2.subtract(image, spread(side)), spread(core))
 
 # %% ../nbs/04_degrade.ipynb #fc1429a4
 def _put(part, ink): np.minimum(part, ink, out=part)
@@ -294,7 +294,7 @@ def underline(image, rng, ink=(0, 130)):
         at = np.clip(row-up, 0, h-1); out[at, x] = np.minimum(out[at, x], g)
     return out
 
-# %% ../nbs/04_degrade.ipynb #871419cc
+# %% ../nbs/04_degrade.ipynb #7e3eee71
 def stamp(image, rng, grey=(80, 185)):
     "Part of a round rubber stamp in `grey`, its radius 0.6 to 1.5 times the height, its centre anywhere"
     h, w = image.shape; r, x, y = max(3., h*rng.uniform(.6, 1.5)), w*rng.random(), h*rng.uniform(-.2, 1.2)
@@ -306,6 +306,7 @@ def stamp(image, rng, grey=(80, 185)):
     cv2.polylines(ground, list(np.round(letters*8).astype(np.int32)), False, g, 1, cv2.LINE_AA, 3)
     return cv2.multiply(image, ground, scale=1/255)
 
+# %% ../nbs/04_degrade.ipynb #7a24d640
 def signature(image, rng, grey=(20, 140)):
     "A pen stroke of 2 to 6 loops, 2 to 5 heights long, across the text in `grey`"
     h, w = image.shape; t, loops = np.linspace(0, 1, 120), rng.uniform(2, 6)
@@ -316,7 +317,7 @@ def signature(image, rng, grey=(20, 140)):
     cv2.polylines(ground, [np.round(np.stack([x, y], -1)*8).astype(np.int32)], False, int(rng.integers(grey[0], grey[1]+1)), 1 + int(h > 36 and rng.random() < .5), cv2.LINE_AA, 3)
     return cv2.min(image, ground)
 
-# %% ../nbs/04_degrade.ipynb #eedbb225
+# %% ../nbs/04_degrade.ipynb #5e893168
 def shadow(image, rng, depth=(.2, .55)):
     "One side of an edge through the line is darker by `depth`; the edge is 0.2-2 heights soft and of any direction"
     h, w = image.shape; t = rng.uniform(0, 2*np.pi); soft = h*rng.uniform(.2, 2.)/255
@@ -332,6 +333,7 @@ def vignette(image, rng, depth=(.2, .6)):
     x, y = x/np.float32(w*rng.uniform(.5, 1.)), y/np.float32(h*rng.uniform(.8, 2.))
     return cv2.multiply(image, 255 - np.minimum(np.float32(d)*(x*x)[None] + (np.float32(d)*y*y)[:, None], np.float32(d)).astype(np.uint8), scale=1/255)
 
+# %% ../nbs/04_degrade.ipynb #46e02b86
 def moire(image, rng, depth=(6, 30), period=(3., 16.)):
     "Dark stripes of any direction, 2 `depth` grey levels deep and `period` px apart, slowly bending"
     h, w = image.shape; t, f = rng.uniform(0, np.pi), 2*np.pi/rng.uniform(*period)
@@ -359,15 +361,17 @@ def _bend(image, x, dy):
     my = (np.arange(-up, H-up, dtype=np.float32)[:, None] - dy.astype(np.float32)[None])
     return cv2.remap(image, np.broadcast_to(x.astype(np.float32), my.shape).copy(), my, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=_blank(image))
 
-# %% ../nbs/04_degrade.ipynb #7d9ce5ea
+# %% ../nbs/04_degrade.ipynb #c2eb40eb
 def wave(image, rng, height=(.02, .07), length=(3., 12.)):
-    "The baseline is a sine: `height` and `length` in heights of the line"
+    "The baseline is a sine: `height` and `length` in heights of the line. Wider than 32,000 px, where OpenCV's remapping ends, nothing happens"
     h, w = image.shape; x = np.arange(w)
+    if w > 32000: return image
     return _bend(image, x, h*rng.uniform(*height)*np.sin(2*np.pi*(x/(h*rng.uniform(*length)) + rng.random())))
 
 def curl(image, rng, bend=(.08, .3), crowd=(.1, .4), dark=(.1, .5)):
-    "One end runs into the spine of a book: it bends away by `bend` heights, is narrower by `crowd`, and darker by `dark`"
+    "One end runs into the spine of a book: it bends away by `bend` heights, is narrower by `crowd`, and darker by `dark`. Wider than 32,000 px: nothing"
     h, w = image.shape; s, k = min(h*rng.uniform(.7, 3.), w/3), rng.uniform(*crowd)
+    if w > 32000: return image
     u = np.arange(max(1, round(w - k*s)))
     near = np.exp(-u/s); x = u + k*s*(1-near)
     dy = (1, -1)[rng.random() < .5]*h*rng.uniform(*bend)*near
@@ -407,7 +411,7 @@ def joined(
     "Two lines as one image, the second after the first; the label must become both texts with a space between"
     return partial(_join, second=second, gap=gap)
 
-# %% ../nbs/04_degrade.ipynb #0082fbf5
+# %% ../nbs/04_degrade.ipynb #148a68ce
 def dpi(image, rng, dpi=(72., 150.), taken=200., sharpen=(0., .8)):
     "Scanned at `dpi` instead of `taken` (not below 12 px of height), averaged over the larger pixels, then sharpened; the image becomes smaller"
     h, w = image.shape; f = min(1., max(rng.uniform(*dpi)/taken, 12/h)); a = float(rng.uniform(*sharpen))
@@ -421,6 +425,7 @@ def webp(image, rng, quality=(5, 60)):
     if max(image.shape) > 16383: return jpeg(image, rng)
     return cv2.imdecode(cv2.imencode('.webp', image, [cv2.IMWRITE_WEBP_QUALITY, q])[1], cv2.IMREAD_GRAYSCALE)
 
+# %% ../nbs/04_degrade.ipynb #7fc822df
 def chat(image, rng, factor=(.55, .95), quality=(35, 80)):
     "Forwarded in a chat: made smaller by `factor` (not below 14 px of height) and compressed as JPEG, twice"
     for k in (1., .5):

@@ -38,10 +38,10 @@ def test_presets_that_weights_were_trained_on_keep_their_bytes(name):
     assert h.hexdigest()[:24] == FROZEN[name], f'preset {name} gives other images than it gave the weights: add an operation or a preset, do not change one'
 
 @pytest.mark.parametrize('name', OPERATIONS)
-@pytest.mark.parametrize('shape', [(1, 1), (3, 200), (300, 60), (40, 5000)])
+@pytest.mark.parametrize('shape', [(1, 1), (3, 200), (300, 60), (120, 3), (40, 5000)])
 def test_any_shape_stays_an_image(name, shape):
     image = np.full(shape, 255, np.uint8); image[shape[0]//2] = 0; image[:, shape[1]//2:shape[1]//2+9] = 40
-    for seed in range(4):
+    for seed in range(4 if image.size > 9999 else 20):
         before = image.copy(); out = operation(name)(image, np.random.default_rng(seed))
         assert out.dtype == np.uint8 and out.ndim == 2 and out.size
         assert (image == before).all(), 'the input was written to'
