@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 from tqdm import tqdm
 from .text import *
 
-# %% ../nbs/01_corpus.ipynb #fb944370
+# %% ../nbs/01_corpus.ipynb #c3357435
 def data_folder() -> Path: # the folder that holds sources.json; `KHMER_OCR_DATA` overrides
     "Find the project's `data` folder"
     if os.environ.get('KHMER_OCR_DATA'): return Path(os.environ['KHMER_OCR_DATA'])
@@ -28,9 +28,10 @@ def data_folder() -> Path: # the folder that holds sources.json; `KHMER_OCR_DATA
     homes = [Path.cwd(), *Path.cwd().parents] + ([Path(spec.origin).parents[1]] if spec and spec.origin else [])
     for home in homes:
         if (home/'data'/'sources.json').exists(): return home/'data'
+    if (homes[-1]/'khmer_ocr'/'manifests'/'sources.json').exists(): return Path.cwd()/'data'        # an installed wheel carries the manifests
     raise KhmerOCRError('data/sources.json not found: run inside the project folder, or set KHMER_OCR_DATA to its data folder')
 
-# %% ../nbs/01_corpus.ipynb #342cecb1
+# %% ../nbs/01_corpus.ipynb #357195eb
 @dataclass(frozen=True)
 class Source:
     "One entry of `data/sources.json`"
@@ -48,9 +49,14 @@ class Source:
     use: str = 'training' # training, or demo: text kept out of every corpus
     note: str = ''
 
+def _manifest(name) -> Path:
+    "A manifest of the data folder, or the copy that an installed wheel carries"
+    path, spec = data_folder()/name, importlib.util.find_spec('khmer_ocr')
+    return path if path.exists() or not spec else Path(spec.origin).parent/'manifests'/name
+
 def sources() -> list[Source]: # in the order of the manifest
     "The sources that the manifest knows"
-    return [Source(**o) for o in json.loads((data_folder()/'sources.json').read_text('utf-8'))['sources']]
+    return [Source(**o) for o in json.loads(_manifest('sources.json').read_text('utf-8'))['sources']]
 
 # %% ../nbs/01_corpus.ipynb #12e822b8
 def _named_source(name, known):
@@ -253,7 +259,7 @@ def fault(
         if k < khmer*(k + other) or k < 2: return 'too little Khmer'
     return ''
 
-# %% ../nbs/01_corpus.ipynb #21dd43ab
+# %% ../nbs/01_corpus.ipynb #4b29ba13
 def _key(s): return re.sub(r'[\s។៕.]+', '', s)
 def _grams(s, step): # CRC-32 of the rows of 16 code points, spaces and full stops set aside
     s = _key(s)
@@ -264,7 +270,7 @@ def held_out(
 ) -> set[int]: # hashes for `overlaps`
     "What may not come into a corpus"
     if texts is not None: return {h for s in texts for h in _grams(normalise(s), 1)}
-    path = data_folder()/'held_out.json'
+    path = _manifest('held_out.json')
     hashes = itertools.chain(*json.loads(path.read_text()).values()) if path.exists() else []
     return {h for s in hashes for h in np.frombuffer(base64.b64decode(s), '<u4').tolist()}
 

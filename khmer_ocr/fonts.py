@@ -41,14 +41,14 @@ def font_folder() -> Path:  # holds manifest.json, files/ and the user's own fon
     found = (d/'fonts' for d in (here, *here.parents) if (d/'fonts'/'manifest.json').is_file())
     return next(found, here/'fonts')
 
-# %% ../nbs/02_fonts.ipynb #b5eb2f55
+# %% ../nbs/02_fonts.ipynb #679c10fb
 def manifest(
     folder: Path|None = None  # default: `font_folder()`
 ) -> list[dict]:  # rows with family, style, kind, package, version, file, sha256, licence, split and, if variable, axes
     "The fonts this project knows, in a fixed order"
     folder = Path(folder or font_folder())
     beside = Path(inspect.getfile(KhmerOCRError)).parent.parent/'fonts'   # where this package stands in its project
-    for file in (folder/'manifest.json', beside/'manifest.json'):
+    for file in (folder/'manifest.json', beside/'manifest.json', Path(inspect.getfile(KhmerOCRError)).parent/'manifests'/'fonts.json'):     # the last one travels in a wheel
         if not file.is_file(): continue
         try: return json.loads(file.read_text(encoding='utf-8'))
         except ValueError as e: raise KhmerOCRError(f'{file} is not valid JSON ({e}): restore it with `git checkout {file}`')
