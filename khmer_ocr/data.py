@@ -68,10 +68,10 @@ def stretch(
     span = max(paper-lo, least)
     return cv2.convertScaleAbs(np.minimum(image, paper).astype(np.float32), alpha=255/span, beta=255*(1-paper/span)) if span < 250 else image
 
-# %% ../nbs/06_data.ipynb #fd13b1f6
+# %% ../nbs/06_data.ipynb #e7b113d3
 def trim(
     image: np.ndarray,  # uint8 (H, W), dark ink on white
-    keep=.6  # least share of the height that the ink is left with
+    keep=.75  # least share of the height that the ink is left with
 ) -> np.ndarray:  # a view of `image`, uint8
     "Cut blank rows and columns off a loose crop: the ink is left with at least `keep` of the height, and half a height of margin at the ends"
     h, w = image.shape
