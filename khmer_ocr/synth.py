@@ -84,7 +84,7 @@ def cut_short(text: str, rng, most=18) -> str:
     while i < len(cs) and len(out) + len(cs[i]) <= max(n, len(cs[i])) and len(out) < n: out += cs[i]; i += 1
     return normalise(out) or text
 
-# %% ../nbs/05_synth.ipynb #64ac5b05
+# %% ../nbs/05_synth.ipynb #84100bf8
 @dataclass
 class Sample:
     "One labelled line image"
@@ -93,8 +93,8 @@ class Sample:
     meta: dict          # font, size, operations, attempts
 
 ATTEMPTS = 12
-COMMON = frozenset('''Khmer OS, Khmer OS Battambang, Khmer OS Siemreap, Khmer OS System, Khmer OS Content, Khmer OS Muol Light, Battambang, Siemreap, Hanuman, Content, Moul, Noto Sans Khmer, Noto Serif Khmer,
-    Suwannaphum, Kantumruy Pro'''.replace('\n   ', '').split(', '))
+COMMON = frozenset(f.strip() for f in '''Khmer OS, Khmer OS Battambang, Khmer OS Siemreap, Khmer OS System, Khmer OS Content, Khmer OS Muol Light, Battambang, Siemreap, Hanuman, Content, Moul,
+    Noto Sans Khmer, Noto Serif Khmer, Suwannaphum, Kantumruy Pro'''.split(','))
 
 # %% ../nbs/05_synth.ipynb #edc12db9
 class Synth:
