@@ -1,7 +1,7 @@
 "Drawing with the embedded font: the exact box, boxes of clusters, and every refusal; offline"
 import numpy as np, pytest
 from khmer_ocr.fonts import Font, find_fonts
-from khmer_ocr.render import RenderError, latin_scale, render, runs, _Pen, _pens
+from khmer_ocr.render import RenderError, abreast, latin_scale, render, runs, _Pen, _pens
 from khmer_ocr.text import KhmerOCRError, clusters
 from khmer_ocr import render as R
 
@@ -90,3 +90,31 @@ def test_every_font_draws_every_cluster():
         if f.split == 'latin': continue
         for text in ('ស្ត្រីខ្មែរ ព្រះពុទ្ធសាសនា', 'ង៉ាវ ប៊ិច ស៊ើប ១២៣៤ ៛'):
             assert ''.join(b[0] for b in render(text, f, 20).boxes) == text.replace(' ', ''), f.name
+
+@pytest.mark.parametrize('size', [14, 24, 37.5])
+def test_abreast_in_one_font_is_the_whole_line(size):
+    "cut anywhere between clusters, in every face: the same boxes to a pixel, the same pen, (nearly) the same ink"
+    for f in find_fonts()[::4]:
+        if f.split == 'latin': continue
+        for text in LINES[:2]:
+            cs, whole = clusters(text), render(text, f, size)
+            cuts = [i for i in range(1, len(cs)) if cs[i] != ' ' and i % 3 == 0]
+            pieces = [''.join(cs[a:b]) for a, b in zip([0, *cuts], [*cuts, len(cs)])]
+            line = abreast([render(p, f, size) for p in pieces])
+            assert line.text == text and line.baseline == whole.baseline and line.ink.shape[0] == whole.ink.shape[0]
+            assert [b[0] for b in line.boxes] == [b[0] for b in whole.boxes]
+            if abs(line.advance - whole.advance) > .5: continue   # a face that kerns over the cut, or shapes over it
+            assert abs(line.ink.shape[1] - whole.ink.shape[1]) <= 1 and abs(line.left - whole.left) <= 1
+            assert all(abs(a - b) <= 1 for p, q in zip(line.boxes, whole.boxes) for a, b in zip(p[1:], q[1:])), f.name
+            assert abs(int(line.ink.sum()) - int(whole.ink.sum())) < .02*whole.ink.sum()
+
+def test_abreast_gaps_and_baseline(noto):
+    a, b = render('ខ្មែរ ', noto, 40), render('ស្ត្រី', noto, 24)
+    near, far = abreast([a, b]), abreast([a, b], [10])
+    assert near.text == 'ខ្មែរ ស្ត្រី' and near.baseline == max(a.baseline, b.baseline) and far.advance == near.advance + 10 == a.advance + b.advance + 10
+    assert far.ink.shape[1] - near.ink.shape[1] == 10 == far.boxes[-1][1] - near.boxes[-1][1]
+    for _, x0, y0, x1, y1 in far.boxes: assert far.ink[y0:y1, x0:x1].any()
+    assert (abreast([a]).ink == a.ink).all() and abreast([a]).boxes == a.boxes
+    for bad in ([], [1, 2]):
+        with pytest.raises(RenderError, match='2 pieces have 1 gaps'): abreast([a, b], bad)
+    with pytest.raises(RenderError, match='no piece'): abreast([])
