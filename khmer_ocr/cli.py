@@ -248,7 +248,7 @@ def _report_problems(problems: list[str], where):
     if problems: raise KhmerOCRError(f'{where}: {len(problems)} problem{"s" if len(problems) > 1 else ""}{" (the first 20 are shown)" if len(problems) > 20 else ""}; generate it again to repair it')
     print(f'{where}: every file is as recorded')
 
-# %% ../nbs/32_cli.ipynb #832a41f6
+# %% ../nbs/32_cli.ipynb #60b4bae8
 @app.command()
 def generate(
     out: str = typer.Option('data/synthetic', '--out', help='Folder of the set.'),
@@ -262,13 +262,14 @@ def generate(
     config: str = typer.Option(None, '--config', help='A recipe as TOML or JSON.'),
     as_json: bool = typer.Option(False, '--json', help='Print JSON.')):
     "Make a set of labelled line images on disk."
-    from khmer_ocr.synth import Recipe, format_stats, generate_set, set_stats, verify_set
+    from khmer_ocr.synth import Recipe
+    from khmer_ocr.sets import format_stats, generate_set, set_stats, verify_set
     if verify: return _report_problems(verify_set(out), out)
     if stats: made = set_stats(out)
     else: made = generate_set(Recipe.from_dict(_merged(config, seed=seed, preset=preset, corpus=corpus)), out, max_lines=max_lines, workers=workers)
     _print_json(made) if as_json else print(format_stats(made))
 
-# %% ../nbs/32_cli.ipynb #995b5443
+# %% ../nbs/32_cli.ipynb #6ab1c71b
 @app.command('validation-set')
 def validation_set(
     num_samples: int = typer.Option(6400, '--num-samples', callback=_positive, help='Lines in the set.'),
@@ -278,7 +279,7 @@ def validation_set(
     corpus: str = typer.Option('data/processed', '--corpus', help='Folder of the corpus.'),
     workers: int = typer.Option(1, '--workers', callback=_positive, help='Processes.')):
     "Make or check the fixed validation set."
-    from khmer_ocr.synth import make_validation_set, validate_validation_set
+    from khmer_ocr.sets import make_validation_set, validate_validation_set
     if validate_only: return _report_problems(validate_validation_set(output_dir), output_dir)
     make_validation_set(output_dir, num_samples=num_samples, random_seed=random_seed, corpus=corpus, workers=workers)
     print(f'{num_samples:,} images in {output_dir}')
@@ -440,12 +441,13 @@ def _tiny_corpus(folder) -> str:
     for split in ('train', 'val', 'test'): write_atomic(Path(folder)/f'{split}.txt', ''.join(rule_line(rng)+'\n' for _ in range(12)))
     return str(folder)
 
-# %% ../nbs/32_cli.ipynb #7086a132
+# %% ../nbs/32_cli.ipynb #94618157
 def _check_data(folder):
     "The steps of `check data`"
     from khmer_ocr.data import LineFolder, OnTheFly
     from khmer_ocr.fonts import find_fonts
-    from khmer_ocr.synth import Recipe, generate_set, verify_set
+    from khmer_ocr.synth import Recipe
+    from khmer_ocr.sets import generate_set, verify_set
     recipe = Recipe(corpus=_tiny_corpus(folder/'corpus'), random_text=True)
     def same():
         if problems := verify_set(folder/'set'): raise KhmerOCRError(problems[0])

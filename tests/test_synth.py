@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from khmer_ocr.corpus import load_lines
 from khmer_ocr.fonts import find_fonts
-from khmer_ocr.synth import CHUNK, Recipe, Synth, _put, generate_set, make_validation_set, sample_rng, validate_validation_set, verify_set
+from khmer_ocr.synth import Recipe, Synth, sample_rng
+from khmer_ocr.sets import CHUNK, _put, generate_set, make_validation_set, validate_validation_set, verify_set
 from khmer_ocr.text import KhmerOCRError, normalise
 
 lines = [f'{t} {i}' for i in range(60) for t in ('ព្រះរាជាណាចក្រកម្ពុជា', 'ស្ត្រីខ្មែរ', 'ឆ្នាំ ២០២៥ "ថ្មី"', 'តម្លៃ - ៥.០០០ រៀល...', 'Khmer OCR ភ្នំពេញ')]
@@ -24,7 +25,7 @@ def test_two_workers_make_the_bytes_of_one(corpus, tmp_path):
     assert one == two and len(one) > 2*(CHUNK+20)
 
 def test_killed_run_ends_with_the_same_bytes(corpus, tmp_path):
-    code = f'from khmer_ocr.synth import *; generate_set(Recipe(corpus={corpus!r}), {str(tmp_path/"killed")!r}, max_lines=280, splits=("train", "val"), progress=False)'
+    code = f'from khmer_ocr.sets import *; from khmer_ocr.synth import Recipe; generate_set(Recipe(corpus={corpus!r}), {str(tmp_path/"killed")!r}, max_lines=280, splits=("train", "val"), progress=False)'
     p = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.DEVNULL)
     while p.poll() is None and len(list((tmp_path/'killed').glob('train/images/*.png'))) < 40: time.sleep(.01)
     os.kill(p.pid, signal.SIGKILL); p.wait()

@@ -3,7 +3,8 @@ import numpy as np
 from khmer_ocr.corpus import rule_line
 from khmer_ocr.ctc import CTCConfig, train_ctc
 from khmer_ocr.learner import TrainConfig
-from khmer_ocr.synth import Recipe, generate_set
+from khmer_ocr.synth import Recipe
+from khmer_ocr.sets import generate_set
 
 net = CTCConfig(channels=(8, 8, 8, 8, 16), hidden=8, layers=1)
 loop = dict(batch_size=2, log_every=1, precision='32-true', tensorboard=False)

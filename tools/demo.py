@@ -39,14 +39,15 @@ def get_corpus(folder, limit):
 
 # 3
 def fresh_lines(corpus, data, lines, fixed):
-    from khmer_ocr.synth import Recipe, generate_set, make_validation_set
+    from khmer_ocr.synth import Recipe
+    from khmer_ocr.sets import generate_set, make_validation_set
     before = (data/'validation'/'metadata.json').exists()
     stats = generate_set(Recipe(corpus=str(corpus), preset='light', size=(18., 32.)), data/'set', max_lines=lines, splits=('train',), workers=os.cpu_count() or 1)
     make_validation_set(data/'validation', num_samples=fixed, corpus=corpus)
     return stats, before and not stats['images_made']
 
 def make_lines(corpus, data, models, lines, fixed):
-    from khmer_ocr.synth import format_stats
+    from khmer_ocr.sets import format_stats
     done = step(3, f'Images: {lines:,} labelled lines to train on, {fixed:,} fixed ones to judge by')
     try: stats, there = fresh_lines(corpus, data, lines, fixed)
     except KhmerOCRError as e:
