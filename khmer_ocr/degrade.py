@@ -469,7 +469,7 @@ OPERATIONS |= dict(strong_blur=partial(blur, sigma=(.6, 1.8)), strong_blobs=part
     strong_clouds=partial(clouds, level=(140, 225), sigma=(12, 36), ink=(0, 100)))
 PRESETS['buoy2022'] = tuple((op, .5) for op in ('joined', 'dilate', 'erode', 'strong_blur', 'strong_blobs', 'strong_fibres', 'strong_clouds', 'invert'))
 
-# %% ../nbs/04_degrade.ipynb #a55b4af3
+# %% ../nbs/04_degrade.ipynb #d7b62a64
 def preset(name) -> tuple[tuple[str, float], ...]:
     "The operations of preset `name` in order, each with its probability; KhmerOCRError if there is none of that name"
     if name not in PRESETS: raise KhmerOCRError(f'Unknown degradation preset {name!r}{suggest(name, PRESETS)}: choose one of {", ".join(PRESETS)}')
@@ -479,14 +479,16 @@ def degrade(
     image,  # uint8 (H, W), dark ink on light paper
     rng,  # numpy Generator
     ops,  # name of a preset, or pairs (name or callable, probability)
-    other=None,  # image of a neighbouring line; without it no neighbours intrude
-    second=None  # image of a line to come after this one; without it nothing is joined
+    other=None,  # image of a neighbouring line, or a function that draws it (or None) when it is wanted; without it no neighbours intrude
+    second=None  # image of a line to come after this one, or a function as above; without it nothing is joined
 ) -> tuple[np.ndarray, list[str]]:  # the degraded image, and the names of what was applied ('joined': add the second line's text to the label)
     "Put a line through a preset"
     done, needs = [], dict(neighbours=other, joined=second)
     for op, p in (preset(ops) if isinstance(ops, str) else ops):
         need = isinstance(op, str) and op in needs
-        if rng.random() >= p or (need and needs[op] is None): continue
+        if rng.random() >= p: continue
+        if need and callable(needs[op]): needs[op] = needs[op]()
+        if need and needs[op] is None: continue
         f = op if callable(op) else OPERATIONS[op](needs[op]) if need else OPERATIONS[op]
         image = f(image, rng); done.append(getattr(op, '__name__', op))
     return np.ascontiguousarray(image), done
