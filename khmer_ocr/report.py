@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['khmer_font_file', 'khmer_mpl_font', 'new_figure', 'show', 'line_grid', 'page_figure', 'read_curves', 'learning_curve',
            'read_set', 'error_by', 'length_class', 'error_bars', 'Table', 'confusion_table', 'score_table', 'histogram',
-           'write_metrics', 'font_css', 'read_notebook', 'outside_references', 'write_report']
+           'write_metrics', 'Facts', 'Sheet', 'count_bars', 'lengths_figure', 'symbol_map', 'rarest', 'drop_table',
+           'survey', 'spread', 'note_times', 'font_css', 'read_notebook', 'outside_references', 'write_report']
 
 # %% ../nbs/30_report.ipynb #c09238e9
 import base64, csv, html, importlib.util, io, json, os, re, sys, tempfile
@@ -286,6 +287,173 @@ def write_metrics(
     write_atomic(Path(folder)/'metrics.json', json.dumps(_rounded(metrics), ensure_ascii=False, indent=1) + '\n')
     return _rounded(metrics)
 
+# %% ../nbs/30_report.ipynb #3ab5024a
+class Facts:
+    "A row of large numbers with what they count below; `good` colours one as a verdict"
+    def __init__(self, facts: dict, good: dict|None = None): self.facts, self.good = facts, good or {}      # label -> value; label -> True (green) or False (red)
+
+    def __repr__(self): return '\n'.join(f'{k}: {_spelled(v)}' for k,v in self.facts.items())
+
+    def _repr_html_(self):
+        colour = lambda k: {True: '#2a7f4f', False: '#c1121f'}.get(self.good.get(k), '#1f5fa8')
+        box = '<div style="padding:.5rem 1.1rem;background:#f6f5f1;border-radius:6px"><div style="font-size:1.5rem;line-height:1.3;color:{}">{}</div><div style="color:#666;font-size:.85rem">{}</div></div>'
+        return f'<div style="display:flex;flex-wrap:wrap;gap:.6rem;margin:.8rem 0">{"".join(box.format(colour(k), html.escape(_spelled(v)), html.escape(k)) for k,v in self.facts.items())}</div>'
+
+def _spelled(x): return f'{x:,.4g}' if isinstance(x, float) and abs(x) < 1e4 else f'{x:,.0f}' if isinstance(x, float) else f'{x:,}' if isinstance(x, int) and not isinstance(x, bool) else str(x)
+
+# %% ../nbs/30_report.ipynb #2abb478c
+def _png_url(image, widest=1500) -> str:
+    "A picture as text for a page; wider ones are made smaller"
+    import cv2
+    h, w = image.shape[:2]
+    if w > widest: image = cv2.resize(image, (widest, max(1, round(h*widest/w))), interpolation=cv2.INTER_AREA)
+    return 'data:image/png;base64,' + base64.b64encode(cv2.imencode('.png', image)[1].tobytes()).decode()
+
+class Sheet:
+    "Line images as a contact sheet: each with its label and, in small print, a note"
+    def __init__(self, images, labels, notes=None, height=44):      # uint8 arrays; texts; texts or None; px on the page at most
+        self.images, self.labels, self.notes, self.height = list(images), list(labels), list(notes or ['']*len(labels)), height
+
+    def __repr__(self): return '\n'.join(f'{l or "(blank)"}  [{n}]' for l,n in zip(self.labels, self.notes))
+
+    def _card(self, image, label, note):
+        wide = max(image.shape[1]*min(1, self.height/image.shape[0]), 190)
+        text = html.escape(label) or '<i style="color:#999">blank: no text, and none to be read</i>'
+        return (f'<figure style="margin:0;max-width:100%;width:{wide:.0f}px"><img src="{_png_url(image)}" alt="{html.escape(label)}" style="max-height:{self.height}px;max-width:100%;width:auto;height:auto;margin:0;outline:1px dotted #bbb;display:block">'
+                f'<figcaption style="line-height:1.5;font-size:.85rem">{text}<div style="color:#888;font-size:.72rem;line-height:1.3">{html.escape(note)}</div></figcaption></figure>')
+
+    def _repr_html_(self): return f'<div style="display:flex;flex-wrap:wrap;gap:1rem 1.2rem;margin:1rem 0">{"".join(map(self._card, self.images, self.labels, self.notes))}</div>'
+
+# %% ../nbs/30_report.ipynb #4b1af9be
+def count_bars(
+    counts: dict,  # name -> how often
+    title: str = '',
+    most: int = 30,  # bars to show; the others are added up in the last
+    of: int|None = None,  # what 100 % is; None: the sum of the counts
+    stated: dict|None = None,  # name -> share that was asked for, a fraction
+    order: bool = True  # largest first; False: as they come
+):  # a matplotlib figure
+    "How often each name occurs, with its share; a tick where a share was asked for"
+    rows = sorted(counts.items(), key=lambda o: -o[1]) if order else list(counts.items())
+    if len(rows) > most: rows = rows[:most-1] + [(f'{len(rows)-most+1} others', sum(n for _,n in rows[most-1:]))]
+    rows, whole = rows[::-1], of or sum(counts.values()) or 1
+    fig, ax = new_figure(7, .5+.21*max(len(rows), 1))
+    ax.barh(range(len(rows)), [100*n/whole for _,n in rows], color='#9db4c0')
+    ax.set_yticks(range(len(rows)), [str(k) for k,_ in rows], font=khmer_mpl_font(8)); ax.margins(x=.22, y=.01)
+    for y,(k,n) in enumerate(rows):
+        goal = 100*(stated or {}).get(k, 0)
+        ax.annotate(f'{n:,}  ({100*n/whole:.1f} %)', (max(100*n/whole, goal), y), (5, 0), textcoords='offset points', va='center', fontsize=8, color='#444')
+        if goal: ax.plot([goal]*2, [y-.46, y+.46], color='black', lw=2)
+    ax.set_title(title, fontsize=10, loc='left'); ax.set_xticks([]); ax.tick_params(left=False); ax.spines[:].set_visible(False)
+    return fig
+
+# %% ../nbs/30_report.ipynb #b5871e84
+def lengths_figure(
+    groups: dict,  # name -> numbers, or a dict of number -> how often
+    label: str,  # of the horizontal axis
+    bins: int = 40,
+    most: float = .995  # the axis ends where this share of the numbers lies
+):  # a matplotlib figure
+    "How often each size occurs in each group, as a share of the group"
+    count = lambda g: dict(sorted((float(k), n) for k,n in (g if isinstance(g, dict) else Counter(g)).items()))
+    groups = {k: count(g) for k,g in groups.items() if len(g)}
+    fig, ax = new_figure(7, 2.1)
+    ends = [list(g)[min(np.searchsorted(np.cumsum(list(g.values())), most*sum(g.values())), len(g)-1)] for g in groups.values()]
+    edges = np.linspace(0, max(ends, default=1)*1.02 + 1, bins+1)
+    for (name,g),c in zip(groups.items(), ['#1f5fa8', '#d98e04', '#2a7f4f', '#8a4f9e', '#c1121f', '#777777', '#5b8e7d', '#bc6c25']*4):
+        n, _ = np.histogram(np.minimum(list(g), edges[-1]), bins=edges, weights=list(g.values()))
+        ax.stairs(100*n/sum(g.values()), edges, color=c, lw=1.4, label=name, fill=len(groups) == 1, alpha=.8)
+    ax.set_xlabel(label); ax.set_ylabel('% of the lines'); ax.spines[['top', 'right']].set_visible(False); ax.set_xlim(0, edges[-1])
+    if len(groups) > 1: ax.legend(fontsize=8, frameon=False)
+    return fig
+
+# %% ../nbs/30_report.ipynb #9fb7d315
+def _short(n) -> str:
+    "1234 -> '1.2k', so that a count fits into a tile"
+    return str(n) if n < 1000 else f'{n/1e3:.1f}k' if n < 9950 else f'{n/1e3:.0f}k' if n < 999_500 else f'{n/1e6:.1f}M'
+
+def symbol_map(
+    counts,  # symbol -> how often
+    symbols,  # of the charset, in order
+    floor: int = 0,  # each should occur as often as this
+    cols: int = 21
+):  # a matplotlib figure
+    "Every symbol of a charset with its count: pale where rare, red frame under the floor, crossed out where missing"
+    from matplotlib.patches import Rectangle
+    rows = -(-len(symbols)//cols)
+    fig, ax = new_figure(10, .52*rows); ax.set_xlim(0, cols); ax.set_ylim(rows, 0); ax.axis('off')
+    top = np.log1p(max(counts.values(), default=1) or 1)
+    for i,s in enumerate(symbols):
+        x, y, n = i % cols, i//cols, counts.get(s, 0)
+        shade, low = 1 - .38*np.log1p(n)/top, n < max(floor, 1)
+        ax.add_patch(Rectangle((x+.04, y+.04), .92, .92, facecolor=(shade, .5+.5*shade, 1) if n else 'white', edgecolor='#c1121f' if low else 'none', lw=1.6))
+        ax.text(x+.5, y+.42, '␣' if s == ' ' else _letter(s).split('  ')[0], ha='center', va='center', font=khmer_mpl_font(13))
+        ax.text(x+.5, y+.95, _short(n), ha='center', va='bottom', fontsize=6, color='#c1121f' if low else '#555')
+        if not n: ax.plot([x+.1, x+.9], [y+.9, y+.1], color='#c1121f', lw=1)
+    return fig
+
+# %% ../nbs/30_report.ipynb #5bf80f6b
+def rarest(
+    counts,  # symbol -> how often
+    symbols,  # of the charset
+    lines: list[str],  # in which to look for examples
+    most: int = 12,
+    around: int = 16  # letters of the line to show on each side
+) -> Table:
+    "The rarest symbols, each with a line that has it"
+    rows = []
+    for s in sorted(symbols, key=lambda c: (counts.get(c, 0), c))[:most]:
+        line = next((l for l in lines if s in l), '')
+        rows.append((_letter(s), counts.get(s, 0), _around(line, s, around) if line else '-'))
+    return Table(rows, ('symbol', 'times', 'for example'))
+
+def _around(line, s, n):
+    "The clusters of a line near a symbol"
+    cs = clusters(line); at = next(i for i,c in enumerate(cs) if s in c)
+    return ('…' if at > n else '') + ''.join(cs[max(0, at-n):at+n+1]).strip() + ('…' if at+n+1 < len(cs) else '')
+
+# %% ../nbs/30_report.ipynb #56c355b5
+def drop_table(
+    sources: list[dict]  # of `corpus_stats`: name, lines, dropped
+) -> Table:
+    "What was left out of each source, and why"
+    why = sum((Counter(s['dropped']) for s in sources), Counter())
+    reasons = [r for r,_ in why.most_common()]
+    share = lambda kept, lost: f'{100*lost/max(kept+lost, 1):.1f} %'
+    rows = [(s['name'], s['lines'], *(s['dropped'].get(r, 0) for r in reasons), share(s['lines'], sum(s['dropped'].values()))) for s in sources]
+    lines = sum(s['lines'] for s in sources)
+    return Table([*rows, ('all', lines, *(why[r] for r in reasons), share(lines, sum(why.values())))], ('source', 'kept', *reasons, 'dropped'))
+
+# %% ../nbs/30_report.ipynb #1d25b4ad
+def survey(
+    records: list[dict],  # of a split: text, width, height, font, size, ops, attempts
+    kind=None  # function text -> name of its kind; None: kinds are not told apart
+) -> dict:  # numbers and Counters
+    "What there is in a split: lengths, symbols, fonts, sizes, operations, redrawn samples"
+    texts, ops = [r['text'] for r in records], [r.get('ops', []) for r in records]
+    return dict(images=len(records), blank=sum(not t for t in texts), redrawn=sum(r.get('attempts', 1) > 1 for r in records), different=len(set(texts)),
+        characters=Counter(map(len, texts)), widths=Counter(r['width'] for r in records), heights=Counter(r['height'] for r in records),
+        symbols=sum((Counter(''.join(texts[i:i+10_000])) for i in range(0, len(texts), 10_000)), Counter()), fonts=Counter(r['font'] for r in records), sizes=Counter(r.get('size') for r in records),
+        operations=Counter(o for each in ops for o in dict.fromkeys(each)), operations_per_line=Counter(len(each) for each in ops), untouched=sum(not each for each in ops),
+        kinds=Counter(map(kind, texts)) if kind else Counter(), attempts=Counter(r.get('attempts', 1) for r in records))
+
+def spread(
+    counts: dict  # number -> how often
+) -> dict:  # least, median, mean, most
+    "Four numbers for a distribution"
+    if not counts: return dict(least=0, median=0, mean=0., most=0)
+    keys = sorted(counts); total = sum(counts.values())
+    median = keys[int(np.searchsorted(np.cumsum([counts[k] for k in keys]), total/2))]
+    return dict(least=keys[0], median=median, mean=round(sum(k*n for k,n in counts.items())/total, 1), most=keys[-1])
+
+# %% ../nbs/30_report.ipynb #6cb1a09f
+def note_times(
+    folder,  # of the run
+    **times  # such as seconds=3.1, images_per_second=840
+):
+    "Leaves a run's durations and speeds in `times.json`, from where they go to `run.json` and to the foot of the report"
+    write_atomic(Path(folder)/'times.json', json.dumps(_rounded(times), ensure_ascii=False, indent=1) + '\n')
+
 # %% ../nbs/30_report.ipynb #eb31efd8
 @lru_cache(maxsize=1)
 def font_css() -> str:  # an `@font-face` rule
@@ -341,7 +509,7 @@ def _unlink(page: str) -> str:
     "Links to elsewhere become their text, followed by the address"
     return re.sub(r'<a\b[^>]*href="((?:https?:)?//[^"]*)"[^>]*>(.*?)</a>', r'\2 <span class="address">(\1)</span>', page, flags=re.S)
 
-# %% ../nbs/30_report.ipynb #adc787ab
+# %% ../nbs/30_report.ipynb #21c2f221
 def _exporter():
     "nbconvert's HTML exporter with our template and no prompts"
     from nbconvert import HTMLExporter
@@ -353,11 +521,12 @@ def _exporter():
 
 def write_report(
     notebook,  # path of an executed notebook
-    page  # path of the HTML file to write
+    page,  # path of the HTML file to write
+    foot: str = ''  # a line for the foot of the page, such as when and how fast it was made
 ) -> Path:  # `page`
     "Turns an executed notebook into one HTML file that needs nothing but itself; code folded, Khmer font inside"
     nb = read_notebook(notebook)
-    body,_ = _exporter().from_notebook_node(_prepared(nb), resources=dict(khmer_font_css=font_css(), metadata=dict(name=Path(notebook).stem)))
+    body,_ = _exporter().from_notebook_node(_prepared(nb), resources=dict(khmer_font_css=font_css(), foot=html.escape(foot), metadata=dict(name=Path(notebook).stem)))
     body = _unlink(body)
     if refs := outside_references(body): raise KhmerOCRError(f'{page} would not be self-contained: it refers to {refs[0]}; embed it or leave it out')
     write_atomic(page, body)

@@ -171,7 +171,7 @@ def _read_json(path) -> dict:
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError): return {}
 
-# %% ../nbs/31_runs.ipynb #1bfe1931
+# %% ../nbs/31_runs.ipynb #71a5c4ed
 def run_notebook(
     notebook,  # name of a run ('generate'), or path of a notebook
     params: dict|None = None,  # name -> value; text is converted to the parameter's type
@@ -185,15 +185,22 @@ def run_notebook(
     if any(p.name == 'out_dir' for p in run_parameters(path)): params['out_dir'] = str(out)
     if out.exists() and not out.is_dir(): raise KhmerOCRError(f'{out} is a file: a run needs a folder for its results')
     out.mkdir(parents=True, exist_ok=True)
-    for name in ('run.ipynb', 'report.html', 'metrics.json', 'run.json'): (out/name).unlink(missing_ok=True)
+    for name in ('run.ipynb', 'report.html', 'metrics.json', 'run.json', 'times.json'): (out/name).unlink(missing_ok=True)
     started, clock = datetime.now(timezone.utc), time.perf_counter()
     cells = _executed(path, out, params, echo)
     seconds = round(time.perf_counter()-clock, 2)
-    write_report(out/'run.ipynb', out/'report.html')
-    facts = dict(run=path.stem, parameters=params, started=started.isoformat(timespec='seconds'), seconds=seconds, cell_seconds=cells,
+    times = _read_json(out/'times.json'); (out/'times.json').unlink(missing_ok=True)
+    write_report(out/'run.ipynb', out/'report.html', _foot(started, seconds, times))
+    facts = dict(run=path.stem, parameters=params, started=started.isoformat(timespec='seconds'), seconds=seconds, **(dict(times=times) if times else {}), cell_seconds=cells,
                  host=platform.node(), platform=platform.platform(), python=platform.python_version(), cpus=os.cpu_count(), versions=_versions())
     write_atomic(out/'run.json', json.dumps(facts, ensure_ascii=False, indent=1) + '\n')
     return Run(out, _read_json(out/'metrics.json'), seconds)
+
+# %% ../nbs/31_runs.ipynb #37580719
+def _foot(started, seconds, times) -> str:
+    "The line at the foot of a report: when, how long, and the speeds that the run noted"
+    said = [f'{k.replace("_", " ")}: {v:,}' if isinstance(v, (int, float)) else f'{k.replace("_", " ")}: {v}' for k,v in times.items()]
+    return '; '.join([f'Run on {started:%Y-%m-%d at %H:%M} UTC with khmer_ocr {_versions().get("khmer_ocr", "")}, {os.cpu_count()} processor cores there, {seconds:,.0f} s in all', *said]) + '.'
 
 # %% ../nbs/31_runs.ipynb #81b5eea4
 def _executed(path, out, params, echo) -> dict:
