@@ -120,9 +120,9 @@ def _cut(text, n, rng, mark):
     spots = [m.start() for m in mark.finditer(text)] if mark else ()
     return stretch(text, n, rng, spots[int(rng.integers(len(spots)))] if spots else None)
 
-# %% ../nbs/01b_sampler.ipynb #99ff3436
+# %% ../nbs/01b_sampler.ipynb #1b093779
 def rare_clusters(lines: list[str], most=RARE) -> dict[str, list[int]]:
-    "The clusters that `lines` have 2 to `most` times, each with the numbers of the lines"
+    "The clusters that `lines` have 2 to `most` times, each with the numbers of the lines (a line once for each time)"
     where = {}
     for i, l in enumerate(lines):
         for c in clusters(l):
