@@ -6,7 +6,8 @@
 __all__ = ['khmer_font_file', 'khmer_mpl_font', 'new_figure', 'show', 'line_grid', 'page_figure', 'read_curves', 'learning_curve',
            'read_set', 'error_by', 'length_class', 'error_bars', 'Table', 'confusion_table', 'score_table', 'histogram',
            'write_metrics', 'Facts', 'Sheet', 'count_bars', 'lengths_figure', 'symbol_map', 'rarest', 'drop_table',
-           'survey', 'spread', 'note_times', 'font_css', 'read_notebook', 'outside_references', 'write_report']
+           'survey', 'read_records', 'spread', 'note_times', 'font_css', 'read_notebook', 'outside_references',
+           'write_report']
 
 # %% ../nbs/30_report.ipynb #c09238e9
 import base64, csv, html, importlib.util, io, json, os, re, sys, tempfile
@@ -56,7 +57,7 @@ def khmer_mpl_font(
     from matplotlib.font_manager import FontProperties
     return FontProperties(family=list(_khmer_family()), size=size)
 
-# %% ../nbs/30_report.ipynb #95b2bfc4
+# %% ../nbs/30_report.ipynb #459c0bf5
 def new_figure(
     width: float,  # inches
     height: float,  # inches
@@ -69,11 +70,12 @@ def new_figure(
 
 def show(
     fig,  # a matplotlib figure
-    path=None  # where to keep the picture as PNG; None: nowhere
+    path=None,  # where to keep the picture as PNG; None: nowhere
+    dpi: int|None = None  # dots an inch; None: 70, and 110 for a picture that is kept
 ):  # an `IPython.display.Image`
     "Draws `fig`, writes it to `path`, and shows it where it is the last value of a cell"
     from IPython.display import Image
-    buf = io.BytesIO(); fig.savefig(buf, format='png', metadata={'Software': None})
+    buf = io.BytesIO(); fig.savefig(buf, format='png', dpi=dpi or (110 if path else 70), metadata={'Software': None})
     if path: write_atomic(path, buf.getvalue())
     return Image(data=buf.getvalue(), format='png')
 
@@ -214,7 +216,7 @@ def error_bars(
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
-# %% ../nbs/30_report.ipynb #5eabb913
+# %% ../nbs/30_report.ipynb #b387be67
 class Table:
     "Rows with a head; shows itself as HTML in a notebook and as aligned text elsewhere"
     def __init__(self, rows, head): self.rows, self.head = [tuple(r) for r in rows], tuple(head)
@@ -227,8 +229,9 @@ class Table:
         return '\n'.join('  '.join(c.ljust(w) for c,w in zip(r, wide)).rstrip() for r in cells)
 
     def _repr_html_(self):
-        th = ''.join(f'<th>{html.escape(h)}</th>' for h in self.head)
-        td = lambda x: f'<td{" class=n" if isinstance(x, (int, float)) else ""}>{html.escape(self._text(x))}</td>'
+        number = lambda x: ' class=n' if isinstance(x, (int, float)) else ''
+        th = ''.join(f'<th{number(self.rows[0][i]) if self.rows else ""}>{html.escape(h)}</th>' for i,h in enumerate(self.head))
+        td = lambda x: f'<td{number(x) or (" class=s" if len(self._text(x)) < 24 else "")}>{html.escape(self._text(x))}</td>'
         body = ''.join('<tr>' + ''.join(map(td, r)) + '</tr>' for r in self.rows)
         return f'<table><thead><tr>{th}</tr></thead><tbody>{body}</tbody></table>'
 
@@ -287,7 +290,7 @@ def write_metrics(
     write_atomic(Path(folder)/'metrics.json', json.dumps(_rounded(metrics), ensure_ascii=False, indent=1) + '\n')
     return _rounded(metrics)
 
-# %% ../nbs/30_report.ipynb #3ab5024a
+# %% ../nbs/30_report.ipynb #7e93d1f9
 class Facts:
     "A row of large numbers with what they count below; `good` colours one as a verdict"
     def __init__(self, facts: dict, good: dict|None = None): self.facts, self.good = facts, good or {}      # label -> value; label -> True (green) or False (red)
@@ -299,7 +302,7 @@ class Facts:
         box = '<div style="padding:.5rem 1.1rem;background:#f6f5f1;border-radius:6px"><div style="font-size:1.5rem;line-height:1.3;color:{}">{}</div><div style="color:#666;font-size:.85rem">{}</div></div>'
         return f'<div style="display:flex;flex-wrap:wrap;gap:.6rem;margin:.8rem 0">{"".join(box.format(colour(k), html.escape(_spelled(v)), html.escape(k)) for k,v in self.facts.items())}</div>'
 
-def _spelled(x): return f'{x:,.4g}' if isinstance(x, float) and abs(x) < 1e4 else f'{x:,.0f}' if isinstance(x, float) else f'{x:,}' if isinstance(x, int) and not isinstance(x, bool) else str(x)
+def _spelled(x): return f'{x:,.{0 if abs(x) >= 1000 else 1 if abs(x) >= 100 else 2}f}' if isinstance(x, float) else f'{x:,}' if isinstance(x, int) and not isinstance(x, bool) else str(x)
 
 # %% ../nbs/30_report.ipynb #2abb478c
 def _png_url(image, widest=1500) -> str:
@@ -347,7 +350,7 @@ def count_bars(
     ax.set_title(title, fontsize=10, loc='left'); ax.set_xticks([]); ax.tick_params(left=False); ax.spines[:].set_visible(False)
     return fig
 
-# %% ../nbs/30_report.ipynb #b5871e84
+# %% ../nbs/30_report.ipynb #e7bd6f19
 def lengths_figure(
     groups: dict,  # name -> numbers, or a dict of number -> how often
     label: str,  # of the horizontal axis
@@ -364,7 +367,7 @@ def lengths_figure(
         n, _ = np.histogram(np.minimum(list(g), edges[-1]), bins=edges, weights=list(g.values()))
         ax.stairs(100*n/sum(g.values()), edges, color=c, lw=1.4, label=name, fill=len(groups) == 1, alpha=.8)
     ax.set_xlabel(label); ax.set_ylabel('% of the lines'); ax.spines[['top', 'right']].set_visible(False); ax.set_xlim(0, edges[-1])
-    if len(groups) > 1: ax.legend(fontsize=8, frameon=False)
+    if len(groups) > 1: ax.legend(fontsize=8, frameon=False, loc='center left', bbox_to_anchor=(1, .5))
     return fig
 
 # %% ../nbs/30_report.ipynb #9fb7d315
@@ -412,19 +415,18 @@ def _around(line, s, n):
     cs = clusters(line); at = next(i for i,c in enumerate(cs) if s in c)
     return ('…' if at > n else '') + ''.join(cs[max(0, at-n):at+n+1]).strip() + ('…' if at+n+1 < len(cs) else '')
 
-# %% ../nbs/30_report.ipynb #56c355b5
+# %% ../nbs/30_report.ipynb #2bf00937
 def drop_table(
     sources: list[dict]  # of `corpus_stats`: name, lines, dropped
 ) -> Table:
     "What was left out of each source, and why"
-    why = sum((Counter(s['dropped']) for s in sources), Counter())
-    reasons = [r for r,_ in why.most_common()]
-    share = lambda kept, lost: f'{100*lost/max(kept+lost, 1):.1f} %'
-    rows = [(s['name'], s['lines'], *(s['dropped'].get(r, 0) for r in reasons), share(s['lines'], sum(s['dropped'].values()))) for s in sources]
-    lines = sum(s['lines'] for s in sources)
-    return Table([*rows, ('all', lines, *(why[r] for r in reasons), share(lines, sum(why.values())))], ('source', 'kept', *reasons, 'dropped'))
+    of = {s['name']: Counter(s['dropped']) for s in sources}; of['all'] = sum(of.values(), Counter())
+    kept = {s['name']: s['lines'] for s in sources}; kept['all'] = sum(kept.values())
+    share = lambda k: f'{100*of[k].total()/max(kept[k] + of[k].total(), 1):.1f} %'
+    rows = [('kept', *kept.values())] + [(why, *(of[k][why] for k in of)) for why,_ in of['all'].most_common()]
+    return Table(rows + [('left out, of all', *map(share, of))], ('', *of))
 
-# %% ../nbs/30_report.ipynb #1d25b4ad
+# %% ../nbs/30_report.ipynb #4d9ffedb
 def survey(
     records: list[dict],  # of a split: text, width, height, font, size, ops, attempts
     kind=None  # function text -> name of its kind; None: kinds are not told apart
@@ -433,9 +435,16 @@ def survey(
     texts, ops = [r['text'] for r in records], [r.get('ops', []) for r in records]
     return dict(images=len(records), blank=sum(not t for t in texts), redrawn=sum(r.get('attempts', 1) > 1 for r in records), different=len(set(texts)),
         characters=Counter(map(len, texts)), widths=Counter(r['width'] for r in records), heights=Counter(r['height'] for r in records),
-        symbols=sum((Counter(''.join(texts[i:i+10_000])) for i in range(0, len(texts), 10_000)), Counter()), fonts=Counter(r['font'] for r in records), sizes=Counter(r.get('size') for r in records),
+        symbols=Counter(c for t in texts for c in t), images_with=Counter(c for t in texts for c in set(t)), fonts=Counter(r['font'] for r in records), sizes=Counter(r.get('size') for r in records),
         operations=Counter(o for each in ops for o in dict.fromkeys(each)), operations_per_line=Counter(len(each) for each in ops), untouched=sum(not each for each in ops),
-        kinds=Counter(map(kind, texts)) if kind else Counter(), attempts=Counter(r.get('attempts', 1) for r in records))
+        kinds=Counter(map(kind, texts)) if kind else Counter(), attempts=Counter(r.get('attempts', 1) for r in records), presets=Counter(r['preset'] for r in records if 'preset' in r))
+
+def read_records(
+    split  # folder of a split of a generated set, or of a fixed validation set
+) -> list[dict]:  # one for each image
+    "The record of a set, `samples.jsonl`"
+    try: return [json.loads(l) for l in (Path(split)/'samples.jsonl').read_text(encoding='utf-8').splitlines()]
+    except (OSError, ValueError) as e: raise KhmerOCRError(f'No record of a set can be read in {split}: {type(e).__name__}') from None
 
 def spread(
     counts: dict  # number -> how often

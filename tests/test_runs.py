@@ -24,8 +24,9 @@ def demo_page(folder):
 def parameters(name, t, d):
     if name == 'demo': demo_page(d)
     return dict(
-        corpus=dict(out=str(d/'corpus'), sources=[str(t/'text.txt')], limit=40),
+        corpus=dict(out=str(d/'corpus'), sources=[str(t/'text.txt')], limit=40, drawn=30, shown=1),
         generate=dict(corpus=str(t/'corpus'), out=str(d/'set'), max_lines=4, shown=2),
+        validation_set=dict(corpus=str(t/'corpus'), out=str(d/'fixed'), num_samples=5, shown=2),
         train_ocr=dict(corpus=str(t/'corpus'), validation=str(t/'set/val'), validation_samples=2, model_dir=str(d/'model'), steps=2, batch_size=2, channels=[8, 8, 8, 8, 16], hidden=8, layers=1),
         benchmark=dict(data=str(t/'set/val'), models=str(t/'model/best.safetensors'), limit=3, rendered=5),
         evaluate=dict(model=str(t/'model/best.safetensors'), data=str(t/'set'), limit=3),
