@@ -196,10 +196,10 @@ def run_notebook(
     write_atomic(out/'run.json', json.dumps(facts, ensure_ascii=False, indent=1) + '\n')
     return Run(out, _read_json(out/'metrics.json'), seconds)
 
-# %% ../nbs/31_runs.ipynb #37580719
+# %% ../nbs/31_runs.ipynb #fd325c38
 def _foot(started, seconds, times) -> str:
     "The line at the foot of a report: when, how long, and the speeds that the run noted"
-    said = [f'{k.replace("_", " ")}: {v:,}' if isinstance(v, (int, float)) else f'{k.replace("_", " ")}: {v}' for k,v in times.items()]
+    said = [f'{k.replace("_", " ")}: {v:,.{0 if isinstance(v, int) or v >= 100 else 1 if v >= 10 else 2}f}' for k,v in times.items()]
     return '; '.join([f'Run on {started:%Y-%m-%d at %H:%M} UTC with khmer_ocr {_versions().get("khmer_ocr", "")}, {os.cpu_count()} processor cores there, {seconds:,.0f} s in all', *said]) + '.'
 
 # %% ../nbs/31_runs.ipynb #81b5eea4
