@@ -306,7 +306,7 @@ class Facts:
 
 def _spelled(x): return f'{x:,.{0 if abs(x) >= 1000 else 1 if abs(x) >= 100 else 2}f}' if isinstance(x, float) else f'{x:,}' if isinstance(x, int) and not isinstance(x, bool) else str(x)
 
-# %% ../nbs/30_report.ipynb #2abb478c
+# %% ../nbs/30_report.ipynb #185f39f7
 def _png_url(image, widest=1500) -> str:
     "A picture as text for a page; wider ones are made smaller"
     import cv2
@@ -315,19 +315,21 @@ def _png_url(image, widest=1500) -> str:
     return 'data:image/png;base64,' + base64.b64encode(cv2.imencode('.png', image)[1].tobytes()).decode()
 
 class Sheet:
-    "Line images as a contact sheet: each with its label and, in small print, a note"
-    def __init__(self, images, labels, notes=None, height=44):      # uint8 arrays; texts; texts or None; px on the page at most
-        self.images, self.labels, self.notes, self.height = list(images), list(labels), list(notes or ['']*len(labels)), height
+    "Line images as a contact sheet: each with its label, in red what was read instead, and in small print a note"
+    def __init__(self, images, labels, notes=None, reads=None, height=44):      # uint8 arrays; texts; texts or None; texts or None; px on the page at most
+        self.images, self.labels, self.height = list(images), list(labels), height
+        self.notes, self.reads = list(notes or ['']*len(labels)), list(reads or labels)
 
     def __repr__(self): return '\n'.join(f'{l or "(blank)"}  [{n}]' for l,n in zip(self.labels, self.notes))
 
-    def _card(self, image, label, note):
+    def _card(self, image, label, note, read):
         wide = max(image.shape[1]*min(1, self.height/image.shape[0]), 190)
         text = html.escape(label) or '<i style="color:#999">blank: no text, and none to be read</i>'
+        if read != label: text += f'<div style="color:#c1121f">{html.escape(read) or "∅"}</div>'
         return (f'<figure style="margin:0;max-width:100%;width:{wide:.0f}px"><img src="{_png_url(image)}" alt="{html.escape(label)}" style="max-height:{self.height}px;max-width:100%;width:auto;height:auto;margin:0;outline:1px dotted #bbb;display:block">'
                 f'<figcaption style="line-height:1.5;font-size:.85rem">{text}<div style="color:#888;font-size:.72rem;line-height:1.3">{html.escape(note)}</div></figcaption></figure>')
 
-    def _repr_html_(self): return f'<div style="display:flex;flex-wrap:wrap;gap:1rem 1.2rem;margin:1rem 0">{"".join(map(self._card, self.images, self.labels, self.notes))}</div>'
+    def _repr_html_(self): return f'<div style="display:flex;flex-wrap:wrap;gap:1rem 1.2rem;margin:1rem 0">{"".join(map(self._card, self.images, self.labels, self.notes, self.reads))}</div>'
 
 # %% ../nbs/30_report.ipynb #4b1af9be
 def count_bars(
