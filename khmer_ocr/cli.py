@@ -233,7 +233,7 @@ def corpus(
     stats = build_corpus(out, sources=source or None, licence=licence, seed=seed, limit=limit)
     _print_json(stats) if as_json else print(f'{stats_table(stats)}\nwritten to {out}')
 
-# %% ../nbs/32_cli.ipynb #9982df5b
+# %% ../nbs/32_cli.ipynb #684823b2
 def _merged(config: str|None, **given) -> dict:
     "Settings from a file, overridden by the options that were given"
     settings = {}
@@ -242,46 +242,61 @@ def _merged(config: str|None, **given) -> dict:
         settings = read_settings(config)
     return settings | {k: v for k,v in given.items() if v is not None}
 
-def _report_problems(problems: list[str], where):
+def _report_problems(problems: list[str], where, remedy):
     "Problems of a set on stderr, and an exit status that says so"
     for p in problems[:20]: print(p, file=sys.stderr)
-    if problems: raise KhmerOCRError(f'{where}: {len(problems)} problem{"s" if len(problems) > 1 else ""}{" (the first 20 are shown)" if len(problems) > 20 else ""}; generate it again to repair it')
+    if problems: raise KhmerOCRError(f'{where}: {len(problems)} problem{"s" if len(problems) > 1 else ""}{" (the first 20 are shown)" if len(problems) > 20 else ""}; {remedy}')
     print(f'{where}: every file is as recorded')
 
-# %% ../nbs/32_cli.ipynb #60b4bae8
+# %% ../nbs/32_cli.ipynb #9e66e6a2
+def _max_lines(ctx: typer.Context, param: typer.CallbackParam, value: str|None):
+    "N, or N,N,N for train, val and test"
+    if value is None: return None
+    ns = [int(n) if n.strip().isdecimal() else 0 for n in value.split(',')]
+    if min(ns) < 1 or len(ns) not in (1, 3): raise KhmerOCRError(f'{param.opts[0]} takes a whole number from 1 up, or three of them for train,val,test, not {value!r}')
+    return ns[0] if len(ns) == 1 else dict(zip(('train', 'val', 'test'), ns))
+
+# %% ../nbs/32_cli.ipynb #be588ade
 @app.command()
 def generate(
     out: str = typer.Option('data/synthetic', '--out', help='Folder of the set.'),
-    max_lines: int = typer.Option(None, '--max-lines', callback=_positive, help='At most this many lines per split.'),
+    max_lines: str = typer.Option(None, '--max-lines', metavar='N[,N,N]', callback=_max_lines, help='At most this many lines per split, or for train,val,test.'),
     workers: int = typer.Option(1, '--workers', callback=_positive, help='Processes; the bytes do not depend on it.'),
     seed: int = typer.Option(None, '--seed', callback=_seed, help='Decides everything; default 42.'),
     stats: bool = typer.Option(False, '--stats', help='Only count what is there.'),
     verify: bool = typer.Option(False, '--verify', help='Only check every file against the record.'),
+    repair: bool = typer.Option(False, '--repair', help='Check every byte of what is there, not only sizes, and make again what has changed.'),
+    format: str = typer.Option('png', '--format', metavar='png|shards', callback=_one_of('png', 'shards'), help='A file per image, or tar files of 2,000 samples (WebDataset).'),
+    random_text: bool = typer.Option(False, '--random-text', help='Texts drawn as in training, not line by line; --max-lines is then the number of images.'),
     preset: str = typer.Option(None, '--preset', help='How the training lines are damaged.'),
     corpus: str = typer.Option(None, '--corpus', help='Folder of the corpus; default data/processed.'),
     config: str = typer.Option(None, '--config', help='A recipe as TOML or JSON.'),
     as_json: bool = typer.Option(False, '--json', help='Print JSON.')):
-    "Make a set of labelled line images on disk."
+    "Make a set of labelled line images on disk, or go on with it."
     from khmer_ocr.synth import Recipe
     from khmer_ocr.sets import format_stats, generate_set, set_stats, verify_set
-    if verify: return _report_problems(verify_set(out), out)
+    if verify: return _report_problems(verify_set(out, progress=True), out, 'generate it again with --repair')
     if stats: made = set_stats(out)
-    else: made = generate_set(Recipe.from_dict(_merged(config, seed=seed, preset=preset, corpus=corpus)), out, max_lines=max_lines, workers=workers)
+    else: made = generate_set(Recipe.from_dict(_merged(config, seed=seed, preset=preset, corpus=corpus, random_text=random_text or None)), out, max_lines=max_lines, workers=workers, format=format, repair=repair)
     _print_json(made) if as_json else print(format_stats(made))
 
-# %% ../nbs/32_cli.ipynb #6ab1c71b
+# %% ../nbs/32_cli.ipynb #220060b9
 @app.command('validation-set')
 def validation_set(
     num_samples: int = typer.Option(6400, '--num-samples', callback=_positive, help='Lines in the set.'),
     random_seed: int = typer.Option(42, '--random-seed', callback=_seed, help='Decides which lines.'),
-    output_dir: str = typer.Option('data/validation_fixed', '--output-dir', help='Folder of the set.'),
+    output_dir: str = typer.Option(None, '--output-dir', help='Folder of the set; default data/validation_fixed, or data/validation_augmented.'),
     validate_only: bool = typer.Option(False, '--validate-only', help='Only check every file against the record.'),
+    augmented: bool = typer.Option(False, '--augmented', help='Damage each line, once.'),
+    preset: str = typer.Option(None, '--preset', help='How; default buoy2022. Implies --augmented.'),
     corpus: str = typer.Option('data/processed', '--corpus', help='Folder of the corpus.'),
     workers: int = typer.Option(1, '--workers', callback=_positive, help='Processes.')):
-    "Make or check the fixed validation set."
+    "Make, repair or check the fixed validation set."
     from khmer_ocr.sets import make_validation_set, validate_validation_set
-    if validate_only: return _report_problems(validate_validation_set(output_dir), output_dir)
-    make_validation_set(output_dir, num_samples=num_samples, random_seed=random_seed, corpus=corpus, workers=workers)
+    how = preset or ('buoy2022' if augmented else None)
+    output_dir = output_dir or ('data/validation_augmented' if how else 'data/validation_fixed')
+    if validate_only: return _report_problems(validate_validation_set(output_dir, progress=True), output_dir, 'make it again to repair it')
+    make_validation_set(output_dir, num_samples=num_samples, random_seed=random_seed, corpus=corpus, workers=workers, augmented=how)
     print(f'{num_samples:,} images in {output_dir}')
 
 # %% ../nbs/32_cli.ipynb #713c9e58

@@ -1,0 +1,322 @@
+"Sets: the same bytes for any number of workers and after any kill, verified by their own record."
+import hashlib, json, os, random, shutil, signal, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+import psutil, pytest
+from khmer_ocr import sets
+from khmer_ocr.corpus import load_lines
+from khmer_ocr.sets import _put, _seal, generate_set, make_validation_set, read_shard, set_stats, validate_validation_set, verify_set
+from khmer_ocr.synth import Recipe
+from khmer_ocr.text import KhmerOCRError, normalise
+
+lines = [f'{t} {i}' for i in range(60) for t in ('ព្រះរាជាណាចក្រកម្ពុជា', 'ស្ត្រីខ្មែរ', 'ឆ្នាំ ២០២៥ "ថ្មី"', 'តម្លៃ - ៥.០០០ រៀល...', 'Khmer OCR ភ្នំពេញ')]
+posix = pytest.mark.skipif(os.name == 'nt', reason='signals and mounts')
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+    d = tmp_path_factory.mktemp('corpus')
+    for s in ('train', 'val', 'test'): (d/f'{s}.txt').write_text(''.join(normalise(l)+'\n' for l in lines), encoding='utf-8')
+    return str(d)
+
+@pytest.fixture
+def small_chunks(monkeypatch): monkeypatch.setattr(sets._Files, 'chunk', 10); monkeypatch.setattr(sets._Shards, 'chunk', 10)
+
+def tree(folder): return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob('*')) if p.is_file() and p.name != 'run.json'}
+
+def make(corpus, out, n=25, splits=('train', 'val'), **kw): return generate_set(Recipe(corpus=corpus), out, max_lines=n, splits=splits, progress=False, **kw)
+
+# ---- what a set is
+
+def test_two_workers_make_the_bytes_of_one(corpus, tmp_path, small_chunks):
+    for w in (1, 2, 3): make(corpus, tmp_path/f'w{w}', 35, ('train',), workers=w)
+    one = tree(tmp_path/'w1')
+    assert one == tree(tmp_path/'w2') == tree(tmp_path/'w3') and len(one) == 2*35+3
+
+def test_layout_of_the_seed(corpus, tmp_path):
+    generate_set(Recipe(corpus=corpus), tmp_path, max_lines=2, progress=False)
+    for s in ('train', 'val', 'test'):
+        assert {p.name for p in (tmp_path/s).iterdir()} == {'images', 'labels', 'metadata.json', 'samples.jsonl'}
+        assert (tmp_path/s/'images'/f'{s}_000001.png').exists() and (tmp_path/s/'labels'/f'{s}_000001.txt').exists()
+        assert json.loads((tmp_path/s/'metadata.json').read_text())['augmented'] in ([True, False] if s == 'train' else [False])
+    assert set(json.loads((tmp_path/'generation_metadata.json').read_text())) >= {'recipe', 'versions', 'fonts', 'corpus', 'splits', 'code'}
+    row = json.loads((tmp_path/'train/samples.jsonl').read_text(encoding='utf-8').splitlines()[0])
+    assert set(row) >= {'name', 'text', 'font', 'size', 'ops', 'sha256', 'bytes'}
+
+def test_numbers_per_split_and_texts_at_random(corpus, tmp_path):
+    st = generate_set(Recipe(corpus=corpus), tmp_path/'a', max_lines=dict(train=3, val=1), progress=False, splits=('train', 'val'))
+    assert {k: s['images'] for k, s in st['splits'].items()} == dict(train=3, val=1)
+    (tmp_path/'c').mkdir()
+    for s in ('train', 'val', 'test'): (tmp_path/'c'/f'{s}.txt').write_text(normalise(lines[0])+'\n', encoding='utf-8')
+    r = Recipe(corpus=str(tmp_path/'c'), random_text=True)
+    assert generate_set(r, tmp_path/'b', max_lines=7, splits=('train',), progress=False)['total_images'] == 7        # more than there are lines
+    assert generate_set(replace(r, random_text=False), tmp_path/'d', max_lines=7, splits=('train',), progress=False)['total_images'] == 1
+
+def test_a_split_may_follow_later_and_a_set_may_grow(corpus, tmp_path, small_chunks):
+    make(corpus, tmp_path/'a', 5, ('val',)); make(corpus, tmp_path/'a', 12, ('train',)); make(corpus, tmp_path/'a', 25)
+    make(corpus, tmp_path/'b', 25)
+    assert tree(tmp_path/'a') == tree(tmp_path/'b') and verify_set(tmp_path/'a') == []
+
+def test_faults_of_the_caller(corpus, tmp_path):
+    (tmp_path/'file').write_text('')
+    for f, why in ((lambda: generate_set(Recipe(corpus=str(tmp_path/'none')), tmp_path/'x'), 'khmer-ocr corpus'), (lambda: make(corpus, tmp_path/'x', 0), 'max-lines'), (lambda: make(corpus, tmp_path/'x', dict(trian=3)), 'did you mean train'),
+            (lambda: make(corpus, tmp_path/'x', 3, format='tar'), 'choose from png, shards'), (lambda: verify_set(tmp_path/'none'), 'khmer-ocr generate'), (lambda: make(corpus, tmp_path/'file'), 'a folder is wanted'),
+            (lambda: list(read_shard(tmp_path/'none.tar')), 'No shard'), (lambda: list(read_shard(tmp_path/'file')), 'not a whole shard'),
+            (lambda: make_validation_set(tmp_path/'x', 5, corpus=corpus, augmented='buoy'), 'did you mean buoy2022')):
+        with pytest.raises(KhmerOCRError, match=why) as e: f()
+        assert '\n' not in str(e.value)
+    assert not (tmp_path/'x').exists()
+
+def test_another_recipe_is_refused_with_what_differs(corpus, tmp_path):
+    make(corpus, tmp_path/'set', 3, ('val',)); before = tree(tmp_path/'set')
+    go = lambda **kw: generate_set(replace(Recipe(corpus=corpus), **kw), tmp_path/'set', max_lines=3, splits=('val',), progress=False)
+    with pytest.raises(KhmerOCRError, match='seed: 42 there, 43 now'): go(seed=43)
+    with pytest.raises(KhmerOCRError, match='preset: .mixed. there, .light. now'): go(preset='light')
+    with pytest.raises(KhmerOCRError, match='layout'): make(corpus, tmp_path/'set', 3, ('val',), format='shards')
+    with pytest.raises(KhmerOCRError, match='larger set'): make(corpus, tmp_path/'set', 2, ('val',))       # it would leave an image behind
+    shutil.copytree(corpus, tmp_path/'corpus'); (tmp_path/'corpus/val.txt').write_text('កក\n'*3, encoding='utf-8')
+    with pytest.raises(KhmerOCRError, match='corpus.val'): go(corpus=str(tmp_path/'corpus'))
+    assert tree(tmp_path/'set') == before
+
+def test_progress_is_plain_lines_off_a_terminal(corpus, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sets._Files, 'chunk', 1); monkeypatch.setattr(sets._PlainLines, 'every', 0)
+    for _ in range(2): generate_set(Recipe(corpus=corpus), tmp_path, max_lines=3, splits=('val',))
+    out, err = capfd.readouterr(); said = err.splitlines()
+    assert out == '' and '\r' not in err and len(said) == 4
+    assert said[0].startswith('val: 1/3 images, ') and said[0].endswith(' left') and ' a second' in said[0] and said[2].startswith('val: 3/3 images') and said[3] == 'val: 3/3 images, there already'
+
+def test_two_runs_do_not_share_a_folder(corpus, tmp_path):
+    with sets._alone(tmp_path), pytest.raises(KhmerOCRError, match='Another run is at work'): make(corpus, tmp_path)
+    make(corpus, tmp_path, 1)
+
+def test_any_executor(corpus, tmp_path, small_chunks):
+    make(corpus, tmp_path/'one')
+    with ThreadPoolExecutor(3) as pool: make(corpus, tmp_path/'threads', executor=pool)
+    assert tree(tmp_path/'one') == tree(tmp_path/'threads')
+
+def test_a_dask_cluster(corpus, tmp_path):
+    distributed = pytest.importorskip('distributed')
+    make(corpus, tmp_path/'one', 300)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
+        make(corpus, tmp_path/'dask', 300, executor=client.get_executor())
+    assert tree(tmp_path/'one') == tree(tmp_path/'dask')
+
+# ---- shards
+
+def test_shards_hold_the_same_samples(corpus, tmp_path, small_chunks):
+    make(corpus, tmp_path/'png'); st = make(corpus, tmp_path/'tar', format='shards')
+    assert verify_set(tmp_path/'tar') == [] and st['splits']['train'] | dict(bytes=0, disk_bytes=0) == dict(images=25, labels=25, bytes=0, disk_bytes=0)
+    assert sorted(p.name for p in (tmp_path/'tar/train').iterdir()) == ['metadata.json', 'shards.jsonl', *(f'train-{i:06d}.tar' for i in range(3))]
+    samples = [s for p in sorted((tmp_path/'tar/train').glob('*.tar')) for s in read_shard(p)]
+    assert [s[0] for s in samples] == [f'train_{i:06d}' for i in range(25)]
+    rows = [json.loads(l) for l in (tmp_path/'png/train/samples.jsonl').read_text(encoding='utf-8').splitlines()]
+    for (name, png, text, notes), r in zip(samples, rows):
+        assert png == (tmp_path/f'png/train/images/{name}.png').read_bytes() and text == (tmp_path/f'png/train/labels/{name}.txt').read_text(encoding='utf-8') and notes == r
+    a, b = (json.loads((tmp_path/d/'train/metadata.json').read_text()) for d in ('png', 'tar'))
+    assert all(a[k] == b[k] for k in ('num_samples', 'fonts_used', 'degraded', 'redrawn', 'augmented'))
+
+def test_shards_resume_grow_and_are_verified(corpus, tmp_path, small_chunks):
+    go = lambda out, n=25: make(corpus, out, n, ('train',), format='shards')
+    go(tmp_path/'whole'); go(tmp_path/'a', 13); assert go(tmp_path/'a')['images_made'] == 15        # the shard of 3 and the one after it
+    assert tree(tmp_path/'a') == tree(tmp_path/'whole') and go(tmp_path/'a')['images_made'] == 0
+    tar = tmp_path/'a/train/train-000001.tar'; data = tar.read_bytes(); tar.write_bytes(data[:3000]+bytes([data[3000]^1])+data[3001:])
+    assert verify_set(tmp_path/'a') == [f'{tar} has changed']
+    tar.write_bytes(data[:3000])
+    with pytest.raises(KhmerOCRError, match='not a whole shard'): list(read_shard(tar))
+    assert len(verify_set(tmp_path/'a')) == 1 and go(tmp_path/'a')['images_made'] == 10 and tree(tmp_path/'a') == tree(tmp_path/'whole')
+
+# ---- verify finds each planted fault, and making the set again repairs it
+
+def flip(p): d = bytearray(p.read_bytes()); d[len(d)//2] ^= 1; p.write_bytes(d)
+def swap(a, b): x, y = a.read_bytes(), b.read_bytes(); a.write_bytes(y); b.write_bytes(x)
+def edit(p, old, new): t = p.read_text(encoding='utf-8'); assert old in t; p.write_text(t.replace(old, new, 1), encoding='utf-8')
+def reseal(p, **kw): p.write_bytes(_seal(json.loads(p.read_text(encoding='utf-8')) | kw))       # an edit by someone who knows of the checksum
+
+faults = {
+    'a missing image': (lambda d: (d/'train/images/train_000003.png').unlink(), 'train_000003.png is missing'),
+    'a missing label': (lambda d: (d/'val/labels/val_000003.txt').unlink(), 'val_000003.txt is missing'),
+    'a truncated PNG': (lambda d: (p := d/'train/images/train_000004.png').write_bytes(p.read_bytes()[:-20]), 'train_000004.png has changed'),
+    'an empty PNG': (lambda d: (d/'train/images/train_000004.png').write_bytes(b''), 'train_000004.png has changed'),
+    'one flipped byte': (lambda d: flip(d/'val/images/val_000007.png'), 'val_000007.png has changed'),
+    'one flipped byte of a label': (lambda d: flip(d/'val/labels/val_000007.txt'), 'val_000007.txt has changed'),
+    'swapped labels': (lambda d: swap(d/'train/labels/train_000001.txt', d/'train/labels/train_000002.txt'), 'train_000001.txt has changed'),
+    'swapped images': (lambda d: swap(d/'train/images/train_000001.png', d/'train/images/train_000002.png'), 'train_000002.png has changed'),
+    'a missing split': (lambda d: shutil.rmtree(d/'val'), 'val is missing'),
+    'a missing record': (lambda d: (d/'val/samples.jsonl').unlink(), 'samples.jsonl'),
+    'a missing metadata.json': (lambda d: (d/'val/metadata.json').unlink(), 'metadata.json is missing'),
+    'a missing generation_metadata.json': (lambda d: (d/'generation_metadata.json').unlink(), 'generation_metadata.json is missing'),
+    'edited samples.jsonl': (lambda d: edit(d/'train/samples.jsonl', '"font": "', '"font": "The '), 'samples.jsonl was edited'),
+    'a damaged samples.jsonl': (lambda d: edit(d/'train/samples.jsonl', '{', ''), 'samples.jsonl is damaged'),
+    'edited metadata.json': (lambda d: edit(d/'train/metadata.json', '"redrawn": ', '"redrawn": 1'), 'metadata.json was edited'),
+    'a space in metadata.json': (lambda d: edit(d/'train/metadata.json', '\n', '\n '), 'metadata.json was edited'),
+    'metadata.json edited with care': (lambda d: reseal(d/'train/metadata.json', num_samples=26), '26 samples'),
+    'metadata.json of another set': (lambda d: reseal(d/'train/metadata.json', provenance={}), 'not of the set'),
+    'edited generation_metadata.json': (lambda d: edit(d/'generation_metadata.json', '"seed": 42', '"seed": 43'), 'generation_metadata.json was edited'),
+    'generation_metadata.json edited with care': (lambda d: reseal(d/'generation_metadata.json', recipe={}), 'not of the set'),
+    'broken JSON': (lambda d: (d/'generation_metadata.json').write_text('{'), 'generation_metadata.json is damaged')}
+
+strangers = ('a.txt', 'train/a.png', 'train/images/train_000025.png', 'train/labels/train_000000.png', 'val/images/.hidden', 'val/parts/000000.jsonl', 'train/parts.txt', 'test/images/test_000000.png', 'deep/er/file', 'val/images/sub/val_000000.png')
+
+@pytest.fixture(scope='module')
+def whole(corpus, tmp_path_factory):
+    d = tmp_path_factory.mktemp('whole')/'set'; make(corpus, d)
+    return d
+
+@pytest.fixture
+def copy(whole, tmp_path): return shutil.copytree(whole, tmp_path/'set')
+
+@pytest.mark.parametrize('name', faults)
+def test_verify_finds(name, copy, whole, corpus):
+    plant, says = faults[name]
+    plant(copy); problems = verify_set(copy)
+    assert any(says in p for p in problems), problems
+    assert not any('\n' in p for p in problems)
+    if 'with care' in name or 'another set' in name: return      # what was sealed anew is believed by the next run, which then refuses it as another recipe
+    make(corpus, copy, repair=True)
+    assert verify_set(copy) == [] and tree(copy) == tree(whole)
+
+@pytest.mark.parametrize('name', strangers)
+def test_verify_finds_an_extra_file(name, copy):
+    (copy/name).parent.mkdir(parents=True, exist_ok=True); (copy/name).write_bytes(b'x')
+    problems = verify_set(copy)
+    assert len(problems) == 1 and ('does not belong to the set' in problems[0] or 'left of a run' in problems[0])
+
+def test_verify_finds_an_extra_folder(copy):
+    (copy/'val/images/empty').mkdir()
+    assert verify_set(copy) == [f'{copy}/val/images/empty does not belong to the set']
+
+def test_a_second_run_looks_at_sizes_and_repair_at_bytes(copy, corpus):
+    flip(copy/'val/images/val_000007.png'); (copy/'val/images/val_000001.png').write_bytes(b'')
+    assert make(corpus, copy)['images_made'] == 25      # the empty image's chunk, by which the other is repaired too
+    flip(copy/'val/images/val_000007.png')
+    assert make(corpus, copy)['images_made'] == 0 and len(verify_set(copy)) == 1
+    assert make(corpus, copy, repair=True)['images_made'] == 25 and verify_set(copy) == []
+
+# ---- stopped, in any way
+
+child = '''import sys, khmer_ocr.sets as s
+s._Files.chunk = s._Shards.chunk = 10
+from khmer_ocr.cli import app
+app(['generate', '--corpus', sys.argv[1], '--out', sys.argv[2], '--max-lines', '150', *sys.argv[3:]])'''
+
+def start(corpus, out, *more, **kw):
+    return subprocess.Popen([sys.executable, '-c', child, corpus, str(out), *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'), **kw)
+
+def kill(p, rng) -> str:
+    "Kill the run or one of its workers; what it was"
+    own = psutil.Process(p.pid).children(recursive=True)
+    workers = [c for c in own if 'spawn_main' in ' '.join(c.cmdline())]
+    if workers and rng.random() < .25: rng.choice(workers).kill(); return 'worker'
+    p.kill(); p.communicate()
+    assert not psutil.wait_procs(own, timeout=3)[1], 'a worker survived its parent'
+    return 'parent'
+
+@posix
+def test_killed_at_twenty_random_moments(corpus, tmp_path):
+    rng, kills, began, half = random.Random(20), 0, time.monotonic(), []
+    go = lambda out, *more: start(corpus, out, '--workers', '2', *more)
+    p = go(tmp_path/'whole'); assert p.wait() == 0; whole = tree(tmp_path/'whole')
+    while kills < 20:
+        p = go(tmp_path/'set')
+        try: out, err = p.communicate(timeout=rng.uniform(.2, 2.)); assert p.returncode == 0, err
+        except subprocess.TimeoutExpired:
+            kills += 1
+            try: victim = kill(p, rng)
+            except psutil.NoSuchProcess: continue
+            if victim == 'worker':
+                _, err = p.communicate(timeout=60)
+                assert p.returncode == 0 or (p.returncode == 1 and 'worker process was killed' in err.splitlines()[-1]), err
+                assert 'Traceback' not in err
+            half.append(len(list(tmp_path.glob('set/*/images/*.png'))))
+            continue
+        assert tree(tmp_path/'set') == whole; shutil.rmtree(tmp_path/'set')        # done before the next kill: from the beginning
+    p = go(tmp_path/'set'); assert p.wait() == 0
+    assert tree(tmp_path/'set') == whole and verify_set(tmp_path/'set') == []
+    print(f'20 kills in {time.monotonic()-began:.0f} s, at {half} images')
+
+@posix
+@pytest.mark.parametrize('more', [('--workers', '2'), ('--workers', '1'), ('--format', 'shards')], ids=str)
+def test_ctrl_c_in_a_terminal_is_one_line_and_resumes(corpus, tmp_path, more):
+    p = start(corpus, tmp_path/'set', *more, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while not list(tmp_path.glob('set/train/parts/*.jsonl')) and p.poll() is None: time.sleep(.01)
+    os.killpg(p.pid, signal.SIGINT)      # as a terminal does: to the workers too
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and [l for l in err.splitlines() if not l.startswith('train: ')] == ['khmer-ocr: stopped; what was finished stays, and the same command goes on from there'], err
+    for d in ('set', 'whole'): assert start(corpus, tmp_path/d, *more).wait() == 0
+    assert tree(tmp_path/'set') == tree(tmp_path/'whole')
+
+@pytest.fixture
+def disk(tmp_path):
+    "A disk of 400 kB"
+    d = tmp_path/'disk'; d.mkdir()
+    mount = lambda *args: shutil.which('mount') and not subprocess.run(['mount', *args, str(d)], stderr=subprocess.DEVNULL).returncode
+    if os.name == 'nt' or not mount('-t', 'tmpfs', '-o', 'size=400k', 'tmpfs'): pytest.skip('no right to mount a small disk')
+    yield d, lambda how: mount('-o', f'remount,{how}')
+    subprocess.run(['umount', '-l', str(d)])
+
+@pytest.mark.parametrize('more', [('--workers', '1'), ('--workers', '2'), ('--format', 'shards')], ids=str)
+@pytest.mark.parametrize('why, broken, mended', [('No space left on device', 'size=400k', 'size=20m'), ('Read-only file system', 'ro', 'rw,size=20m')], ids=['full', 'read-only'])
+def test_disk_full_or_read_only_is_one_line_and_resumes(corpus, tmp_path, disk, more, why, broken, mended):
+    d, remount = disk; assert remount(broken)
+    p = start(corpus, d/'set', *more); out, err = p.communicate(timeout=60)
+    said = [l for l in err.splitlines() if not l.startswith(('train: ', 'val: ', 'test: '))]
+    assert p.returncode == 1 and len(said) == 1 and said[0].startswith('khmer-ocr: Cannot write') and why in said[0], err
+    assert not [f for f in d.rglob('.*')]
+    assert remount(mended)
+    for out in (d/'set', tmp_path/'whole'): p = start(corpus, out, *more); assert p.communicate(timeout=60) and p.returncode == 0
+    assert tree(d/'set') == tree(tmp_path/'whole')
+
+@posix
+def test_a_limit_on_files_is_one_line(corpus, tmp_path):
+    import resource
+    p = start(corpus, tmp_path/'set', preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)))
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 1 and 'Cannot write' in err and 'Traceback' not in err
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    (tmp_path/'a.png').mkdir()
+    with pytest.raises(KhmerOCRError, match='a.png'): _put(tmp_path/'a.png', b'x')
+    assert [p.name for p in tmp_path.iterdir()] == ['a.png']
+
+# ---- the fixed validation set
+
+def test_validation_set(corpus, tmp_path, small_chunks):
+    for w in (1, 2, 3): make_validation_set(tmp_path/f'{w}', num_samples=30, random_seed=5, corpus=corpus, workers=w, progress=False)
+    assert tree(tmp_path/'1') == tree(tmp_path/'2') == tree(tmp_path/'3')
+    assert {p.name for p in (tmp_path/'1').iterdir()} == {'images', 'labels', 'metadata.json', 'samples.jsonl', 'validation_texts.txt', 'run.json'}
+    assert validate_validation_set(tmp_path/'1') == []
+    texts = (tmp_path/'1/validation_texts.txt').read_text(encoding='utf-8').splitlines()
+    assert len(set(texts)) == 30 and set(texts) <= set(load_lines(corpus, 'val'))
+
+def test_augmented_validation_set(corpus, tmp_path, small_chunks):
+    for w in (1, 2): make_validation_set(tmp_path/f'{w}', num_samples=30, corpus=corpus, augmented='buoy2022', workers=w, progress=False)
+    make_validation_set(tmp_path/'plain', num_samples=30, corpus=corpus, progress=False)
+    assert tree(tmp_path/'1') == tree(tmp_path/'2') and validate_validation_set(tmp_path/'1') == []
+    rows, plain = ([json.loads(l) for l in (tmp_path/d/'samples.jsonl').read_text(encoding='utf-8').splitlines()] for d in ('1', 'plain'))
+    joined = [r for r in rows if 'joined' in r['ops']]
+    assert 3 < len(joined) < 28 and sum(bool(r['ops']) for r in rows) > 25 and not any(r['ops'] for r in plain)
+    for r, q in zip(rows, plain):
+        assert r['font'] == q['font'] and (len(r['text']) > len(q['text']) if 'joined' in r['ops'] else r['text'] == q['text'])
+    assert (tmp_path/'1/validation_texts.txt').read_text(encoding='utf-8').splitlines() == [r['text'] for r in rows]
+    with pytest.raises(KhmerOCRError, match='augment_val'): make_validation_set(tmp_path/'1', num_samples=30, corpus=corpus, progress=False)
+
+validation_faults = {
+    'a flipped byte': (lambda d: flip(d/'images/val_000001.png'), 1), 'a text': (lambda d: edit(d/'validation_texts.txt', '\n', '\n\n'), 1), 'no texts': (lambda d: (d/'validation_texts.txt').unlink(), 1),
+    'an extra file': (lambda d: (d/'labels/x').write_text(''), 1), 'swapped labels': (lambda d: swap(d/'labels/val_000001.txt', d/'labels/val_000002.txt'), 2), 'edited metadata': (lambda d: edit(d/'metadata.json', '"redrawn": ', '"redrawn": 1'), 1),
+    'edited record': (lambda d: edit(d/'samples.jsonl', '"attempts": 1', '"attempts": 2'), 1), 'no metadata': (lambda d: (d/'metadata.json').unlink(), 1)}
+
+@pytest.mark.parametrize('name', validation_faults)
+def test_validate_only_finds_and_making_it_again_repairs(name, corpus, tmp_path):
+    go = lambda: make_validation_set(tmp_path/'v', num_samples=5, corpus=corpus, progress=False)
+    go(); whole = tree(tmp_path/'v'); plant, n = validation_faults[name]
+    plant(tmp_path/'v'); assert len(validate_validation_set(tmp_path/'v')) == n, validate_validation_set(tmp_path/'v')
+    (tmp_path/'v/labels/x').unlink(missing_ok=True); go()
+    assert validate_validation_set(tmp_path/'v') == [] and tree(tmp_path/'v') == whole
+
+def test_a_stopped_validation_set_is_not_mixed_with_another(corpus, tmp_path):
+    go = lambda seed: make_validation_set(tmp_path/'v', num_samples=5, random_seed=seed, corpus=corpus, progress=False)
+    go(1); whole = tree(tmp_path/'v')
+    (tmp_path/'v/parts').mkdir(); (tmp_path/'v/parts/provenance.json').write_bytes(_seal(json.loads((tmp_path/'v/metadata.json').read_text())['provenance']))
+    for f in ('metadata.json', 'samples.jsonl', 'validation_texts.txt'): (tmp_path/'v'/f).unlink()      # as a kill leaves it
+    with pytest.raises(KhmerOCRError, match='another validation set'): go(2)
+    go(1); assert tree(tmp_path/'v') == whole
