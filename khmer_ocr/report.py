@@ -6,8 +6,8 @@
 __all__ = ['khmer_font_file', 'khmer_mpl_font', 'new_figure', 'show', 'line_grid', 'page_figure', 'read_curves', 'learning_curve',
            'read_set', 'error_by', 'length_class', 'error_bars', 'Table', 'confusion_table', 'score_table', 'histogram',
            'write_metrics', 'Facts', 'Sheet', 'count_bars', 'lengths_figure', 'symbol_map', 'rarest', 'drop_table',
-           'survey', 'read_records', 'spread', 'note_times', 'font_css', 'read_notebook', 'outside_references',
-           'write_report']
+           'survey', 'read_records', 'images_of', 'spread', 'note_times', 'font_css', 'read_notebook',
+           'outside_references', 'write_report']
 
 # %% ../nbs/30_report.ipynb #c09238e9
 import base64, csv, html, importlib.util, io, json, os, re, sys, tempfile
@@ -218,7 +218,7 @@ def error_bars(
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
-# %% ../nbs/30_report.ipynb #73401ccf
+# %% ../nbs/30_report.ipynb #a93f18d1
 class Table:
     "Rows with a head; shows itself as HTML in a notebook and as aligned text elsewhere"
     def __init__(self, rows, head): self.rows, self.head = [tuple(r) for r in rows], tuple(head)
@@ -231,10 +231,10 @@ class Table:
         return '\n'.join('  '.join(c.ljust(w) for c,w in zip(r, wide)).rstrip() for r in cells)
 
     def _repr_html_(self):
-        number = lambda x: ' class=n' if isinstance(x, (int, float)) or re.fullmatch('[0-9.,]+ ?%?|-', str(x)) else ''
-        th = ''.join(f'<th{number(self.rows[0][i]) if self.rows else ""}>{html.escape(h)}</th>' for i,h in enumerate(self.head))
-        td = lambda x: f'<td{number(x) or (" class=s" if len(self._text(x)) < 24 else "")}>{html.escape(self._text(x))}</td>'
-        body = ''.join('<tr>' + ''.join(map(td, r)) + '</tr>' for r in self.rows)
+        number = [bool(self.rows) and all(isinstance(x, (int, float)) or re.fullmatch('[0-9.,]+ ?%?|-', str(x)) for x in column) for column in zip(*self.rows)]
+        th = ''.join(f'<th{" class=n" if n else ""}>{html.escape(h)}</th>' for h,n in zip(self.head, number or [False]*len(self.head)))
+        td = lambda x, n: f'<td class={"n" if n or isinstance(x, (int, float)) else "s" if len(self._text(x)) < 24 else "t"}>{html.escape(self._text(x))}</td>'
+        body = ''.join('<tr>' + ''.join(map(td, r, number)) + '</tr>' for r in self.rows)
         return f'<table><thead><tr>{th}</tr></thead><tbody>{body}</tbody></table>'
 
 # %% ../nbs/30_report.ipynb #3d701079
@@ -430,7 +430,7 @@ def drop_table(
     rows = [('kept', *kept.values())] + [(why, *(of[k][why] for k in of)) for why,_ in of['all'].most_common()]
     return Table(rows + [('left out, of all', *map(share, of))], ('', *of))
 
-# %% ../nbs/30_report.ipynb #4d9ffedb
+# %% ../nbs/30_report.ipynb #f2097c8c
 def survey(
     records: list[dict],  # of a split: text, width, height, font, size, ops, attempts
     kind=None  # function text -> name of its kind; None: kinds are not told apart
@@ -444,11 +444,26 @@ def survey(
         kinds=Counter(map(kind, texts)) if kind else Counter(), attempts=Counter(r.get('attempts', 1) for r in records), presets=Counter(r['preset'] for r in records if 'preset' in r))
 
 def read_records(
-    split  # folder of a split of a generated set, or of a fixed validation set
+    split  # folder of a split of a generated set (files or shards), or of a fixed validation set
 ) -> list[dict]:  # one for each image
-    "The record of a set, `samples.jsonl`"
+    "The record of a set: `samples.jsonl`, or what stands in the shards"
+    from khmer_ocr.sets import read_shard
+    if shards := sorted(Path(split).glob('*.tar')): return [row for p in shards for *_,row in read_shard(p)]
     try: return [json.loads(l) for l in (Path(split)/'samples.jsonl').read_text(encoding='utf-8').splitlines()]
     except (OSError, ValueError) as e: raise KhmerOCRError(f'No record of a set can be read in {split}: {type(e).__name__}') from None
+
+def images_of(
+    split,  # folder, as in `read_records`
+    records: list[dict]  # those whose images are wanted
+) -> list:  # uint8 arrays H x W
+    "The images that belong to some records of a split"
+    import cv2
+    from khmer_ocr.data import read_image
+    from khmer_ocr.sets import read_shard
+    shards, wanted = sorted(Path(split).glob('*.tar')), {r['name'] for r in records}
+    if not shards: return [read_image(Path(split)/'images'/f'{r["name"]}.png') for r in records]
+    found = {name: png for p in shards for name,png,*_ in read_shard(p) if name in wanted}
+    return [cv2.imdecode(np.frombuffer(found[r['name']], np.uint8), cv2.IMREAD_GRAYSCALE) for r in records]
 
 def spread(
     counts: dict  # number -> how often

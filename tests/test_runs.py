@@ -28,10 +28,26 @@ def parameters(name, t, d):
         generate=dict(corpus=str(t/'corpus'), out=str(d/'set'), max_lines=4, shown=2),
         validation_set=dict(corpus=str(t/'corpus'), out=str(d/'fixed'), num_samples=5, shown=2),
         train_ocr=dict(corpus=str(t/'corpus'), validation=str(t/'set/val'), validation_samples=2, model_dir=str(d/'model'), steps=2, batch_size=2, channels=[8, 8, 8, 8, 16], hidden=8, layers=1),
-        benchmark=dict(data=str(t/'set/val'), models=str(t/'model/best.safetensors'), limit=3, rendered=5),
+        benchmark=dict(data=str(t/'set/val'), models=str(t/'model/best.safetensors'), limit=3, rendered=5, peer_lines=2, rounds=1),
         evaluate=dict(model=str(t/'model/best.safetensors'), data=str(t/'set'), limit=3),
         gallery=dict(texts=['ឆ្នាំ២០២៥', 'ព្រះរាជាណាចក្រកម្ពុជា'], size=18., fates=1, shown=2, model=str(t/'model/best.safetensors')),
         demo=dict(samples=str(t/'set/train'), training=str(t/'model'), evaluation='', page=str(d/'page.png'), truth=str(d/'page.txt'), model=str(t/'model/best.safetensors'), shown=2))[name]
+
+def check_corpus(m, facts, page):
+    assert m['lines'] == m['train']+m['val']+m['test'] == sum(s['lines'] for s in m['sources'].values()) and m['on_both_sides'] == 0
+    assert m['left_out'] == sum(sum(s['dropped'].values()) for s in m['sources'].values()) and len(m['symbols']) == 183
+    assert sum(m['drawn']['kinds'].values()) == m['drawn']['labels'] == 30 and abs(sum(m['drawn']['stated_kinds'].values()) - 1) < 1e-4
+    assert {'building_seconds', 'lines_per_second', 'drawing_seconds'} == set(facts['times']) and 'building seconds' in page
+
+def check_generate(m, facts, page):
+    assert m['images'] == 12 and m['problems'] == 0 and m['bytes'] == sum(s['bytes'] for s in m['splits'].values())
+    assert all(s['images'] == s['labels'] == 4 == sum(s['kinds'].values()) for s in m['splits'].values()) and sum(m['font_lines'].values()) == 4
+    assert facts['times']['images_made'] == 12 and 'images per second' in page and page.count('<figure') == 4
+
+def check_validation(m, facts, page):
+    assert m['images'] == 5 == sum(m['fonts'].values()) and m['problems'] == 0 and m['fingerprint'] in page and m['also_in_training'] == 0 and not m['augmented']
+
+checks = dict(corpus=check_corpus, generate=check_generate, validation_set=check_validation)
 
 @pytest.mark.parametrize('name', available_runs())
 def test_run(name, tiny, tmp_path):
@@ -39,8 +55,8 @@ def test_run(name, tiny, tmp_path):
     run = run_notebook(name, params, tmp_path/'report')
     page = (run.folder/'report.html').read_text(encoding='utf-8')
     assert run.metrics and outside_references(page) == [] and 'http://' not in page.split('</head>')[0]
-    assert list((run.folder/'figures').glob('*.png'))
-    facts = json.loads((run.folder/'run.json').read_text(encoding='utf-8'))
+    assert list((run.folder/'figures').glob('*.png')) and not (run.folder/'times.json').exists()
+    checks.get(name, lambda *_: None)(run.metrics, facts := json.loads((run.folder/'run.json').read_text(encoding='utf-8')), page)
     assert facts['started'][:10] not in (run.folder/'run.ipynb').read_text(encoding='utf-8') and facts['host'] and facts['versions']['khmer_ocr']
 
 @pytest.mark.parametrize('name', available_runs())
@@ -70,3 +86,14 @@ def test_a_failing_cell_is_one_line_and_leaves_the_notebook(tmp_path):
     with pytest.raises(KhmerOCRError, match='Corpus files not found') as e: run_notebook('generate', dict(corpus=str(tmp_path/'none'), out=str(tmp_path/'set')), tmp_path/'r')
     assert '\n' not in str(e.value)
     assert [p.name for p in (tmp_path/'r').iterdir()] == ['run.ipynb']
+
+def test_shards_and_a_damaged_set(tiny, tmp_path):
+    params = parameters('generate', tiny, tmp_path)
+    a, b = (run_notebook('generate', params | dict(format=f, out=str(tmp_path/f)), tmp_path/f'report_{f}').metrics for f in ('png', 'shards'))
+    assert all(a[k] == b[k] for k in ('font_lines', 'operations', 'images_with_symbol', 'images')) and b['splits']['train']['images'] == 4
+    png = next((tmp_path/'png/train/images').glob('*.png')); data = bytearray(png.read_bytes()); data[-20] ^= 1; png.write_bytes(data)      # of the same size
+    with pytest.raises(KhmerOCRError, match=f'generate failed: 1 problem.*{png.name}'): run_notebook('generate', params | dict(out=str(tmp_path/'png')), tmp_path/'r')
+
+def test_an_augmented_validation_set(tiny, tmp_path):
+    m = run_notebook('validation_set', parameters('validation_set', tiny, tmp_path) | dict(augmented='scan'), tmp_path/'r').metrics
+    assert m['augmented'] and sum(m['operations'].values()) > 0
