@@ -1,0 +1,85 @@
+"Drawing peers: what a peer's environment must answer, what is said of one that is missing or fails, and how lines are compared."
+from pathlib import Path
+import numpy as np, pytest
+from PIL import features
+from khmer_ocr import draw_peers as dp
+from khmer_ocr.fonts import find_fonts
+from khmer_ocr.render import render
+from khmer_ocr.text import KhmerOCRError
+
+texts = ['ស្ត្រីខ្មែរ', 'ព្រះរាជាណាចក្រកម្ពុជា', 'ភ្នំពេញ ឆ្នាំ២០២៥']
+font = next(f for f in find_fonts() if f.split == 'train' and f.style == 'Regular' and not f.axes)
+kiri = next(p for p in dp.DRAW_PEERS if p.name == 'kiri-ocr')
+raqm = pytest.mark.skipif(not features.check('raqm'), reason='this Pillow has no Raqm')
+
+def fake(folder, monkeypatch, script, home='kiri'):
+    "An environment whose Python is a shell script; $3 are the texts, $7 the folder for what is made"
+    (program := folder/home/'bin/python').parent.mkdir(parents=True)
+    program.write_text(f'#!/bin/sh\n{script}\n'); program.chmod(0o755)
+    monkeypatch.setenv('KHMER_OCR_PEERS', str(folder))
+
+def test_only_installed_peers_are_listed(tmp_path, monkeypatch):
+    monkeypatch.delenv('KHMER_OCR_PEERS', raising=False)
+    assert all(not p.home for p in dp.draw_peers())
+    monkeypatch.setenv('KHMER_OCR_PEERS', str(tmp_path/'nowhere')); assert kiri not in dp.draw_peers()
+    fake(tmp_path, monkeypatch, 'exit 0'); assert kiri in dp.draw_peers()
+    assert len([p for p in dp.draw_peers() if p.home]) == 1
+
+def test_a_peer_is_asked_and_believed(tmp_path, monkeypatch):
+    fake(tmp_path, monkeypatch, 'echo noise; cp "$4" "$8/got.txt"; echo "$5 $6 $7 $9" >> "$8/got.txt"; echo \'{"seconds": 0.5, "version": "9.9"}\'')
+    (out := tmp_path/'out').mkdir()
+    assert dp.draw_with(kiri, texts, font, 24, 'degraded', out, seed=3) == (.5, '9.9')
+    assert (out/'got.txt').read_text(encoding='utf-8') == '\n'.join(texts) + f'{Path(font.path).resolve()} 24 {kiri.written} 3\n'
+
+@pytest.mark.parametrize('script, says', [('echo "ImportError: no glue" >&2; exit 1', 'kiri-ocr failed: ImportError: no glue'), ('exit 3', 'kiri-ocr failed: exit 3'), ('echo hello', 'kiri-ocr failed'), ('echo "[1]"', 'kiri-ocr failed')])
+def test_a_failing_peer_is_one_line(tmp_path, monkeypatch, script, says):
+    fake(tmp_path, monkeypatch, script)
+    with pytest.raises(KhmerOCRError, match=says) as e: dp.draw_with(kiri, texts, font, 24, 'bare', tmp_path)
+    assert '\n' not in str(e.value)
+
+def test_a_missing_peer_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.delenv('KHMER_OCR_PEERS', raising=False)
+    with pytest.raises(KhmerOCRError, match='KHMER_OCR_PEERS'): dp.draw_with(kiri, texts, font, 24, 'bare', tmp_path)
+
+def test_the_table_names_who_is_missing(monkeypatch):
+    monkeypatch.delenv('KHMER_OCR_PEERS', raising=False); monkeypatch.setenv('PATH', '')
+    speeds = {font.family: dp.time_ways(dp.drawing_ways(texts, font, peer_lines=1), rounds=1)}
+    rows = dp.drawing_table(speeds)
+    assert {r['who'] for r in rows if r['note'] == 'not installed'} == {p.name for p in dp.DRAW_PEERS}
+    assert [r[f'{font.family}, ours / this'] for r in rows if r['who'] == 'khmer_ocr'] == [1, 1, 1, 1]
+
+def test_drivers_are_python():
+    for p in dp.DRAW_PEERS: compile(p.driver, p.name, 'exec')
+
+def test_agreement_at_other_sizes_and_its_faults():
+    ink = render(texts[1], font, 48).ink
+    for size in (20, 24, 31, 96):
+        share, lack = dp.agreement(255 - np.pad(render(texts[1], font, size).ink, 5), ink)
+        assert share > .93 and abs(lack) <= 4, size
+    assert dp.agreement(255-ink, ink) == (1., 0.)
+    assert dp.agreement(255-ink[:-9], ink)[1] >= 8                                                   # cut below
+    assert dp.agreement(255-render(texts[0]+texts[2], font, 48).ink, ink)[0] < .8                    # another line
+    for empty in (np.full((30, 100), 255, np.uint8), np.zeros((9, 9), np.uint8)): assert 0 <= dp.agreement(empty, ink)[0] < .8
+
+@raqm
+def test_pillow_twin_repeats_and_refuses_variable_fonts(tmp_path):
+    for k in 'ab': (tmp_path/k).mkdir(); dp.draw_pillow(texts, font, 24, 'written', tmp_path/k)
+    assert dp._digest(tmp_path/'a') == dp._digest(tmp_path/'b')
+    for t in texts: assert dp.agreement(np.asarray(dp.pillow_line(t, dp.pillow_face(font, 48))), render(t, font, 48).ink)[0] > .9
+    if variable := next((f for f in find_fonts() if f.axes), None):
+        with pytest.raises(KhmerOCRError, match='variable'): dp.pillow_face(variable, 24)
+
+@raqm
+def test_pillow_twin_takes_lines_of_all_sizes():
+    from PIL import Image
+    for h, w in ((1, 1), (3, 200), (14, 9), (300, 60)):
+        im = Image.new('L', (w, h), 255); im.putpixel((0, h//2), 0)
+        for op, _ in dp.pillow_operations(im):
+            for seed in range(3):
+                out = op(im, np.random.default_rng(seed)); assert out.mode == 'L' and min(out.size) > 0
+
+@pytest.mark.parametrize('peer', dp.DRAW_PEERS, ids=lambda p: p.name)
+def test_installed_peers_draw(peer):
+    if not dp._program(peer): pytest.skip('not installed')
+    seen = dp.inspect_peer(peer, texts, font)
+    assert seen['lines'] == 3 and seen['missing'] == 0 and seen['right'] == (3 if peer.name != 'trdg' else 0)
