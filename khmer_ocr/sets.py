@@ -28,13 +28,19 @@ from .text import KhmerOCRError, suggest
 from .corpus import load_lines
 from .synth import SPLITS, Recipe, Synth
 
-# %% ../nbs/05b_sets.ipynb #ee483168
+# %% ../nbs/05b_sets.ipynb #4feff1cc
 def _cannot(path, e: OSError) -> KhmerOCRError:
     "The one line about a file that could not be written"
     if isinstance(e, (FileExistsError, NotADirectoryError)): return KhmerOCRError(f'{path} is a file or below one, where a folder is wanted: give another path')
-    full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return KhmerOCRError(f'Cannot write {path}: {e.strerror or e}; what was finished stays: {"make room" if full else "make the folder writable"} and run the same command again, or choose another folder')
+    remedy = 'make room' if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else 'make the folder writable'
+    return KhmerOCRError(f'Cannot write {path}: {e.strerror or e}; what was finished stays: {remedy} and run the same command again, or choose another folder')
 
+def _folder(path):
+    "The folder, made if need be"
+    try: Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise _cannot(path, e) from None
+
+# %% ../nbs/05b_sets.ipynb #b44fcf7b
 @contextmanager
 def _aside(path, sync=True):
     "A binary file that takes its name when the block ends without error"
@@ -53,18 +59,13 @@ def _put(path, data: bytes, sync=True):
     "One whole file"
     with _aside(path, sync) as f: f.write(data)
 
-def _folder(path):
-    "The folder, made if need be"
-    try: Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise _cannot(path, e) from None
-
 # %% ../nbs/05b_sets.ipynb #0d050df2
 def _png(image, damaged: bool) -> bytes:
     "Grey PNG of level 1, which searches damaged images for runs only"
     how = [cv2.IMWRITE_PNG_COMPRESSION, 1] + [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]*damaged
     return cv2.imencode('.png', image, how)[1].tobytes()
 
-# %% ../nbs/05b_sets.ipynb #d47b6fda
+# %% ../nbs/05b_sets.ipynb #bd3f208e
 CHUNK, SHARD = 250, 2000
 
 def _sha256(data: bytes) -> str: return hashlib.sha256(data).hexdigest()
@@ -73,9 +74,11 @@ def _row(name, s, png) -> dict:
     "What the record says about a sample"
     return dict(name=name, text=s.text, width=s.image.shape[1], height=s.image.shape[0], bytes=len(png), sha256=_sha256(png), **s.meta)
 
+# %% ../nbs/05b_sets.ipynb #f6019201
 class _Files:
     "Layout `png`: an image file and a label file per sample"
     record, folders, chunk = 'samples.jsonl', ('images', 'labels'), CHUNK
+    @staticmethod
     def write(folder, prefix, start, samples) -> list[dict]:
         rows = []
         for i, s in enumerate(samples, start):
@@ -83,11 +86,12 @@ class _Files:
             _put(f'{folder}/images/{name}.png', png, sync=False); _put(f'{folder}/labels/{name}.txt', s.text.encode(), sync=False)
             rows.append(_row(name, s, png))
         return rows
+    @staticmethod
     def files(row) -> dict:
         label = row['text'].encode()
         return {f'images/{row["name"]}.png': (row['bytes'], row['sha256']), f'labels/{row["name"]}.txt': (len(label), _sha256(label))}
 
-# %% ../nbs/05b_sets.ipynb #690d5947
+# %% ../nbs/05b_sets.ipynb #16d814bf
 def _tar(members) -> bytes:
     "A tar of (name, bytes) pairs without dates and owners"
     out = io.BytesIO()
@@ -97,16 +101,20 @@ def _tar(members) -> bytes:
             t.addfile(info, io.BytesIO(data))
     return out.getvalue()
 
+# %% ../nbs/05b_sets.ipynb #6a410c91
 class _Shards:
     "Layout `shards`: a tar file per chunk"
     record, folders, chunk = 'shards.jsonl', (), SHARD
+    @staticmethod
     def write(folder, prefix, start, samples) -> list[dict]:
         rows, members, name = [], [], f'{prefix}-{start//_Shards.chunk:06d}.tar'
         for i, s in enumerate(samples, start):
-            png = _png(s.image, bool(s.meta['ops'])); rows.append(r := _row(f'{prefix}_{i:06d}', s, png))
-            members += [(f'{r["name"]}.png', png), (f'{r["name"]}.txt', s.text.encode()), (f'{r["name"]}.json', json.dumps(r, ensure_ascii=False).encode())]
+            key, png = f'{prefix}_{i:06d}', _png(s.image, bool(s.meta['ops']))
+            rows.append(_row(key, s, png))
+            members += [(f'{key}.png', png), (f'{key}.txt', s.text.encode()), (f'{key}.json', json.dumps(rows[-1], ensure_ascii=False).encode())]
         _put(f'{folder}/{name}', tar := _tar(members))
         return [dict(name=name, bytes=len(tar), sha256=_sha256(tar), **_tally(rows))]
+    @staticmethod
     def files(row) -> dict: return {row['name']: (row['bytes'], row['sha256'])}
 
 LAYOUTS = dict(png=_Files, shards=_Shards)
@@ -135,7 +143,7 @@ def read_shard(
     except (OSError, tarfile.TarError, KeyError, ValueError, AttributeError) as e:
         raise KhmerOCRError(f'{path} is not a whole shard ({type(e).__name__}: {e}): check the set with `khmer-ocr generate --verify`') from None
 
-# %% ../nbs/05b_sets.ipynb #7902f868
+# %% ../nbs/05b_sets.ipynb #57ed4106
 @dataclass(frozen=True)
 class _Job:
     "What a worker needs to know"
@@ -146,6 +154,7 @@ class _Job:
     layout: str = 'png'
     texts: tuple[str, ...] | None = None      # instead of the lines of the corpus
 
+# %% ../nbs/05b_sets.ipynb #955d20e3
 @lru_cache(2)
 def _worker_synth(recipe, texts): return Synth(recipe, list(texts) if texts is not None else None)
 
@@ -324,7 +333,7 @@ def _intact(job, lines, start, stop, deep) -> bool:
         return _tally(rows)['samples'] == stop-start and not any(True for r in rows for _ in _faults(job.folder, kind.files(r), deep))
     except (ValueError, KeyError, TypeError): return False
 
-# %% ../nbs/05b_sets.ipynb #90a41b7b
+# %% ../nbs/05b_sets.ipynb #ce43933a
 def _sweep(job):
     "Remove unfinished files of a killed run"
     for d in ('', *LAYOUTS[job.layout].folders, 'parts'):
@@ -332,6 +341,7 @@ def _sweep(job):
         for e in os.scandir(job.folder/d):
             if re.match(r'\..*\.\d+$', e.name) and e.is_file(): os.unlink(e.path)
 
+# %% ../nbs/05b_sets.ipynb #a453538d
 def _finish(job, chunks, meta, more):
     "From parts to the record"
     kind, tally, sha = LAYOUTS[job.layout], [], hashlib.sha256()
@@ -339,10 +349,11 @@ def _finish(job, chunks, meta, more):
         for lines in _recorded(job.folder, kind, chunks):
             data = ''.join(lines).encode(); f.write(data); sha.update(data); tally.append(_tally(map(json.loads, lines)))
     n = _tally(tally)
-    info = dict(split=job.split, num_samples=n['samples'], augmented=n['degraded'] > 0, degraded=n['degraded'], redrawn=n['redrawn'], fonts_used=n['fonts_used'], samples_sha256=sha.hexdigest(), provenance=meta)
+    info = {k: v for k, v in n.items() if k != 'samples'} | dict(split=job.split, num_samples=n['samples'], augmented=n['degraded'] > 0, samples_sha256=sha.hexdigest(), provenance=meta)
     _put(job.folder/'metadata.json', _seal(info | more))
     shutil.rmtree(job.folder/'parts')
 
+# %% ../nbs/05b_sets.ipynb #22ca08a8
 def _make_split(job, n, meta, executor=None, progress=True, repair=False, **more) -> int:
     "Make what is missing of a split of `n` samples; returns the number of images made"
     _sweep(job)
@@ -403,7 +414,7 @@ def _note_run(out, t0, made, workers):
     s = time.time()-t0
     _put(out/'run.json', json.dumps(dict(date=time.strftime('%Y-%m-%dT%H:%M:%S'), host=platform.node(), seconds=round(s, 2), images_made=made, images_per_second=round(made/max(s, 1e-9), 1), workers=workers)).encode())
 
-# %% ../nbs/05b_sets.ipynb #c9906386
+# %% ../nbs/05b_sets.ipynb #caf4bd7d
 def _count(split) -> dict:
     "Images, labels, bytes of the images (or shards), and the room that everything takes on the disk"
     files = [e for d in ('', 'images', 'labels') if (split/d).is_dir() for e in os.scandir(split/d) if e.is_file() and not e.name.startswith('.')]
@@ -413,6 +424,7 @@ def _count(split) -> dict:
     if (split/_Shards.record).exists(): images = labels = sum(r['samples'] for r in _rows(split))
     return dict(images=images, labels=labels, bytes=sum(st.st_size for st in ends('.png')+ends('.tar')), disk_bytes=sum(getattr(st, 'st_blocks', 0)*512 for _, st in sizes))
 
+# %% ../nbs/05b_sets.ipynb #a5f71615
 def set_stats(folder) -> dict:
     "Images, labels and bytes of each split in `folder`"
     folder = Path(folder)
@@ -438,14 +450,14 @@ def _rows(folder) -> Iterator[dict]:
             try: yield json.loads(l)
             except ValueError: raise KhmerOCRError(f'{p} is damaged in line {i}: run `khmer-ocr generate` again') from None
 
-# %% ../nbs/05b_sets.ipynb #48761420
+# %% ../nbs/05b_sets.ipynb #9077af0c
 def _verify_split(folder, files: set[str], root: Path, progress=False) -> list[str]:
     "Problems of one split; the files it should have (relative to `root`) are added to `files`"
     kind, pre = _kind(folder), '' if folder == root else f'{folder.relative_to(root)}/'
     files |= {f'{pre}metadata.json', f'{pre}{kind.record}'}
     info, wrong = _sealed(folder/'metadata.json')
     bad = [f'{folder}/metadata.json {wrong}']*bool(wrong)
-    if not wrong and (folder/kind.record).exists() and _sha256_file(folder/kind.record) != info.get('samples_sha256'): bad.append(f'{folder}/{kind.record} was edited: it is not the one of metadata.json')
+    if not wrong and (folder/kind.record).exists() and not _believed(folder, kind): bad.append(f'{folder}/{kind.record} was edited: it is not the one of metadata.json')
     n = 0
     try:
         with _progress(info.get('num_samples', 0), folder.name, progress) as bar:
@@ -457,6 +469,7 @@ def _verify_split(folder, files: set[str], root: Path, progress=False) -> list[s
     if not wrong and n != info.get('num_samples'): bad.append(f'{folder}/metadata.json says {info.get("num_samples")} samples, {kind.record} has {n}')
     return bad
 
+# %% ../nbs/05b_sets.ipynb #c0962752
 def _strangers(root, files: set[str]) -> Iterator[str]:
     "Files and folders below `root` that are not among `files` or above them"
     above = {str(p) for f in files for p in Path(f).parents}
@@ -468,19 +481,21 @@ def _strangers(root, files: set[str]) -> Iterator[str]:
         yield from (f'{d}/{s} does not belong to the set' for s in odd)
         subs[:] = [s for s in subs if s not in odd]
 
-# %% ../nbs/05b_sets.ipynb #241d4731
+# %% ../nbs/05b_sets.ipynb #d2b45c39
 def verify_set(folder, progress=False) -> list[str]:
     "Problems of a generated set, one line each; [] if every byte is as recorded"
     folder = Path(folder); files = {'generation_metadata.json', 'run.json'}
     info, wrong = _sealed(folder/'generation_metadata.json')
-    splits, made = info.get('splits', {}) if not wrong else [s for s in SPLITS if (folder/s).is_dir()], {k: v for k, v in info.items() if k not in ('splits', 'checksum')}
+    splits = [s for s in SPLITS if (folder/s).is_dir()] if wrong else info.get('splits', {})
+    made = {k: v for k, v in info.items() if k not in ('splits', 'checksum')}
     if wrong == 'is missing' and not splits: set_stats(folder)      # says that there is no set
     bad = [f'{folder}/generation_metadata.json {wrong}']*bool(wrong)
     for s in splits:
         if not (folder/s).is_dir(): bad.append(f'{folder/s} is missing'); continue
         bad += _verify_split(folder/s, files, folder, progress)
         d, odd = _sealed(folder/s/'metadata.json')
-        if not wrong and not odd and (d.get('num_samples'), d.get('provenance')) != (splits[s], made): bad.append(f'{folder/s}/metadata.json is not of the set that generation_metadata.json describes')
+        if not wrong and not odd and (d.get('num_samples'), d.get('provenance')) != (splits[s], made):
+            bad.append(f'{folder/s}/metadata.json is not of the set that generation_metadata.json describes')
     return bad + list(_strangers(folder, files))
 
 # %% ../nbs/05b_sets.ipynb #21aad56b
