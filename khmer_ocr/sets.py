@@ -6,11 +6,10 @@
 __all__ = ['CHUNK', 'SHARD', 'LAYOUTS', 'read_shard', 'provenance', 'generate_set', 'set_stats', 'format_stats', 'verify_set',
            'validation_texts', 'make_validation_set', 'validate_validation_set']
 
-# %% ../nbs/05b_sets.ipynb #93b45331
+# %% ../nbs/05b_sets.ipynb #ac78396f
 import errno, hashlib, io, json, os, platform, re, shutil, signal, sys, tarfile, threading, time
 import cv2
 import numpy as np
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext, suppress
@@ -119,15 +118,14 @@ class _Shards:
 
 LAYOUTS = dict(png=_Files, shards=_Shards)
 
-# %% ../nbs/05b_sets.ipynb #a60afeb8
+# %% ../nbs/05b_sets.ipynb #d6f07aa5
 def _tally(rows) -> dict:
     "Samples, how many are degraded or were drawn more than once, and the fonts used"
-    n, fonts = Counter(), set()
+    samples = degraded = redrawn = 0; fonts = set()
     for r in rows:
-        shard = 'samples' in r
-        n += Counter(samples=r['samples'], degraded=r['degraded'], redrawn=r['redrawn']) if shard else Counter(samples=1, degraded=bool(r['ops']), redrawn=r['attempts'] > 1)
-        fonts.update(r['fonts_used'] if shard else [r['font']])
-    return dict(samples=n['samples'], degraded=n['degraded'], redrawn=n['redrawn'], fonts_used=sorted(fonts))
+        if 'samples' in r: samples += r['samples']; degraded += r['degraded']; redrawn += r['redrawn']; fonts.update(r['fonts_used'])
+        else: samples += 1; degraded += bool(r['ops']); redrawn += r['attempts'] > 1; fonts.add(r['font'])
+    return dict(samples=samples, degraded=degraded, redrawn=redrawn, fonts_used=sorted(fonts))
 
 # %% ../nbs/05b_sets.ipynb #d71865aa
 def read_shard(

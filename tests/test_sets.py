@@ -324,3 +324,32 @@ def test_a_stopped_validation_set_is_not_mixed_with_another(corpus, tmp_path):
     for f in ('metadata.json', 'samples.jsonl', 'validation_texts.txt'): (tmp_path/'v'/f).unlink()      # as a kill leaves it
     with pytest.raises(KhmerOCRError, match='another validation set'): go(2)
     go(1); assert tree(tmp_path/'v') == whole
+
+# ---- the commands
+
+def call(*args):
+    from typer.testing import CliRunner
+    from khmer_ocr.cli import app
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+def test_the_commands(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    r = call('generate', '--corpus', corpus, '--out', 'set', '--max-lines', '4,2,1', '--json')
+    assert r.exit_code == 0 and {k: s['images'] for k, s in json.loads(r.stdout)['splits'].items()} == dict(train=4, val=2, test=1)
+    assert call('generate', '--out', 'set', '--stats').stdout.splitlines()[:3] == ['=== Synthetic Image Statistics ===', 'Output directory: set', 'Total images: 7']
+    flip(tmp_path/'set/train/images/train_000001.png')
+    r = call('generate', '--out', 'set', '--verify'); assert r.exit_code == 1 and 'train_000001.png has changed' in r.stderr and '--repair' in r.stderr
+    assert call('generate', '--corpus', corpus, '--out', 'set', '--max-lines', '4,2,1', '--repair').exit_code == 0 and call('generate', '--out', 'set', '--verify').exit_code == 0
+    assert call('generate', '--corpus', corpus, '--out', 'tar', '--max-lines', 3, '--format', 'shards', '--random-text', '--seed', 7).exit_code == 0 and (tmp_path/'tar/train/train-000000.tar').exists()
+    for bad in ('4,2', 'ten', '0', '4,,1', '-3', '1.5'):
+        r = call('generate', '--max-lines', bad); assert r.exit_code == 1 and '--max-lines takes a whole number from 1 up' in r.stderr and 'Traceback' not in r.stderr
+    r = call('generate', '--format', 'shrads'); assert r.exit_code == 1 and 'did you mean shards?' in r.stderr
+
+def test_the_validation_set_commands(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path); go = ('validation-set', '--corpus', corpus, '--num-samples', 5)
+    assert call(*go).exit_code == 0 and call(*go, '--augmented').exit_code == 0 and call(*go, '--preset', 'light', '--output-dir', 'light').exit_code == 0
+    for d, preset in (('data/validation_fixed', 'clean'), ('data/validation_augmented', 'buoy2022'), ('light', 'light')):
+        assert json.loads((tmp_path/d/'metadata.json').read_text())['provenance']['recipe']['preset'] == preset and call('validation-set', '--validate-only', '--output-dir', d).exit_code == 0
+    assert 'data/validation_augmented: every file' in call('validation-set', '--validate-only', '--augmented').stdout
+    flip(tmp_path/'light/images/val_000001.png'); assert call('validation-set', '--validate-only', '--output-dir', 'light').exit_code == 1
+    assert call(*go, '--preset', 'light', '--output-dir', 'light').exit_code == 0 and call('validation-set', '--validate-only', '--output-dir', 'light').exit_code == 0
