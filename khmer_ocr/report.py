@@ -354,11 +354,11 @@ def count_bars(
     ax.set_title(title, fontsize=10, loc='left'); ax.set_xticks([]); ax.tick_params(left=False); ax.spines[:].set_visible(False)
     return fig
 
-# %% ../nbs/30_report.ipynb #e7bd6f19
+# %% ../nbs/30_report.ipynb #ba452810
 def lengths_figure(
     groups: dict,  # name -> numbers, or a dict of number -> how often
     label: str,  # of the horizontal axis
-    bins: int = 40,
+    bins: int = 40,  # at most
     most: float = .995  # the axis ends where this share of the numbers lies
 ):  # a matplotlib figure
     "How often each size occurs in each group, as a share of the group"
@@ -366,7 +366,8 @@ def lengths_figure(
     groups = {k: count(g) for k,g in groups.items() if len(g)}
     fig, ax = new_figure(7, 2.1)
     ends = [list(g)[min(np.searchsorted(np.cumsum(list(g.values())), most*sum(g.values())), len(g)-1)] for g in groups.values()]
-    edges = np.linspace(0, max(ends, default=1)*1.02 + 1, bins+1)
+    step = max(1, np.ceil((max(ends, default=1) + 1)/bins))      # whole: else some bins hold one more number than others, and the curve has teeth
+    edges = np.arange(0, max(ends, default=1) + 1 + step, step)
     for (name,g),c in zip(groups.items(), ['#1f5fa8', '#d98e04', '#2a7f4f', '#8a4f9e', '#c1121f', '#777777', '#5b8e7d', '#bc6c25']*4):
         n, _ = np.histogram(np.minimum(list(g), edges[-1]), bins=edges, weights=list(g.values()))
         ax.stairs(100*n/sum(g.values()), edges, color=c, lw=1.4, label=name, fill=len(groups) == 1, alpha=.8)
