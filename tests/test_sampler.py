@@ -47,7 +47,7 @@ def test_the_generator_decides(drawn):
 def test_stretch_keeps_its_anchor():
     for i in range(2000):
         r = rng(11, i); t = lines[int(r.integers(len(lines)))]; n = int(r.integers(1, 40)); at = int(r.integers(len(t)))
-        cut = stretch(t, n, r, at); cluster = next(c for c, e in zip(clusters(t), np.cumsum([len(c) for c in clusters(t)])) if at < e)
+        cut = stretch(t, n, r, (at, at+1)); cluster = next(c for c, e in zip(clusters(t), np.cumsum([len(c) for c in clusters(t)])) if at < e)
         assert cluster.strip() in cut and (len(cut) <= n or len(clusters(cut)) == 1), (t, n, at, cut)
 
 def test_twins_differ_in_one_character_and_stay_well_formed():
