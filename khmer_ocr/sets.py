@@ -152,7 +152,7 @@ class _Job:
     layout: str = 'png'
     texts: tuple[str, ...] | None = None      # instead of the lines of the corpus
 
-# %% ../nbs/05b_sets.ipynb #955d20e3
+# %% ../nbs/05b_sets.ipynb #02fa0845
 @lru_cache(2)
 def _worker_synth(recipe, texts): return Synth(recipe, list(texts) if texts is not None else None)
 
@@ -160,6 +160,7 @@ _drawing = threading.Lock()
 
 def _draw(synth, split, i):
     "Sample i, by one thread at a time: FreeType's faces are not made for more"
+    if _flag is not None and _flag.value: raise KhmerOCRError('Stopped')
     with _drawing: return synth(split, i)
 
 def _make_chunk(job: _Job, start: int, stop: int) -> int:
@@ -170,17 +171,29 @@ def _make_chunk(job: _Job, start: int, stop: int) -> int:
     _put(job.folder/'parts'/f'{start:06d}.jsonl', ''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows).encode())
     return stop-start
 
-# %% ../nbs/05b_sets.ipynb #f2a819e1
+# %% ../nbs/05b_sets.ipynb #113951df
 @lru_cache(1)
 def _watch_parent():
     "In a worker process, once: end when the parent has ended, however it ended"
     if (parent := parent_process()) is None: return
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
+_flag = None      # in a worker: shared memory that says stop
+
+def _start_worker(flag):
+    global _flag; _flag = flag
+    _watch_parent()
+
+@contextmanager
 def _pool(workers):
     "Fresh processes, which inherit no threads and no random states; None for one worker"
-    return ProcessPoolExecutor(workers, mp_context=get_context('spawn'), initializer=_watch_parent) if workers > 1 else nullcontext()
+    if workers < 2: yield None; return
+    new = get_context('spawn'); flag = new.RawValue('b', 0)
+    with ProcessPoolExecutor(workers, mp_context=new, initializer=_start_worker, initargs=(flag,)) as pool:
+        try: yield pool
+        except BaseException: flag.value = 1; raise
 
+# %% ../nbs/05b_sets.ipynb #529dffdf
 @contextmanager
 def _deaf_to_ctrl_c():
     "Processes started inside do not hear Ctrl-C; here it is heard at the end"
