@@ -344,12 +344,12 @@ def _intact(job, lines, start, stop, deep) -> bool:
         return _tally(rows)['samples'] == stop-start and not any(True for r in rows for _ in _faults(job.folder, kind.files(r), deep))
     except (ValueError, KeyError, TypeError): return False
 
-# %% ../nbs/05b_sets.ipynb #ce43933a
-def _sweep(job):
+# %% ../nbs/05b_sets.ipynb #a05d4322
+def _sweep(folder, within=('',)):
     "Remove unfinished files of a killed run"
-    for d in ('', *LAYOUTS[job.layout].folders, 'parts'):
-        _folder(job.folder/d)
-        for e in os.scandir(job.folder/d):
+    for d in within:
+        _folder(folder/d)
+        for e in os.scandir(folder/d):
             if re.match(r'\..*\.\d+$', e.name) and e.is_file(): os.unlink(e.path)
 
 # %% ../nbs/05b_sets.ipynb #a453538d
@@ -364,15 +364,16 @@ def _finish(job, chunks, meta, more):
     _put(job.folder/'metadata.json', _seal(info | more))
     shutil.rmtree(job.folder/'parts')
 
-# %% ../nbs/05b_sets.ipynb #22ca08a8
+# %% ../nbs/05b_sets.ipynb #b0392268
 def _make_split(job, n, meta, executor=None, progress=True, repair=False, **more) -> int:
     "Make what is missing of a split of `n` samples; returns the number of images made"
-    _sweep(job)
-    kind = LAYOUTS[job.layout]
+    kind = LAYOUTS[job.layout]; places = ('', 'parts', *kind.folders)
+    _sweep(job.folder, places)
     chunks = [(a, min(a+kind.chunk, n)) for a in range(0, n, kind.chunk)]
     todo = [c for c, lines in zip(chunks, _recorded(job.folder, kind, chunks)) if not _intact(job, lines, *c, repair)]
     made = sum(b-a for a, b in todo)
     with _progress(n, job.split, progress, n-made) as bar: _run(executor, job, todo, bar.update)
+    if todo: _sweep(job.folder, places)      # a machine of a cluster may have died
     if todo or not _believed(job.folder, kind) or os.listdir(job.folder/'parts'): _finish(job, chunks, meta, more)
     else: os.rmdir(job.folder/'parts')
     return made
@@ -395,7 +396,7 @@ def _room(out, counts) -> dict[str, int]:
         if n > counts.get(s, n): raise KhmerOCRError(f'{out} holds a larger set ({n:,} lines in {s}, {counts[s]:,} now): choose another --out or delete it')
     return there | counts
 
-# %% ../nbs/05b_sets.ipynb #d87d1674
+# %% ../nbs/05b_sets.ipynb #7406eaa4
 def generate_set(
     recipe: Recipe,
     out='data/synthetic',  # folder of the set
@@ -413,7 +414,7 @@ def generate_set(
     counts, meta = _counts(synth, splits, max_lines), provenance(synth, format)
     _refuse_another(out, meta, 'a set of another recipe', '--out'); every = _room(out, counts)
     with _alone(out), executor and nullcontext(executor) or _pool(workers) as pool:
-        _put(out/'generation_metadata.json', _seal(meta | dict(splits=every)))
+        _sweep(out); _put(out/'generation_metadata.json', _seal(meta | dict(splits=every)))
         for s in splits: made += _make_split(_Job(recipe, s, out/s, s, format), counts[s], meta, pool, progress, repair)
         _note_run(out, t0, made, workers)
     return set_stats(out) | dict(images_made=made, seconds=round(time.time()-t0, 2))

@@ -194,6 +194,12 @@ def test_a_second_run_looks_at_sizes_and_repair_at_bytes(copy, corpus):
 
 # ---- stopped, in any way
 
+def test_what_a_kill_in_the_middle_of_a_write_leaves_is_swept_up(copy, whole, corpus):
+    for p in ('.generation_metadata.json.9', '.run.json.9', 'train/.samples.jsonl.77', 'train/.metadata.json.77', 'train/images/.train_000003.png.1234', 'val/labels/.val_000003.txt.5'): (copy/p).write_bytes(b'half')
+    (copy/'val/parts').mkdir(); (copy/'val/parts/.000000.jsonl.5').write_bytes(b'half')
+    assert len(verify_set(copy)) == 7
+    assert make(corpus, copy)['images_made'] == 0 and verify_set(copy) == [] and tree(copy) == tree(whole)
+
 child = '''import sys, khmer_ocr.sets as s
 s._Files.chunk = s._Shards.chunk = 10
 from khmer_ocr.cli import app
