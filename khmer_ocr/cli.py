@@ -233,7 +233,7 @@ def corpus(
     stats = build_corpus(out, sources=source or None, licence=licence, seed=seed, limit=limit)
     _print_json(stats) if as_json else print(f'{stats_table(stats)}\nwritten to {out}')
 
-# %% ../nbs/32_cli.ipynb #684823b2
+# %% ../nbs/32_cli.ipynb #9ea4cf18
 def _merged(config: str|None, **given) -> dict:
     "Settings from a file, overridden by the options that were given"
     settings = {}
@@ -242,11 +242,12 @@ def _merged(config: str|None, **given) -> dict:
         settings = read_settings(config)
     return settings | {k: v for k,v in given.items() if v is not None}
 
-def _report_problems(problems: list[str], where, remedy):
-    "Problems of a set on stderr, and an exit status that says so"
-    for p in problems[:20]: print(p, file=sys.stderr)
+def _report_problems(problems: list[str], where, remedy, as_json=False):
+    "Problems of a set on stderr (or all of them as JSON on stdout), and an exit status that says so"
+    if as_json: _print_json(dict(folder=str(where), problems=problems))
+    for p in [] if as_json else problems[:20]: print(p, file=sys.stderr)
     if problems: raise KhmerOCRError(f'{where}: {len(problems)} problem{"s" if len(problems) > 1 else ""}{" (the first 20 are shown)" if len(problems) > 20 else ""}; {remedy}')
-    print(f'{where}: every file is as recorded')
+    if not as_json: print(f'{where}: every file is as recorded')
 
 # %% ../nbs/32_cli.ipynb #9e66e6a2
 def _max_lines(ctx: typer.Context, param: typer.CallbackParam, value: str|None):
@@ -256,7 +257,7 @@ def _max_lines(ctx: typer.Context, param: typer.CallbackParam, value: str|None):
     if min(ns) < 1 or len(ns) not in (1, 3): raise KhmerOCRError(f'{param.opts[0]} takes a whole number from 1 up, or three of them for train,val,test, not {value!r}')
     return ns[0] if len(ns) == 1 else dict(zip(('train', 'val', 'test'), ns))
 
-# %% ../nbs/32_cli.ipynb #be588ade
+# %% ../nbs/32_cli.ipynb #84bb5943
 @app.command()
 def generate(
     out: str = typer.Option('data/synthetic', '--out', help='Folder of the set.'),
@@ -275,12 +276,12 @@ def generate(
     "Make a set of labelled line images on disk, or go on with it."
     from khmer_ocr.synth import Recipe
     from khmer_ocr.sets import format_stats, generate_set, set_stats, verify_set
-    if verify: return _report_problems(verify_set(out, progress=True), out, 'generate it again with --repair')
+    if verify: return _report_problems(verify_set(out, progress=True), out, 'generate it again with --repair', as_json)
     if stats: made = set_stats(out)
     else: made = generate_set(Recipe.from_dict(_merged(config, seed=seed, preset=preset, corpus=corpus, random_text=random_text or None)), out, max_lines=max_lines, workers=workers, format=format, repair=repair)
     _print_json(made) if as_json else print(format_stats(made))
 
-# %% ../nbs/32_cli.ipynb #220060b9
+# %% ../nbs/32_cli.ipynb #6943249b
 @app.command('validation-set')
 def validation_set(
     num_samples: int = typer.Option(6400, '--num-samples', callback=_positive, help='Lines in the set.'),
@@ -290,14 +291,15 @@ def validation_set(
     augmented: bool = typer.Option(False, '--augmented', help='Damage each line, once.'),
     preset: str = typer.Option(None, '--preset', help='How; default buoy2022. Implies --augmented.'),
     corpus: str = typer.Option('data/processed', '--corpus', help='Folder of the corpus.'),
-    workers: int = typer.Option(1, '--workers', callback=_positive, help='Processes.')):
+    workers: int = typer.Option(1, '--workers', callback=_positive, help='Processes.'),
+    as_json: bool = typer.Option(False, '--json', help='Print JSON.')):
     "Make, repair or check the fixed validation set."
     from khmer_ocr.sets import make_validation_set, validate_validation_set
     how = preset or ('buoy2022' if augmented else None)
     output_dir = output_dir or ('data/validation_augmented' if how else 'data/validation_fixed')
-    if validate_only: return _report_problems(validate_validation_set(output_dir, progress=True), output_dir, 'make it again to repair it')
-    make_validation_set(output_dir, num_samples=num_samples, random_seed=random_seed, corpus=corpus, workers=workers, augmented=how)
-    print(f'{num_samples:,} images in {output_dir}')
+    if validate_only: return _report_problems(validate_validation_set(output_dir, progress=True), output_dir, 'make it again to repair it', as_json)
+    meta = make_validation_set(output_dir, num_samples=num_samples, random_seed=random_seed, corpus=corpus, workers=workers, augmented=how)
+    _print_json(meta) if as_json else print(f'{num_samples:,} images in {output_dir}')
 
 # %% ../nbs/32_cli.ipynb #713c9e58
 def _batch_size(value: str|None) -> int|None:

@@ -345,6 +345,7 @@ def test_the_commands(corpus, tmp_path, monkeypatch):
     assert call('generate', '--out', 'set', '--stats').stdout.splitlines()[:3] == ['=== Synthetic Image Statistics ===', 'Output directory: set', 'Total images: 7']
     flip(tmp_path/'set/train/images/train_000001.png')
     r = call('generate', '--out', 'set', '--verify'); assert r.exit_code == 1 and 'train_000001.png has changed' in r.stderr and '--repair' in r.stderr
+    r = call('generate', '--out', 'set', '--verify', '--json'); assert r.exit_code == 1 and [Path(p.split()[0]).name for p in json.loads(r.stdout)['problems']] == ['train_000001.png']
     assert call('generate', '--corpus', corpus, '--out', 'set', '--max-lines', '4,2,1', '--repair').exit_code == 0 and call('generate', '--out', 'set', '--verify').exit_code == 0
     assert call('generate', '--corpus', corpus, '--out', 'tar', '--max-lines', 3, '--format', 'shards', '--random-text', '--seed', 7).exit_code == 0 and (tmp_path/'tar/train/train-000000.tar').exists()
     for bad in ('4,2', 'ten', '0', '4,,1', '-3', '1.5'):
@@ -356,6 +357,7 @@ def test_the_validation_set_commands(corpus, tmp_path, monkeypatch):
     assert call(*go).exit_code == 0 and call(*go, '--augmented').exit_code == 0 and call(*go, '--preset', 'light', '--output-dir', 'light').exit_code == 0
     for d, preset in (('data/validation_fixed', 'clean'), ('data/validation_augmented', 'buoy2022'), ('light', 'light')):
         assert json.loads((tmp_path/d/'metadata.json').read_text())['provenance']['recipe']['preset'] == preset and call('validation-set', '--validate-only', '--output-dir', d).exit_code == 0
+    assert json.loads(call(*go, '--json').stdout)['num_samples'] == 5 and json.loads(call('validation-set', '--validate-only', '--json').stdout)['problems'] == []
     assert 'data/validation_augmented: every file' in call('validation-set', '--validate-only', '--augmented').stdout
     flip(tmp_path/'light/images/val_000001.png'); assert call('validation-set', '--validate-only', '--output-dir', 'light').exit_code == 1
     assert call(*go, '--preset', 'light', '--output-dir', 'light').exit_code == 0 and call('validation-set', '--validate-only', '--output-dir', 'light').exit_code == 0
