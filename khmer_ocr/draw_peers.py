@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'DRAW_PEERS', 'pillow_face', 'pillow_line', 'pillow_operations', 'draw_ours', 'draw_pillow',
-           'install_draw_peers', 'DrawPeer', 'draw_peers', 'draw_with', 'agreement', 'drawn_lines', 'inspect_peer',
-           'time_ways', 'drawing_ways', 'drawing_table']
+           'install_draw_peers', 'DrawPeer', 'draw_peers', 'draw_with', 'drawers', 'agreement', 'drawn_lines',
+           'inspect_drawing', 'time_ways', 'drawing_ways', 'drawing_table']
 
-# %% ../nbs/15b_draw_peers.ipynb #bb698c1d
+# %% ../nbs/15b_draw_peers.ipynb #b02d57fa
 import hashlib, io, json, math, os, shutil, subprocess, tempfile, time, venv
-import cv2
+import cv2, PIL
 import numpy as np
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps, features
-from .text import KhmerOCRError
+from . import __version__
+from .text import KhmerOCRError, suggest
 from .fonts import Font
 from .render import render
 from .degrade import degrade, preset
@@ -151,28 +152,41 @@ def pillow_operations(
     "The preset `document` with every operation done by Pillow and NumPy"
     return [(partial(_PILLOW[k], other=other) if k == 'neighbours' else _PILLOW[k], p) for k, p in preset('document') if other is not None or k != 'neighbours']
 
-# %% ../nbs/15b_draw_peers.ipynb #343d261a
-def _label(folder, i, text): (folder/f'{i:06d}.txt').write_text(text, encoding='utf-8')
+# %% ../nbs/15b_draw_peers.ipynb #abc6f089
+def _labels(folder, texts): (folder/'labels.tsv').write_text(''.join(f'{i:06d}.png\t{t}\n' for i, t in enumerate(texts)), encoding='utf-8')
 
-def draw_ours(texts, font, size, work='bare', folder=None, degradations='document', seed=0) -> float:
-    "Lines by `render` and `degrade`; seconds of processor time"
-    rng, before, start = np.random.default_rng(seed), None, time.process_time()
+def _saved(folder, images):
+    "Bare lines as files, after the clock has stopped"
+    for i, im in enumerate(images): cv2.imwrite(str(folder/f'{i:06d}.png'), np.asarray(im))
+
+def draw_ours(texts, font, size, work, folder, seed=0, degradations='document') -> tuple[float, str]:  # seconds of processor time, version
+    "Lines by `render` and `degrade`; `work` is bare, degraded or written"
+    rng, before, made, start = np.random.default_rng(seed), None, [], time.process_time()
     for i, t in enumerate(texts):
         image = 255 - render(t, font, size).ink
-        if work != 'bare': image, before = degrade(image, rng, degradations, before, before)[0], image
-        if work == 'written': (folder/f'{i:06d}.png').write_bytes(_png(image, True)); _label(folder, i, t)
-    return time.process_time() - start
+        if work == 'bare': made.append(image)
+        else: image, before = degrade(image, rng, degradations, before, before)[0], image
+        if work == 'written': (folder/f'{i:06d}.png').write_bytes(_png(image, True))
+    if work == 'written': _labels(folder, texts)
+    seconds = time.process_time() - start
+    _saved(folder, made)
+    return seconds, __version__
 
-def draw_pillow(texts, font, size, work='bare', folder=None, seed=0) -> float:
-    "The same lines by Pillow and NumPy alone; seconds of processor time"
-    face, rng, before, start = pillow_face(font, size), np.random.default_rng(seed), None, time.process_time()
+# %% ../nbs/15b_draw_peers.ipynb #4e2e27c5
+def draw_pillow(texts, font, size, work, folder, seed=0) -> tuple[float, str]:
+    "The same by Pillow and NumPy alone"
+    face, rng, before, made, start = pillow_face(font, size), np.random.default_rng(seed), None, [], time.process_time()
     for i, t in enumerate(texts):
         image = pillow_line(t, face)
-        if work != 'bare': image, before = degrade(image, rng, pillow_operations(before))[0], image
-        if work == 'written': Image.fromarray(image).save(folder/f'{i:06d}.png'); _label(folder, i, t)
-    return time.process_time() - start
+        if work == 'bare': made.append(image)
+        else: image, before = degrade(image, rng, pillow_operations(before))[0], image
+        if work == 'written': Image.fromarray(image).save(folder/f'{i:06d}.png')
+    if work == 'written': _labels(folder, texts)
+    seconds = time.process_time() - start
+    _saved(folder, made)
+    return seconds, PIL.__version__
 
-# %% ../nbs/15b_draw_peers.ipynb #11c395f6
+# %% ../nbs/15b_draw_peers.ipynb #68ca5607
 RECIPES = dict(
     trdg='trdg==1.8.0 pillow==9.5.0 numpy==1.26.4 opencv-python-headless==4.9.0.80 tqdm==4.70.1 wikipedia==1.4.0 requests==2.34.2 urllib3==2.8.0 idna==3.20 certifi==2026.10.18 '
         'charset-normalizer==3.5.2 beautifulsoup4==4.15.0 soupsieve==4.1.1 typing_extensions==4.16.0 diffimg==0.2.3 arabic-reshaper==2.1.3 future==1.0.0 python-bidi==0.4.2 six==1.17.0',
@@ -184,6 +198,7 @@ RECIPES = dict(
 def install_draw_peers(folder, names=tuple(RECIPES)):
     "Make one virtual environment a peer in `folder` (needs pip and its index); then set KHMER_OCR_PEERS to it"
     for name in names:
+        if name not in RECIPES: raise KhmerOCRError(f'Unknown peer {name!r}{suggest(name, RECIPES)}: choose from {", ".join(RECIPES)}')
         venv.create(home := Path(folder)/name, with_pip=True)
         p = subprocess.run([home/'bin/python', '-m', 'pip', 'install', '-q', '--no-deps', *RECIPES[name].split()], capture_output=True, text=True)
         if p.returncode: raise KhmerOCRError(f'{name} could not be installed in {home}: {(p.stderr.strip() or "pip failed").splitlines()[-1]}')
@@ -268,7 +283,7 @@ def _text2image(texts, font, size, work, out, seed=0):
     seconds = _children() - start
     return seconds, ' '.join(subprocess.run(['tesseract', '--version'], capture_output=True, text=True).stdout.split()[1:2])
 
-# %% ../nbs/15b_draw_peers.ipynb #ff2b1798
+# %% ../nbs/15b_draw_peers.ipynb #876e6b4e
 @dataclass(frozen=True)
 class DrawPeer:
     "A program that makes line images"
@@ -290,15 +305,15 @@ def _program(peer) -> Path|None:
     "Where the peer's Python (or program) is; None if it is not installed"
     if not peer.home: return Path(found) if (found := shutil.which('text2image')) else None
     folder = os.environ.get('KHMER_OCR_PEERS')
-    return p if folder and (p := Path(folder)/peer.home/'bin/python').exists() else None
+    return p if folder and (p := Path(folder).absolute()/peer.home/'bin/python').exists() else None
 
 def draw_peers() -> list[DrawPeer]:
     "The peers that are installed: environments in the folder KHMER_OCR_PEERS, and text2image on the PATH"
     return [p for p in DRAW_PEERS if _program(p)]
 
-# %% ../nbs/15b_draw_peers.ipynb #493c5ace
-def draw_with(peer: DrawPeer, texts, font, size, work='bare', folder=None, seed=0) -> tuple[float, str]:  # seconds of processor time, version
-    "Lines by a peer, as files in the empty `folder`; KhmerOCRError if it is not installed or fails"
+# %% ../nbs/15b_draw_peers.ipynb #423309ea
+def draw_with(peer: DrawPeer, texts, font, size, work, folder, seed=0) -> tuple[float, str]:  # seconds of processor time, version
+    "Lines by a peer, as files in the empty `folder`; all that is not bare is written. KhmerOCRError if it is not installed or fails"
     if not (program := _program(peer)): raise KhmerOCRError(f'{peer.name} is not installed: see install_draw_peers, and set KHMER_OCR_PEERS')
     word = peer.bare if work == 'bare' else peer.written
     if not peer.home: return _text2image(texts, font, size, word, folder, seed)
@@ -309,6 +324,11 @@ def draw_with(peer: DrawPeer, texts, font, size, work='bare', folder=None, seed=
         p = subprocess.run([program, '-I', '-c', peer.driver, *told], capture_output=True, text=True, cwd=d, env=os.environ | one)
     try: said = json.loads(p.stdout.strip().splitlines()[-1]); return float(said['seconds']), said['version']
     except (IndexError, ValueError, KeyError, TypeError): raise KhmerOCRError(f'{peer.name} failed: {(p.stderr.strip() or f"exit {p.returncode}").splitlines()[-1]}') from None
+
+# %% ../nbs/15b_draw_peers.ipynb #f6532db3
+def drawers() -> dict[str, Callable]:
+    "name -> function like `draw_ours`; Pillow only with Raqm, peers only if installed"
+    return {'khmer_ocr': draw_ours} | ({'Pillow': draw_pillow} if features.check('raqm') else {}) | {p.name: partial(draw_with, p) for p in draw_peers()}
 
 # %% ../nbs/15b_draw_peers.ipynb #f94a12eb
 def _inked(ink):
@@ -361,19 +381,22 @@ def drawn_lines(folder, texts) -> list[np.ndarray|None]:
     if (folder/'page.box').exists(): return _page_lines(folder, texts)
     return [cv2.imread(str(p), cv2.IMREAD_GRAYSCALE) if (p := folder/f'{i:06d}.png').exists() else None for i in range(len(texts))]
 
-# %% ../nbs/15b_draw_peers.ipynb #3a539502
+# %% ../nbs/15b_draw_peers.ipynb #dfe55f00
 def _digest(folder): return hashlib.sha256(b''.join(p.read_bytes() for p in sorted(folder.rglob('*')) if p.suffix in ('.png', '.jpg', '.tif'))).hexdigest()
 
-def inspect_peer(peer: DrawPeer, texts, font, size=24) -> dict:  # lines, right, cut, missing, same_bytes; shown: its image of the first line
-    "Look at what a peer draws: letters in their places, ink cut off, the same bytes for the same seed"
+def inspect_drawing(
+    draw: Callable,  # one of `drawers`
+    texts, font, size=24
+) -> dict:  # lines, right, cut, missing, same_bytes, version; images: the bare lines (None: missing)
+    "Look at what somebody draws: letters in their places, ink cut off, the same bytes for the same seed"
     with tempfile.TemporaryDirectory() as d:
         places = [Path(d)/k for k in ('bare', 'once', 'again')]
-        for p, work in zip(places, ('bare', 'written', 'written')): p.mkdir(); draw_with(peer, texts, font, size, work, p, seed=7)
+        for p, work in zip(places, ('bare', 'written', 'written')): p.mkdir(); _, version = draw(texts, font, size, work, p, seed=7)
         images = drawn_lines(places[0], texts)
         marks = [agreement(im, render(t, font, 2*size).ink) if im is not None else (0., 0.) for im, t in zip(images, texts)]
         right = [a >= .9 for a, _ in marks]
         return dict(lines=len(texts), right=sum(right), cut=sum(r and lack > size/4 for r, (_, lack) in zip(right, marks)), missing=sum(im is None for im in images),
-            same_bytes=_digest(places[1]) == _digest(places[2]), shown=images[0])
+            same_bytes=_digest(places[1]) == _digest(places[2]), version=version, images=images)
 
 # %% ../nbs/15b_draw_peers.ipynb #7fedf305
 def time_ways(
@@ -388,30 +411,29 @@ def time_ways(
             best[name] = max(best.get(name, 0.), lines/max(seconds, 1e-9))
     return best
 
-# %% ../nbs/15b_draw_peers.ipynb #4be43939
-def drawing_ways(texts, font, size=24, peer_lines=60, presets=('document', 'scan')) -> dict[tuple[str, str], Callable]:
-    "All ways of drawing that are installed: {(who, work): function of a folder}; Pillow only with Raqm"
-    ways, few = {}, list(texts)[:peer_lines]
-    def add(who, work, draw, lines, **kw): ways[who, work] = lambda d: (draw(lines, font, size, work.split(',')[0], d, **kw), len(lines))
-    add('khmer_ocr', 'bare', draw_ours, texts)
-    for p in presets: add('khmer_ocr', f'degraded, {p}', draw_ours, texts, degradations=p)
-    add('khmer_ocr', 'written, document', draw_ours, texts)
-    if features.check('raqm'):
-        for work in ('bare', 'degraded, document', 'written, document'): add('Pillow', work, draw_pillow, texts)
-    for p in draw_peers():
-        for work in ('bare', 'written'): add(p.name, work, lambda *a, p=p: draw_with(p, *a)[0], few if p.home else texts)
+# %% ../nbs/15b_draw_peers.ipynb #61e1c364
+def _works(name): return {'khmer_ocr': ('bare', 'degraded, document', 'degraded, scan', 'written, document'), 'Pillow': ('bare', 'degraded, document', 'written, document')}.get(name, ('bare', 'written'))
+
+def drawing_ways(texts, font, size=24, peer_lines=60) -> dict[tuple[str, str], Callable]:
+    "{(who, work): function of a folder} for all `drawers`, for `time_ways`; peers in Python draw the first `peer_lines`"
+    ways, slow = {}, {p.name for p in DRAW_PEERS if p.home}
+    def add(name, draw, work, lines):
+        kw = dict(degradations=work.split(', ')[1]) if name == 'khmer_ocr' and work != 'bare' else {}
+        ways[name, work] = lambda d: (draw(lines, font, size, work.split(',')[0], d, **kw)[0], len(lines))
+    for name, draw in drawers().items():
+        for work in _works(name): add(name, draw, work, list(texts)[:peer_lines if name in slow else None])
     return ways
 
-# %% ../nbs/15b_draw_peers.ipynb #7f699947
+# %% ../nbs/15b_draw_peers.ipynb #7caa13f1
 def _seen(found: list[dict]) -> dict:
     "What inspections of one peer in several fonts found, as words for a table"
-    if not found: return {'right': '', 'cut': '', 'same bytes': ''}
+    if not found: return {'right': '', 'cut': '', 'same bytes': '', 'version': ''}
     of = lambda k: f"{sum(f[k] for f in found)} of {sum(f['lines'] for f in found)}"
-    return {'right': of('right'), 'cut': of('cut'), 'same bytes': 'yes' if all(f['same_bytes'] for f in found) else 'no'}
+    return {'right': of('right'), 'cut': of('cut'), 'same bytes': 'yes' if all(f['same_bytes'] for f in found) else 'no', 'version': found[0]['version']}
 
 def drawing_table(
     speeds: dict[str, dict],  # name of font -> what `time_ways` gave for its `drawing_ways`
-    inspected: dict[str, dict[str, dict]] = {}  # name of font -> name of peer -> what `inspect_peer` gave
+    inspected: dict[str, dict[str, dict]] = {}  # name of font -> who -> what `inspect_drawing` gave
 ) -> list[dict]:
     "One row for who and which work: lines per CPU-second, how many times as fast ours is at the same work, what was seen; peers that are not installed are named"
     first, rows = next(iter(speeds.values())), []

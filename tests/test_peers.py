@@ -37,6 +37,15 @@ def test_a_failing_peer_is_one_line(tmp_path, monkeypatch, script, says):
     with pytest.raises(KhmerOCRError, match=says) as e: dp.draw_with(kiri, texts, font, 24, 'bare', tmp_path)
     assert '\n' not in str(e.value)
 
+def test_an_environment_may_be_named_from_here(tmp_path, monkeypatch):
+    fake(tmp_path, monkeypatch, 'echo \'{"seconds": 1, "version": "1"}\'')
+    monkeypatch.chdir(tmp_path); monkeypatch.setenv('KHMER_OCR_PEERS', '.')
+    assert dp.draw_with(kiri, texts, font, 24, 'bare', tmp_path) == (1., '1')
+
+def test_unknown_recipe_is_named(tmp_path):
+    with pytest.raises(KhmerOCRError, match='did you mean kiri'): dp.install_draw_peers(tmp_path, ['kirii'])
+    assert not list(tmp_path.iterdir())
+
 def test_a_missing_peer_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv('KHMER_OCR_PEERS', raising=False)
     with pytest.raises(KhmerOCRError, match='KHMER_OCR_PEERS'): dp.draw_with(kiri, texts, font, 24, 'bare', tmp_path)
@@ -81,5 +90,5 @@ def test_pillow_twin_takes_lines_of_all_sizes():
 @pytest.mark.parametrize('peer', dp.DRAW_PEERS, ids=lambda p: p.name)
 def test_installed_peers_draw(peer):
     if not dp._program(peer): pytest.skip('not installed')
-    seen = dp.inspect_peer(peer, texts, font)
+    seen = dp.inspect_drawing(dp.drawers()[peer.name], texts, font)
     assert seen['lines'] == 3 and seen['missing'] == 0 and seen['right'] == (3 if peer.name != 'trdg' else 0)
