@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STRIDE', 'Units', 'conv', 'Pair', 'CTCConfig', 'CTCNet', 'CTCLoss', 'greedy', 'read_batches', 'evaluate_net',
-           'header', 'load_ctc', 'train_ctc', 'release']
+           'header', 'load_ctc', 'Padding', 'train_ctc', 'release']
 
-# %% ../nbs/10_ctc.ipynb #5cf9e533
+# %% ../nbs/10_ctc.ipynb #0514dff2
 import re, time
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from pathlib import Path
 from torch import nn
 from .text import COENG, CONSONANTS, INDEPENDENT, Charset, KhmerOCRError, charset
 from .synth import Recipe
-from .data import HEIGHT, LineFolder, OnTheFly, as_input
+from .data import HEIGHT, POOL, LineSource, OnTheFlyDataset, as_input, open_lines
 from .metrics import score
-from .learner import Learner, TrainConfig, load_weights, save_checkpoint
+from .learner import Callback, Learner, TrainConfig, load_weights, save_checkpoint
 
 # %% ../nbs/10_ctc.ipynb #8f0c7a78
 class Units:
@@ -159,19 +159,30 @@ def load_ctc(path) -> tuple[CTCNet, Units, dict]:  # network in eval mode, its u
     except RuntimeError: raise KhmerOCRError(f'{path} does not fit this version of the reader: fetch or train it again') from None
     return net.eval(), units, head
 
-# %% ../nbs/10_ctc.ipynb #34aa8a32
+# %% ../nbs/10_ctc.ipynb #f2695fff
+class Padding(Callback):
+    "`learn.shown['padding']`: share of the pixels that was padding so far"
+    def __init__(self): self.used = self.total = 0
+    def state(self): return dict(used=self.used, total=self.total)
+    def load_state(self, state): self.used, self.total = state.get('used', 0), state.get('total', 0)
+    def after_loss(self, learn):
+        b = learn.batch
+        self.used += int(b['widths'].sum()); self.total += b['images'].shape[0]*b['images'].shape[-1]
+        learn.shown['padding'] = 1-self.used/self.total
+
+# %% ../nbs/10_ctc.ipynb #c2264162
 def train_ctc(
     out_dir,  # checkpoints, history and logs
     recipe: Recipe = Recipe(random_text=True),  # of the on-the-fly stream
     train: TrainConfig = TrainConfig(channels_last=True),
     config: CTCConfig = CTCConfig(),
-    data='onthefly',  # or a folder of labelled lines
+    data='onthefly',  # or a folder of labelled lines or shards, or a source of `data`'s kinds
     validation=None,  # batches, or a folder of labelled lines; None: no evaluation
     workers=0,  # processes that make batches
     resume=None,  # 'latest' or a checkpoint: go on with the same run
     init=None,  # checkpoint whose weights a new run starts from
     texts=None,  # lines in place of the corpus
-    pool=32,  # batches a pool (see `OnTheFly`)
+    pool=POOL,  # batches a pool (see `data.Pools`)
     callbacks=(),
     verbose=True
 ) -> Learner:
@@ -179,11 +190,12 @@ def train_ctc(
     torch.manual_seed(train.seed)
     units = Units(charset(config.charset)); net = CTCNet(len(units), config)
     if init: net.load_state_dict(load_ctc(init)[0].state_dict())
-    if data == 'onthefly': stream = OnTheFly(recipe, train.batch_size, pool, config.height, texts=texts); batches = lambda n: stream.batches(n, workers)
-    else: folder = LineFolder(data, config.height); batches = lambda n: folder.stream(train.batch_size, train.seed, pool, n)
-    val = validation if validation is None or isinstance(validation, list) else LineFolder(validation, config.height).batches()
-    about = header(config, units, recipe=asdict(recipe) | dict(data=str(data)), train=asdict(train), init=str(init) if init else None)
-    learn = Learner(net, CTCLoss(units), batches, train, out_dir, callbacks, (lambda m: evaluate_net(m, units, val)) if val else None, about, verbose=verbose)
+    if data == 'onthefly': lines, seed = OnTheFlyDataset(recipe, height=config.height, texts=texts), recipe.seed
+    else: lines, seed = data if isinstance(data, LineSource) else open_lines(data, config.height), train.seed
+    batches = lambda n: lines.stream(train.batch_size, seed, pool, n, workers)
+    val = validation if validation is None or isinstance(validation, list) else open_lines(validation, config.height).batches()
+    about = header(config, units, recipe=asdict(recipe) | dict(data=str(getattr(data, 'path', data))), train=asdict(train), init=str(init) if init else None)
+    learn = Learner(net, CTCLoss(units), batches, train, out_dir, [Padding(), *callbacks], (lambda m: evaluate_net(m, units, val)) if val else None, about, verbose=verbose)
     return learn.fit(resume)
 
 # %% ../nbs/10_ctc.ipynb #d27603a7

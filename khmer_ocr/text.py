@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['CONSONANTS', 'INDEPENDENT', 'VOWELS', 'SIGNS', 'COENG', 'PUNCTUATION', 'DIGITS', 'KhmerOCRError', 'suggest',
-           'write_atomic', 'normalise', 'random_runs', 'difference', 'clusters', 'strip_spaces', 'fold', 'Charset',
-           'charset']
+           'write_atomic', 'read_settings', 'normalise', 'random_runs', 'difference', 'clusters', 'strip_spaces',
+           'fold', 'Charset', 'charset']
 
-# %% ../nbs/00_text.ipynb #a187de6c
+# %% ../nbs/00_text.ipynb #d69b6631
 import contextlib
 import difflib
+import json
 import os
 import re
+import tomllib
 import unicodedata
 from collections import Counter
 from functools import lru_cache
@@ -48,6 +50,22 @@ def write_atomic(
         with contextlib.suppress(OSError): temp.unlink(missing_ok=True)
         if isinstance(e, OSError): raise KhmerOCRError(f'Cannot write {path}: {e.strerror or e}') from e
         raise
+
+# %% ../nbs/00_text.ipynb #f6ce1dbe
+_comment = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*')
+
+def read_settings(
+    path  # a .toml or .json file
+) -> dict:  # its content
+    "Read a settings file; `//` comments are allowed in JSON"
+    path = Path(path)
+    try:
+        text = path.read_text(encoding='utf-8')
+        got = tomllib.loads(text) if path.suffix == '.toml' else json.loads(_comment.sub(lambda m: m[1] or '', text))
+    except OSError as e: raise KhmerOCRError(f'Cannot read the settings file {path}: {e.strerror or e}') from None
+    except ValueError as e: raise KhmerOCRError(f'The settings file {path} is not valid {"TOML" if path.suffix == ".toml" else "JSON"}: {e}') from None
+    if not isinstance(got, dict): raise KhmerOCRError(f'The settings file {path} must hold named values, like {{"steps": 1000}}')
+    return got
 
 # %% ../nbs/00_text.ipynb #2dde1475
 def _span(first, last): return ''.join(map(chr, range(first, last + 1)))
