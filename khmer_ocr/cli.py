@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['app', 'read', 'fonts', 'corpus', 'generate', 'validation_set', 'train', 'evaluate', 'run', 'check']
 
-# %% ../nbs/32_cli.ipynb #65aa9c91
+# %% ../nbs/32_cli.ipynb #c2d45502
 import json, logging, os, sys, traceback
 from pathlib import Path
 import typer
 from typer.core import TyperGroup
 from . import __version__
-from .text import KhmerOCRError, suggest, write_atomic
+from .text import KhmerOCRError, read_settings, suggest, write_atomic
 
 # %% ../nbs/32_cli.ipynb #7cca48c8
 class _Stopped(KhmerOCRError): "Ctrl-C"
@@ -233,13 +233,10 @@ def corpus(
     stats = build_corpus(out, sources=source or None, licence=licence, seed=seed, limit=limit)
     _print_json(stats) if as_json else print(f'{stats_table(stats)}\nwritten to {out}')
 
-# %% ../nbs/32_cli.ipynb #9ea4cf18
+# %% ../nbs/32_cli.ipynb #3396b3db
 def _merged(config: str|None, **given) -> dict:
     "Settings from a file, overridden by the options that were given"
-    settings = {}
-    if config:
-        from khmer_ocr.learner import read_settings
-        settings = read_settings(config)
+    settings = read_settings(config) if config else {}
     return settings | {k: v for k,v in given.items() if v is not None}
 
 def _report_problems(problems: list[str], where, remedy, as_json=False):
@@ -317,7 +314,7 @@ def _lengths(steps, epochs, per_epoch, batch) -> dict:
     steps = steps or each*epochs
     return dict(steps=steps, eval_every=min(each, steps), save_every=min(each, steps))
 
-# %% ../nbs/32_cli.ipynb #fe44cf5a
+# %% ../nbs/32_cli.ipynb #9960c3a6
 def _tables(config: str|None) -> dict:
     "The three tables of a settings file"
     settings, known = _merged(config), ('train', 'recipe', 'model')
@@ -325,55 +322,60 @@ def _tables(config: str|None) -> dict:
         if k not in known or not isinstance(v, dict): raise KhmerOCRError(f'{config}: {k!r} is not one of the tables [train], [recipe], [model]{suggest(k, known)}')
     return {k: dict(settings.get(k, {})) for k in known}
 
-def _first_samples(data, n, out) -> str:
-    "A labels.tsv in `out` with the first `n` lines of a set on disk"
-    from khmer_ocr.data import read_labels
-    rows = read_labels(data)[:n]
-    write_atomic(Path(out)/'samples.tsv', ''.join(f'{p.resolve()}\t{t}\n' for p,t,_ in rows))
-    return str(Path(out)/'samples.tsv')
+def _threads(given: int|None, workers: int) -> int:
+    "CPU threads for the training: as many as there are cores for us, less those that make images"
+    if given is not None: return given
+    free = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    asked = os.environ.get('OMP_NUM_THREADS', '')
+    return int(asked) if asked.isdigit() else max(1, min(8, free-workers))
 
-# %% ../nbs/32_cli.ipynb #ce8e0a57
-def _train_settings(config, batch, steps, epochs, per_epoch, lr, seed, preset, corpus, data):
+# %% ../nbs/32_cli.ipynb #543b9226
+def _train_settings(config, batch, steps, epochs, per_epoch, lr, seed, preset, corpus, threads, workers, max_samples, data):
     "Recipe, TrainConfig and CTCConfig from file and options"
     from khmer_ocr.ctc import CTCConfig
-    from khmer_ocr.data import LineFolder
     from khmer_ocr.learner import TrainConfig, configure
     from khmer_ocr.synth import Recipe
     t, given = _tables(config), lambda **kw: {k: v for k,v in kw.items() if v is not None}
     batch = batch or t['train'].get('batch_size') or 64
     if steps is None and epochs is None: steps = t['train'].get('steps')
-    per_epoch = per_epoch or (10_000 if data == 'onthefly' else len(LineFolder(data)))
-    t['train'] |= given(batch_size=batch, lr=lr, seed=seed)
+    per_epoch = per_epoch or (10_000 if data == 'onthefly' else _set_size(data, max_samples))
+    if threads is not None or 'threads' not in t['train']: threads = _threads(threads, workers)
+    t['train'] |= given(batch_size=batch, lr=lr, seed=seed, threads=threads)
     t['train'] = dict(channels_last=True) | _lengths(steps, epochs or 150, per_epoch, batch) | {k: v for k,v in t['train'].items() if k != 'steps'}
     t['recipe'] = dict(random_text=True) | t['recipe'] | given(seed=seed, preset=preset, corpus=corpus)
     model = {k: tuple(v) if isinstance(v, list) else v for k,v in t['model'].items()}
     return Recipe.from_dict(t['recipe']), configure(TrainConfig, t['train']), configure(CTCConfig, model)
 
-# %% ../nbs/32_cli.ipynb #dbc2f0b1
+# %% ../nbs/32_cli.ipynb #c537a436
 def _validation(folder: str|None, samples: int|None):
     "Batches of the validation set; 'none' means no evaluation"
     if folder == 'none': return None
-    from khmer_ocr.data import FixedSet, LineFolder
-    chosen = FixedSet(limit=samples) if folder is None else LineFolder(folder, limit=samples)
+    from khmer_ocr.data import FixedSet, open_lines
+    chosen = FixedSet(limit=samples) if folder is None else open_lines(folder, limit=samples)
     return chosen.batches()
 
-def _source(data, max_samples, recipe, out):  # (data, texts) for `train_ctc`
+def _source(data, max_samples, recipe, net):  # (data, texts) for `train_ctc`
     "The source of images; with `max_samples`, its first lines only"
     from khmer_ocr.corpus import load_lines
-    if not max_samples: return data, None
-    if data == 'onthefly': return data, load_lines(recipe.corpus, 'train')[:max_samples]
-    return _first_samples(data, max_samples, out), None
+    from khmer_ocr.data import open_lines
+    if data != 'onthefly': return open_lines(data, net.height, max_samples), None
+    return data, load_lines(recipe.corpus, 'train')[:max_samples] if max_samples else None
+
+def _set_size(data, limit) -> int:
+    "Lines of a set on disk"
+    from khmer_ocr.data import open_lines
+    return len(open_lines(data, limit=limit))
 
 def _fresh(out, resume):
     "A new run does not silently replace an old one"
     if not resume and (Path(out)/'latest.safetensors').exists(): raise KhmerOCRError(f'{out} holds a training run: go on with --resume latest, or choose another --out')
     if resume == 'latest' and not (Path(out)/'latest.safetensors').exists(): raise KhmerOCRError(f'No training run in {out} to resume: leave --resume away, or check --out')
 
-# %% ../nbs/32_cli.ipynb #09a3f469
+# %% ../nbs/32_cli.ipynb #cf9b6ba6
 @app.command()
 def train(
     model: str = typer.Option('ctc', '--model', metavar='ctc', callback=_one_of('ctc'), help='Which recogniser.'),
-    data: str = typer.Option('onthefly', '--data', metavar='onthefly|DIR', help='Images made while training, or a set on disk.'),
+    data: str = typer.Option('onthefly', '--data', metavar='onthefly|DIR', help='Images made while training, or a set on disk: a split, its set, shards or labels.tsv.'),
     config: str = typer.Option(None, '--config', help='Settings as TOML or JSON: [train], [recipe], [model].'),
     num_epochs: int = typer.Option(None, '--num-epochs', callback=_positive, help='Epochs; default 150.'),
     train_samples_per_epoch: int = typer.Option(None, '--train-samples-per-epoch', callback=_positive, help='Images per epoch; default 10,000 or the set.'),
@@ -389,12 +391,13 @@ def train(
     seed: int = typer.Option(None, '--seed', callback=_seed, help='Decides weights and data; default 42.'),
     preset: str = typer.Option(None, '--preset', help='How training lines are damaged.'),
     corpus: str = typer.Option(None, '--corpus', help='Folder of the corpus.'),
-    workers: int = typer.Option(0, '--workers', callback=_seed, help='Processes that make images beside the training; 0: none.')):
+    workers: int = typer.Option(0, '--workers', callback=_seed, help='Processes that make images beside the training; 0: none.'),
+    threads: int = typer.Option(None, '--threads', callback=_seed, help='CPU threads; default: the free cores, less the workers; 0: as PyTorch likes.')):
     "Train a recogniser, on images made on the fly or on a set from disk."
     _fresh(out, resume)
-    recipe, loop, net = _train_settings(config, _batch_size(batch_size), steps, num_epochs, train_samples_per_epoch, lr, seed, preset, corpus, data)
+    recipe, loop, net = _train_settings(config, _batch_size(batch_size), steps, num_epochs, train_samples_per_epoch, lr, seed, preset, corpus, threads, workers, max_samples, data)
     from khmer_ocr.ctc import train_ctc
-    data, texts = _source(data, max_samples, recipe, out)
+    data, texts = _source(data, max_samples, recipe, net)
     learn = train_ctc(out, recipe, loop, net, data=data, validation=_validation(validation_dir, validation_samples), workers=workers, resume=resume, init=init, texts=texts)
     if learn.stopping == 'Ctrl-C': raise _Stopped(f'stopped at step {learn.step}: the same command with --resume latest goes on from there')
     print(f'{learn.step} steps done; weights in {out}/best.safetensors' + ''.join(f', {k} {v:.4f}' for k,v in learn.metrics.items()))
@@ -458,21 +461,29 @@ def _tiny_corpus(folder) -> str:
     for split in ('train', 'val', 'test'): write_atomic(Path(folder)/f'{split}.txt', ''.join(rule_line(rng)+'\n' for _ in range(12)))
     return str(folder)
 
-# %% ../nbs/32_cli.ipynb #94618157
+# %% ../nbs/32_cli.ipynb #d97e5144
 def _check_data(folder):
     "The steps of `check data`"
-    from khmer_ocr.data import LineFolder, OnTheFly
+    from torch.utils.data import DataLoader
+    from khmer_ocr.data import OnTheFlyDataset, SyntheticImageDataset, collate, open_lines
     from khmer_ocr.fonts import find_fonts
     from khmer_ocr.synth import Recipe
     from khmer_ocr.sets import generate_set, verify_set
     recipe = Recipe(corpus=_tiny_corpus(folder/'corpus'), random_text=True)
+    flying = OnTheFlyDataset(recipe, train_samples_per_epoch=8)
+    def again():
+        a, b = list(flying), [t for part in DataLoader(flying, batch_size=4, collate_fn=collate) for t in part['texts']]
+        if [t for _, t in a] != b: raise KhmerOCRError('the same epoch was not made twice alike: report this')
+        return f'{len(flying)} lines'
     def same():
         if problems := verify_set(folder/'set'): raise KhmerOCRError(problems[0])
     yield 'fonts', lambda: f'{len(find_fonts())} faces'
     yield 'a set of 24 images', lambda: generate_set(Recipe(corpus=recipe.corpus), folder/'set', max_lines=8, progress=False) and None
     yield 'its record', same
-    yield 'reading it back', lambda: f'{len(LineFolder(folder/"set/train"))} lines'
-    yield 'a batch on the fly', lambda: f'{tuple(next(OnTheFly(recipe, 4, pool=1).batches())["images"].shape)}'
+    yield 'reading it back', lambda: f'{len([*SyntheticImageDataset(folder/"set")])} lines'
+    yield 'the same as shards', lambda: generate_set(Recipe(corpus=recipe.corpus), folder/'shards', max_lines=8, format='shards', progress=False) and f'{len([*open_lines(folder/"shards")])} lines'
+    yield 'an epoch on the fly, twice', again
+    yield 'a batch of the training stream', lambda: f'{tuple(next(flying.stream(4, pool=2))["images"].shape)}'
 
 # %% ../nbs/32_cli.ipynb #af77db73
 def _check_training(folder):

@@ -177,7 +177,7 @@ def test_train_and_resume(tiny, tmp_path):
 
 def test_train_on_a_set(tiny, tmp_path):
     out = ok('train', '--config', settings(tmp_path/'s.toml'), '--data', tiny/'set/train', '--max-samples', 3, '--num-epochs', 2, '--batch-size', 2, '--validation-dir', 'none', '--out', tmp_path/'run')
-    assert 'steps done' in out and len((tmp_path/'run/samples.tsv').read_text(encoding='utf-8').splitlines()) == 3
+    assert '2 steps done' in out
 
 def test_bad_training(tiny, tmp_path):
     go = ('train', '--corpus', tiny/'corpus', '--steps', 1, '--out', tmp_path/'run')
