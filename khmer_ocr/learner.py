@@ -462,7 +462,7 @@ def memory_mb(device) -> float:
     "Megabytes in use: of the GPU at its highest, or of this process"
     return (torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else psutil.Process().memory_info().rss) / 2**20
 
-# %% ../nbs/08_learner.ipynb #e3b81b10
+# %% ../nbs/08_learner.ipynb #f1292c8e
 class Timer(Callback):
     "Measures `learn.speed`: samples/s, waiting share, memory; `learn.first_batch`: seconds until the first batch"
     order = -20
@@ -473,13 +473,14 @@ class Timer(Callback):
         if learn.first_batch is None: learn.first_batch = time.perf_counter() - learn.started
         self.n += _size(learn.batch)*learn.fabric.world_size
     def after_step(self, learn):
+        self.stepped = now = time.perf_counter()
         if learn.step % learn.config.log_every and learn.step != learn.config.steps: return
-        now = time.perf_counter(); dt = max(now-self.t, 1e-9)
+        dt = max(now-self.t, 1e-9)
         learn.speed = dict(samples_per_s=self.n/dt, waiting=(learn.waited-self.w)/dt, memory_mb=memory_mb(learn.fabric.device)) | learn.shown
         self.n, self.t, self.w = 0, now, learn.waited
         self.rows.append(dict(step=learn.step, seconds=now-learn.started, **learn.speed))
         if learn.fabric.is_global_zero: write_csv(learn.out_dir/'speed.csv', [{k: round(v, 3) for k, v in r.items()} for r in self.rows])
-    def after_eval(self, learn): self.t = time.perf_counter()
+    def after_eval(self, learn): self.t += time.perf_counter()-self.stepped
 
 # %% ../nbs/08_learner.ipynb #a6835d9e
 def write_csv(path, rows: list[dict]):

@@ -179,6 +179,24 @@ def test_train_on_a_set(tiny, tmp_path):
     out = ok('train', '--config', settings(tmp_path/'s.toml'), '--data', tiny/'set/train', '--max-samples', 3, '--num-epochs', 2, '--batch-size', 2, '--validation-dir', 'none', '--out', tmp_path/'run')
     assert '2 steps done' in out
 
+def test_train_on_shards_and_whole_sets(tiny, tmp_path):
+    ok('generate', '--corpus', tiny/'corpus', '--out', tmp_path/'shards', '--max-lines', 4, '--format', 'shards')
+    for k, d in enumerate((tmp_path/'shards', tiny/'set')):
+        out = ok('train', '--config', settings(tmp_path/'s.toml'), '--data', d, '--num-epochs', 1, '--batch-size', 2, '--threads', 1, '--validation-dir', tmp_path/'shards/val', '--out', tmp_path/f'run{k}')
+        assert '2 steps done' in out
+    a, b = ((tmp_path/f'run{k}/history.csv').read_text().splitlines()[0] for k in (0, 1))
+    assert a == b
+
+def test_a_failed_start_leaves_nothing(tmp_path):
+    (tmp_path/'labels.tsv').write_text('path\ttext\nx.png\tក\n', encoding='utf-8')
+    refused('train', '--data', tmp_path, '--max-samples', 1, '--steps', 2, '--batch-size', 1, '--validation-dir', 'none', '--out', tmp_path/'run', word='x.png')
+    assert files(tmp_path) == ['labels.tsv']
+
+def test_settings_are_read_without_torch(tmp_path):
+    (tmp_path/'r.toml').write_text('seed = 3')
+    code = f'import sys; from khmer_ocr.cli import _merged; assert _merged({str(tmp_path/"r.toml")!r}) == dict(seed=3); assert "torch" not in sys.modules'
+    subprocess.run([sys.executable, '-c', code], check=True)
+
 def test_bad_training(tiny, tmp_path):
     go = ('train', '--corpus', tiny/'corpus', '--steps', 1, '--out', tmp_path/'run')
     refused(*go, '--validation-dir', 'none', '--config', settings(tmp_path/'s.toml', stepz=3), word='stepz')

@@ -1,9 +1,12 @@
 "Batches and preprocessing: the same stream for any number of workers, and one road for every kind of image file."
+import io, tarfile
 from itertools import islice
 import numpy as np
 import pytest
 from PIL import Image
-from khmer_ocr.data import HEIGHT, LineFolder, OnTheFly, bucket_batches, prepare, read_image, read_labels
+from torch.utils.data import DataLoader
+from khmer_ocr.data import LineFolder, OnTheFly, OnTheFlyDataset, ShardedDataset, SyntheticImageDataset, SyntheticImageGenerator
+from khmer_ocr.data import bucket_batches, collate, cut_widths, open_lines, padding, prepare, read_image, read_labels
 from khmer_ocr.synth import Recipe, Synth
 from khmer_ocr.text import KhmerOCRError, normalise
 
@@ -25,9 +28,105 @@ def test_stream_starts_anywhere(step):
 
 def test_padding_waste_is_small():
     long = [normalise(' '.join(np.random.default_rng(i).choice(texts, 1+i % 6))) for i in range(60)]
-    batches = OnTheFly(recipe, 64, 32, texts=long)[5]
-    assert len(batches) == 32
-    assert 1 - sum(int(b['widths'].sum()) for b in batches)/sum(b['images'].numel()/HEIGHT for b in batches) < .1
+    batches = OnTheFly(recipe, 32, 32, texts=long)[5]
+    assert len(batches) == 32 and sum(len(b['texts']) for b in batches) == 32*32 and all(16 <= len(b['texts']) <= 40 for b in batches)
+    assert padding(batches) < .08
+    assert padding(batches) < padding(bucket_batches([(im[0, :, :w].numpy(), '') for b in batches for im, w in zip(b['images'], b['widths'])], 32))
+
+@pytest.mark.parametrize('size, batches', [(1, 1), (1, 7), (2, 3), (7, 5), (30, 4), (64, 2), (97, 3)])
+def test_cuts_are_whole(size, batches):
+    w = np.sort(np.random.default_rng(size).integers(8, 2000, size*batches)); cuts = cut_widths(w, batches)
+    assert len(cuts) == batches and cuts[0][0] == 0 and cuts[-1][1] == len(w) and all(a[1] == b[0] for a, b in zip(cuts, cuts[1:]))
+    assert all(max(1, size//2) <= b-a <= max(1, size*5//4) for a, b in cuts)
+    area = lambda c: sum((b-a)*-(-w[b-1]//16)*16 for a, b in c)
+    assert area(cuts) <= area([(i*size, i*size+size) for i in range(batches)])
+
+# on the fly
+def loaded(lines, workers, **kw): return list(DataLoader(lines, batch_size=3, collate_fn=collate, num_workers=workers, multiprocessing_context='spawn' if workers else None, **kw))
+
+def test_an_ordinary_loader_gives_the_same_epochs_with_any_workers():
+    made = {}
+    for w in (0, 1, 2):
+        lines = OnTheFlyDataset(recipe, train_samples_per_epoch=8, texts=texts)
+        loader = DataLoader(lines, batch_size=3, collate_fn=collate, num_workers=w, multiprocessing_context='spawn' if w else None, persistent_workers=w > 0)
+        for e in (0, 1): lines.set_epoch(e); made[w, e] = list(loader)          # workers that stay must hear of the new epoch
+    for e in (0, 1): same(made[0, e], made[1, e]); same(made[0, e], made[2, e])
+    assert made[0, 0][0]['texts'] + made[0, 0][1]['texts'] != made[0, 1][0]['texts'] + made[0, 1][1]['texts']
+
+def test_epochs_differ_repeat_and_resume():
+    lines, again = (OnTheFlyDataset(recipe, train_samples_per_epoch=6, texts=texts) for _ in range(2))
+    epochs = []
+    for e in range(3): lines.set_epoch(e); epochs.append(list(lines))
+    assert [len(e) for e in epochs] == [6]*3
+    assert len({im.tobytes() for e in epochs for im, _ in e if im.min() < 250}) == sum(im.min() < 250 for e in epochs for im, _ in e)
+    again.set_epoch(2)
+    same(loaded(again, 0, sampler=range(2, 6)), [collate(epochs[2][2:5]), collate(epochs[2][5:])])
+    with pytest.raises(IndexError): lines[6]
+    with pytest.raises(KhmerOCRError, match='from 1 up'): OnTheFlyDataset(recipe, 0)
+
+def test_stream_and_epochs_are_the_same_lines():
+    lines = OnTheFlyDataset(recipe, train_samples_per_epoch=8, texts=texts)
+    streamed = sorted(t for b in islice(lines.stream(4, pool=2), 4) for t in b['texts'])
+    both = []
+    for e in (0, 1): lines.set_epoch(e); both += [t for _, t in lines]
+    assert streamed == sorted(both)
+
+# sets from disk
+@pytest.fixture(scope='module')
+def sets(tmp_path_factory):
+    "The same 10 lines as files and as shards of 4"
+    d = tmp_path_factory.mktemp('sets'); (d/'corpus').mkdir()
+    for k in ('train', 'val', 'test'): (d/'corpus'/f'{k}.txt').write_text('\n'.join(t+n for n in 'កខ' for t in texts), encoding='utf-8')
+    maker = SyntheticImageGenerator(Recipe(corpus=str(d/'corpus'), fonts=None))
+    maker.generate(d/'set', max_lines=10, progress=False)
+    (d/'shards').mkdir(); names = sorted((d/'set/train/images').glob('*.png'))
+    for k in range(0, 10, 4):
+        with tarfile.open(d/f'shards/train-{k:06d}.tar', 'w') as t:
+            for p in names[k:k+4]:
+                for ext, data in (('png', p.read_bytes()), ('txt', (d/f'set/train/labels/{p.stem}.txt').read_bytes()), ('json', b'{}')):
+                    info = tarfile.TarInfo(f'{p.stem}.{ext}'); info.size = len(data); t.addfile(info, io.BytesIO(data))
+    return d
+
+def test_shards_hold_the_same_lines(sets):
+    a, b = open_lines(sets/'set'), open_lines(sets/'shards')
+    assert isinstance(b, ShardedDataset) and len(a) == len(b) == 10
+    for (im, t), (im2, t2) in zip(a, b): assert t == t2 and (im == im2).all()
+    assert [t for _, t in open_lines(sets/'shards', limit=5)] == [t for _, t in a][:5]
+    for e in range(3): assert sorted(t for _, t in b.take(10*e, 10*e+10)) == sorted(t for _, t in a)
+    assert [t for _, t in b.take(0, 10)] != [t for _, t in b.take(10, 20)] != [t for _, t in b.take(10, 20, seed=1)]
+
+@pytest.mark.parametrize('kind', ['set', 'shards'])
+def test_streams_of_sets_start_anywhere_with_any_workers(sets, kind):
+    whole = list(islice(open_lines(sets/kind).stream(3, pool=4), 14))
+    for step in (1, 5, 9): same(whole[step:step+4], list(islice(open_lines(sets/kind).stream(3, pool=4, step=step), 4)))
+    for w in (2,) if kind == 'set' else (1, 2): same(whole[:9], list(islice(open_lines(sets/kind).stream(3, pool=4, workers=w), 9)))
+
+def test_shards_are_read_once_per_pool(sets, monkeypatch):
+    "Random order, and yet no shard is opened again and again"
+    import khmer_ocr.data as data
+    opened = []; real = data.read_shard
+    lines = open_lines(sets/'shards')
+    monkeypatch.setattr(data, 'read_shard', lambda p: opened.append(p) or real(p))
+    lines.take(0, 10); assert len(opened) == 3
+
+def test_bad_shards(sets, tmp_path):
+    with pytest.raises(KhmerOCRError, match='no shards'): ShardedDataset(tmp_path)
+    (tmp_path/'a.tar').write_bytes(next((sets/'shards').glob('*.tar')).read_bytes()[:700])
+    with pytest.raises(KhmerOCRError, match='a.tar'): ShardedDataset(tmp_path)
+    (tmp_path/'shards.jsonl').write_text('{"name": "b.tar", "samples": 3}\n')
+    with pytest.raises(KhmerOCRError, match='b.tar is missing'): ShardedDataset(tmp_path)
+
+def test_the_names_of_the_founding_documents(sets):
+    lines = SyntheticImageDataset(sets/'set', 'val', max_samples=4)
+    assert len(lines) == 4 and lines[0][1] == normalise(texts[0]+'ក') and lines.metadata()['split'] == 'val'
+    raw = SyntheticImageDataset(sets/'set', 'val', raw=True)[0][0]
+    assert (raw == read_image(sets/'set/val/images/val_000000.png')).all()
+    with pytest.raises(KhmerOCRError, match='khmer-ocr generate'): SyntheticImageDataset(sets/'nothing')
+    with pytest.raises(KhmerOCRError, match='Unknown split'): SyntheticImageDataset(sets/'set', 'valid')
+    maker = SyntheticImageGenerator()
+    a, b = (list(maker.images(texts, 'val')) for _ in range(2))
+    assert [s.text for s in a] == texts and all((x.image == y.image).all() for x, y in zip(a, b)) and not any(s.meta['ops'] for s in a)
+    assert maker.statistics(sets/'set')['total_images'] == 30
 
 @pytest.fixture
 def line(): return Synth(Recipe(size=(28, 28)), texts)('val', 1).image

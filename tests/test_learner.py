@@ -1,8 +1,8 @@
 "What the learner promises: the same bits after any interruption, and one clear line for what is wrong."
-import math, os, signal
+import csv, math, os, re, signal, time
 import pytest, torch
 from torch import nn
-from khmer_ocr.learner import Callback, CancelFit, Learner, TrainConfig, configure, load_checkpoint, load_weights, lr_at, save_checkpoint
+from khmer_ocr.learner import Callback, CancelFit, Learner, Progress, TrainConfig, configure, load_checkpoint, load_weights, lr_at, save_checkpoint
 from khmer_ocr.text import KhmerOCRError
 
 class Net(nn.Module):
@@ -77,8 +77,23 @@ def test_ten_broken_batches_end_the_run(tmp_path):
     def poisoned(n): return ({**b, 'x': b['x']*math.nan} for b in batches(n))
     with pytest.raises(KhmerOCRError, match='10 steps in a row'): learner(tmp_path, source=poisoned).fit()
 
-def test_no_data(tmp_path):
-    with pytest.raises(KhmerOCRError, match='No data'): learner(tmp_path, source=lambda n: iter([])).fit()
+def test_no_data_leaves_nothing(tmp_path):
+    with pytest.raises(KhmerOCRError, match='No data'): learner(tmp_path/'run', source=lambda n: iter([]), tensorboard=True).fit()
+    assert not (tmp_path/'run').exists()
+
+def test_waiting_and_what_callbacks_show(tmp_path, capsys):
+    "The share of waiting is that of a source that sleeps; numbers of callbacks stand beside it, in the file and in the log"
+    def slow(n):
+        for b in batches(n): time.sleep(.05); yield b
+    class Shows(Callback):
+        def after_loss(self, learn): learn.shown['padding'] = .25
+    learn = learner(tmp_path, [Shows()], slow, steps=10, log_every=5)
+    next(cb for cb in learn.callbacks if isinstance(cb, Progress)).__init__(True, 0.)
+    learn.fit()
+    with (tmp_path/'speed.csv').open() as f: rows = list(csv.DictReader(f))
+    assert [float(r['padding']) for r in rows] == [.25]*2 and .3 < float(rows[-1]['waiting']) <= 1
+    said = capsys.readouterr().err
+    assert 'padding 0.25' in said and re.search(r'waiting \d+\.\d%', said) and 'waited for data' in said
 
 def test_unknown_metric_is_named(tmp_path):
     with pytest.raises(KhmerOCRError, match='did you mean valid_loss'): learner(tmp_path, metric='valid_los').fit()
