@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'DRAW_PEERS', 'pillow_face', 'pillow_line', 'pillow_operations', 'draw_ours', 'draw_pillow',
            'install_draw_peers', 'DrawPeer', 'draw_peers', 'draw_with', 'drawers', 'agreement', 'drawn_lines',
-           'inspect_drawing', 'time_ways', 'drawing_ways', 'drawing_table']
+           'inspect_drawing', 'time_ways', 'drawing_ways', 'drawing_table', 'seen_table']
 
 # %% ../nbs/15b_draw_peers.ipynb #b02d57fa
 import hashlib, io, json, math, os, shutil, subprocess, tempfile, time, venv
@@ -424,24 +424,28 @@ def drawing_ways(texts, font, size=24, peer_lines=60) -> dict[tuple[str, str], C
         for work in _works(name): add(name, draw, work, list(texts)[:peer_lines if name in slow else None])
     return ways
 
-# %% ../nbs/15b_draw_peers.ipynb #7caa13f1
-def _seen(found: list[dict]) -> dict:
-    "What inspections of one peer in several fonts found, as words for a table"
-    if not found: return {'right': '', 'cut': '', 'same bytes': '', 'version': ''}
-    of = lambda k: f"{sum(f[k] for f in found)} of {sum(f['lines'] for f in found)}"
-    return {'right': of('right'), 'cut': of('cut'), 'same bytes': 'yes' if all(f['same_bytes'] for f in found) else 'no', 'version': found[0]['version']}
-
+# %% ../nbs/15b_draw_peers.ipynb #f97af3e9
 def drawing_table(
-    speeds: dict[str, dict],  # name of font -> what `time_ways` gave for its `drawing_ways`
-    inspected: dict[str, dict[str, dict]] = {}  # name of font -> who -> what `inspect_drawing` gave
+    speeds: dict[str, dict]  # name of font -> what `time_ways` gave for its `drawing_ways`
 ) -> list[dict]:
-    "One row for who and which work: lines per CPU-second, how many times as fast ours is at the same work, what was seen; peers that are not installed are named"
+    "One row for who and which work: lines per second of processor time, and how many times as fast ours is, by font; peers that are not installed are named"
     first, rows = next(iter(speeds.values())), []
     for who, work in first:
         row = {'who': who, 'work': work}; same = work if ('khmer_ocr', work) in first else 'written, document'
         for font, s in speeds.items():
-            row |= {f'{font}, lines/s': round(s[who, work], 1 if s[who, work] < 100 else None), f'{font}, ours / this': round(s['khmer_ocr', same]/s[who, work], 1)}
-        bare = work == 'bare'
-        rows.append(row | _seen([v[who] for v in inspected.values() if bare and who in v]) | {'note': next((p.note for p in DRAW_PEERS if bare and p.name == who), '')})
+            row |= {font: round(s[who, work], 1 if s[who, work] < 100 else None), f'× {font}': round(s['khmer_ocr', same]/s[who, work], 1)}
+        rows.append(row)
     absent = [p.name for p in DRAW_PEERS if (p.name, 'bare') not in first]
-    return rows + [dict.fromkeys(rows[0], '') | {'who': p, 'note': 'not installed'} for p in absent]
+    return rows + [dict.fromkeys(rows[0], '') | {'who': p, 'work': 'not installed'} for p in absent]
+
+# %% ../nbs/15b_draw_peers.ipynb #acb46b35
+def seen_table(
+    inspected: dict[str, dict[str, dict]]  # name of font -> who -> what `inspect_drawing` gave
+) -> list[dict]:
+    "One row for each who: version, lines that are right, lines cut, whether a seed gives the same bytes, and what else one should know"
+    rows, notes = [], {p.name: p.note for p in DRAW_PEERS}
+    for who in next(iter(inspected.values())):
+        found = [f[who] for f in inspected.values()]
+        of = lambda k: f"{sum(f[k] for f in found)} of {sum(f['lines'] for f in found)}"
+        rows.append({'who': who, 'version': found[0]['version'], 'right': of('right'), 'cut': of('cut'), 'same bytes': 'yes' if all(f['same_bytes'] for f in found) else 'no', 'note': notes.get(who, '')})
+    return rows

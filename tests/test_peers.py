@@ -54,8 +54,10 @@ def test_the_table_names_who_is_missing(monkeypatch):
     monkeypatch.delenv('KHMER_OCR_PEERS', raising=False); monkeypatch.setenv('PATH', '')
     speeds = {font.family: dp.time_ways(dp.drawing_ways(texts, font, peer_lines=1), rounds=1)}
     rows = dp.drawing_table(speeds)
-    assert {r['who'] for r in rows if r['note'] == 'not installed'} == {p.name for p in dp.DRAW_PEERS}
-    assert [r[f'{font.family}, ours / this'] for r in rows if r['who'] == 'khmer_ocr'] == [1, 1, 1, 1]
+    assert {r['who'] for r in rows if r['work'] == 'not installed'} == {p.name for p in dp.DRAW_PEERS}
+    assert [r[f'× {font.family}'] for r in rows if r['who'] == 'khmer_ocr'] == [1, 1, 1, 1]
+    look = dict(lines=3, right=2, cut=1, same_bytes=True, version='1')
+    assert dp.seen_table({'a': {'kiri-ocr': look}, 'b': {'kiri-ocr': look | dict(same_bytes=False)}}) == [{'who': 'kiri-ocr', 'version': '1', 'right': '4 of 6', 'cut': '2 of 6', 'same bytes': 'no', 'note': kiri.note}]
 
 def test_drivers_are_python():
     for p in dp.DRAW_PEERS: compile(p.driver, p.name, 'exec')
