@@ -6,10 +6,11 @@
 __all__ = ['CHUNK', 'SHARD', 'LAYOUTS', 'read_shard', 'provenance', 'generate_set', 'set_stats', 'format_stats', 'verify_set',
            'validation_texts', 'make_validation_set', 'validate_validation_set']
 
-# %% ../nbs/05b_sets.ipynb #ac78396f
+# %% ../nbs/05b_sets.ipynb #93b45331
 import errno, hashlib, io, json, os, platform, re, shutil, signal, sys, tarfile, threading, time
 import cv2
 import numpy as np
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext, suppress
@@ -426,15 +427,17 @@ def _note_run(out, t0, made, workers):
     s = time.time()-t0
     _put(out/'run.json', json.dumps(dict(date=time.strftime('%Y-%m-%dT%H:%M:%S'), host=platform.node(), seconds=round(s, 2), images_made=made, images_per_second=round(made/max(s, 1e-9), 1), workers=workers)).encode())
 
-# %% ../nbs/05b_sets.ipynb #caf4bd7d
+# %% ../nbs/05b_sets.ipynb #3da26460
 def _count(split) -> dict:
     "Images, labels, bytes of the images (or shards), and the room that everything takes on the disk"
-    files = [e for d in ('', 'images', 'labels') if (split/d).is_dir() for e in os.scandir(split/d) if e.is_file() and not e.name.startswith('.')]
-    sizes = [(e.name, e.stat()) for e in files]
-    ends = lambda x: [st for n, st in sizes if n.endswith(x)]
-    images, labels = len(ends('.png')), len(ends('.txt'))
+    number, size, disk = Counter(), Counter(), 0
+    for e in (e for d in ('', 'images', 'labels') if (split/d).is_dir() for e in os.scandir(split/d)):
+        if not e.is_file() or e.name.startswith('.'): continue
+        end, st = os.path.splitext(e.name)[1], e.stat()
+        number[end] += 1; size[end] += st.st_size; disk += getattr(st, 'st_blocks', 0)*512
+    images, labels = number['.png'], number['.txt']
     if (split/_Shards.record).exists(): images = labels = sum(r['samples'] for r in _rows(split))
-    return dict(images=images, labels=labels, bytes=sum(st.st_size for st in ends('.png')+ends('.tar')), disk_bytes=sum(getattr(st, 'st_blocks', 0)*512 for _, st in sizes))
+    return dict(images=images, labels=labels, bytes=size['.png']+size['.tar'], disk_bytes=disk)
 
 # %% ../nbs/05b_sets.ipynb #a5f71615
 def set_stats(folder) -> dict:
