@@ -310,6 +310,13 @@ def test_augmented_validation_set(corpus, tmp_path, small_chunks):
     assert (tmp_path/'1/validation_texts.txt').read_text(encoding='utf-8').splitlines() == [r['text'] for r in rows]
     with pytest.raises(KhmerOCRError, match='augment_val'): make_validation_set(tmp_path/'1', num_samples=30, corpus=corpus, progress=False)
 
+def test_the_validation_set_does_not_depend_on_the_processor(corpus, tmp_path):
+    plain = dict(OPENCV_CPU_DISABLE='AVX512-SKX,AVX2,AVX,FP16', OPENCV_IPP='disabled', NPY_DISABLE_CPU_FEATURES='X86_V4 X86_V3')      # an old x86; without meaning elsewhere
+    for d, env in (('new', {}), ('old', plain)):
+        code = f'from khmer_ocr.sets import make_validation_set; make_validation_set({str(tmp_path/d)!r}, 40, corpus={corpus!r}, progress=False)'
+        subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env=os.environ | env, check=True, capture_output=True)
+    assert tree(tmp_path/'new') == tree(tmp_path/'old')
+
 validation_faults = {
     'a flipped byte': (lambda d: flip(d/'images/val_000001.png'), 1), 'a text': (lambda d: edit(d/'validation_texts.txt', '\n', '\n\n'), 1), 'no texts': (lambda d: (d/'validation_texts.txt').unlink(), 1),
     'an extra file': (lambda d: (d/'labels/x').write_text(''), 1), 'swapped labels': (lambda d: swap(d/'labels/val_000001.txt', d/'labels/val_000002.txt'), 2), 'edited metadata': (lambda d: edit(d/'metadata.json', '"redrawn": ', '"redrawn": 1'), 1),
