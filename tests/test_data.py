@@ -200,3 +200,21 @@ def test_label_columns_go_by_name(tmp_path):
     with pytest.raises(KhmerOCRError, match='line 3'): read_labels(tmp_path)
     (tmp_path/'labels.tsv').write_text('a.png\t' + 'ក'*200_000, encoding='utf-8')
     assert len(read_labels(tmp_path)[0][1]) == 200_000
+
+# training on all of them
+def test_training_resumes_in_the_middle_of_an_epoch(sets, tmp_path):
+    "Stopped at step 4 of epochs of 3 steps and resumed, with or without a worker: the same bytes as a run that was not stopped"
+    from dataclasses import replace
+    from khmer_ocr.ctc import CTCConfig, train_ctc
+    from khmer_ocr.learner import Callback, CancelFit, TrainConfig
+    class Stop(Callback):
+        def before_batch(self, learn):
+            if learn.step == 3: raise CancelFit
+    loop = TrainConfig(steps=6, batch_size=4, eval_every=3, save_every=3, log_every=1, precision='32-true', tensorboard=False, threads=1)
+    def go(out, data, **kw): return train_ctc(tmp_path/out, recipe, loop, CTCConfig(channels=(8, 8, 8, 8, 16), hidden=8, layers=1), data, pool=4, texts=texts, verbose=False, **kw)
+    for k, data in enumerate(('onthefly', sets/'shards')):
+        go(f'whole{k}', data)
+        assert go(f'cut{k}', data, callbacks=[Stop()], workers=1-k).step == 4
+        learn = go(f'cut{k}', data, resume='latest')
+        assert 0 < learn.shown['padding'] < 1
+        for f in ('latest.safetensors', 'history.csv'): assert (tmp_path/f'whole{k}'/f).read_bytes() == (tmp_path/f'cut{k}'/f).read_bytes(), (data, f)
