@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['runs', 'RenderError', 'latin_scale', 'Line', 'render', 'abreast']
 
-# %% ../nbs/03_render.ipynb #12114f63
+# %% ../nbs/03_render.ipynb #03b59b01
 import ctypes, re, unicodedata
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+import cv2
 import freetype
 import numpy as np
 import uharfbuzz as hb
@@ -67,59 +68,77 @@ def _ft_face(path, axes):
         face.set_var_design_coords([wanted.get(a.tag, a.default) for a in face.get_variation_info().axes])
     return face
 
-# %% ../nbs/03_render.ipynb #70735e22
-class _Pen:
-    "One font at one size: shapes runs and keeps the glyphs it has drawn"
-    kept = 0  # bytes of glyph bitmaps in all pens of this process
-    def __init__(self, font, size):
-        self.font, self.size64, self.glyphs = font, round(size*64), {}
+# %% ../nbs/03_render.ipynb #3240eb1d
+def _glyph(ink, left, top, stride):
+    "A bitmap (uint8 h x w) as columns: (left, top, width, height, number of bytes, the bytes, the same memory as an array); no bytes if it is higher than `stride`"
+    h, w = ink.shape
+    columns = np.zeros((w, max(stride, h)), np.uint8)
+    columns[:, :h] = ink.T
+    data = columns.tobytes()[:(w-1)*stride + h] if h <= stride else b''
+    return (left, top, w, h, len(data), data, np.frombuffer(data, np.uint8))
+
+# %% ../nbs/03_render.ipynb #27796be0
+class _Pen(dict):
+    "One font at one size: shapes runs, and keeps the glyphs it has drawn (glyph id -> tuple of `_glyph`, None without ink)"
+    kept = 0  # bytes of glyphs in all pens of this process
+    def __init__(self, font, size, stride):
+        self.font, self.size64, self.stride = font, round(size*64), stride
         self.hb = hb.Font(hb_face(font.path))
         self.hb.scale = self.size64, self.size64
         if font.axes: self.hb.set_variations(dict(font.axes))
         self.circle = self.hb.get_nominal_glyph(0x25CC)
 
-    def glyph(self, gid):
-        "(ink, left, top) or None"
-        try: return self.glyphs[gid]
-        except KeyError: pass
+    def __missing__(self, gid):
+        "A glyph that is drawn for the first time"
         face = _ft_face(self.font.path, self.font.axes)
         face.set_char_size(self.size64)
-        g = self.glyphs[gid] = _bitmap(face, gid)
-        _Pen.kept += 300 + (g[0].nbytes if g else 0)
+        bitmap = _bitmap(face, gid)
+        g = self[gid] = bitmap and _glyph(*bitmap, self.stride)
+        _Pen.kept += _weight(g)
         return g
 
-# %% ../nbs/03_render.ipynb #8d6131f0
-_pens, _pens_limit = OrderedDict(), 64 << 20  # (path, axes, size in 1/64 px) -> pen; bytes
+def _weight(g):
+    "Bytes that a kept glyph takes, roughly"
+    return 400 + g[4] if g else 100
 
-def _pen(font, size):
-    "The pen of a font and size, from memory if it is there"
-    key = font.path, font.axes, round(size*64)
+# %% ../nbs/03_render.ipynb #cf2750d1
+_pens, _pens_limit = OrderedDict(), 192 << 20  # (path, axes, size in 1/64 px, stride) -> pen; bytes
+
+def _pen(font, size, stride):
+    "The pen of a font and size for canvases of one stride, from memory if it is there"
+    key = font.path, font.axes, round(size*64), stride
     if key in _pens: _pens.move_to_end(key)
-    else: _pens[key] = _Pen(font, size)
+    else: _pens[key] = _Pen(font, size, stride)
     while _Pen.kept > _pens_limit and len(_pens) > 1:
         _, old = _pens.popitem(last=False)
-        _Pen.kept -= sum(300 + (g[0].nbytes if g else 0) for g in old.glyphs.values())
+        _Pen.kept -= sum(map(_weight, old.values()))
     return _pens[key]
 
-# %% ../nbs/03_render.ipynb #29382cbb
+# %% ../nbs/03_render.ipynb #f52e955f
 class RenderError(KhmerOCRError):
     "This text cannot be drawn faithfully with this font; another font or text may do"
 
 def _named(c): return f"U+{ord(c):04X} {unicodedata.name(c, 'without a name')}"
 
 def _shape(pen, text, a, b, script):
-    "Glyphs of `text[a:b]`: [(glyph id, index in text, advance, x shift, y shift)], in 1/64 px"
+    "Shape `text[a:b]`: glyph ids, and HarfBuzz's records of them (cluster) and of their positions (1/64 px)"
     buf = hb.Buffer()
     buf.add_str(text[a:b])
     buf.script, buf.direction, buf.language = script, 'ltr', 'km' if script == 'Khmr' else 'en'
     hb.shape(pen.hb, buf)
-    out = [(i.codepoint, a + i.cluster, *p.position) for i, p in zip(buf.glyph_infos, buf.glyph_positions)]
-    for gid, i, *_ in out:
-        if gid == 0: raise RenderError(f'{pen.font.name} has no glyph for {_named(text[i])} in {text!r}: use another font')
-        if gid == pen.circle and '\u25cc' not in text: raise RenderError(f'{_named(text[i])} has no letter to sit on in {text!r}: correct the text')
-    return [(gid, i, xa, xo, yo) for gid, i, xo, yo, xa, ya in out]
+    infos = buf.glyph_infos
+    gids = [i.codepoint for i in infos]
+    if 0 in gids or pen.circle in gids: _alarm(pen, text, a, infos)
+    return gids, infos, buf.glyph_positions
 
-# %% ../nbs/03_render.ipynb #f90330c0
+def _alarm(pen, text, a, infos):
+    "RenderError for the first glyph that the text does not mean"
+    for info in infos:
+        c = _named(text[a + info.cluster])
+        if info.codepoint == 0: raise RenderError(f'{pen.font.name} has no glyph for {c} in {text!r}: use another font')
+        if info.codepoint == pen.circle and '\u25cc' not in text: raise RenderError(f'{c} has no letter to sit on in {text!r}: correct the text')
+
+# %% ../nbs/03_render.ipynb #3bf22b0b
 _broken = re.compile('\u17D2(?![\u1780-\u17B3])|(?<![\u1780-\u17D3\u17DD])[\u17B6-\u17D3\u17DD]')
 
 def _check(text, font, latin, size):
@@ -129,6 +148,7 @@ def _check(text, font, latin, size):
     if m := _broken.search(text):
         fault = 'has no letter below it' if m.group() == '\u17D2' and m.start() else 'has no letter to sit on'
         raise RenderError(f'{_named(m.group())} {fault} in {text!r}: correct the text')
+    if coverage(font.path).issuperset(text): return
     lacks = set(text) - coverage(font.path)
     if latin: lacks -= coverage(latin.path)
     if lacks: raise RenderError(f"{font.name} cannot draw {', '.join(_named(c) for c in sorted(lacks)[:3])} in {text!r}: use another font")
@@ -149,16 +169,21 @@ def latin_scale(
     want = _height(font.path, 'x') or .8*(_height(font.path, 'ក') or .6)
     return float(np.clip(want/(_height(latin.path, 'x') or want), .7, 1.4))
 
-# %% ../nbs/03_render.ipynb #a42bbcfe
+# %% ../nbs/03_render.ipynb #399d6f57
 @dataclass(eq=False)
 class Line:
     "A drawn line"
     text: str  # what was drawn
     ink: np.ndarray  # uint8 H x W; 0 none, 255 full ink; the exact box of the ink
     baseline: int  # row of `ink` on which the letters stand; may lie outside if nothing reaches it
-    glyphs: list = field(repr=False)  # (index in text, x, y, width, height) px, drawing order
+    placed: list = field(repr=False)  # (index in text, x, y, glyph), drawing order; px from the pen's start on the baseline
     left: int = 0  # column of `ink` at which the pen set out; the ink may begin before it
     advance: float = 0.  # px from there to where the pen came to rest
+
+    @property
+    def glyphs(self) -> list[tuple[int, int, int, int, int]]:  # (index in text, x, y, width, height) px, drawing order
+        "Where every glyph lies in `ink`"
+        return [(i, x + self.left, y + self.baseline, g[2], g[3]) for i, x, y, g in self.placed]
 
     @cached_property
     def boxes(self) -> list[tuple[str, int, int, int, int]]:  # (cluster, x0, y0, x1, y1) px, x1 and y1 exclusive
@@ -173,23 +198,39 @@ class Line:
         ends = [*inked[1:], len(cs)]
         return [(''.join(cs[n:e]).strip(), *found[n]) for n, e in zip(inked, ends)]
 
-# %% ../nbs/03_render.ipynb #f4ea2edd
-def _place(text, font, size, latin, spacing, space):
-    "All inked glyphs: [(ink, index in text, x, y)], pixel corners relative to the pen's start on the baseline; and the pen's end in 1/64 px"
+# %% ../nbs/03_render.ipynb #f3d96428
+def _place(text, font, size, latin, spacing, space, stride):
+    "All inked glyphs: [(index in text, x, y, glyph)], pixel corners relative to the pen's start on the baseline; and the pen's end in 1/64 px"
     placed, x, before = [], 0, None
     owner = [n for n, c in enumerate(clusters(text)) for _ in c] if spacing else ()
     simple = not _latin_run.search(text) and (latin is None or not _lacking(text, font, latin))
     for a, b, f, script in [(0, len(text), font, 'Khmr')] if simple else runs(text, font, latin):
-        pen = _pen(f, size*latin_scale(font, f) if latin is not None and f is latin else size)
-        for gid, i, advance, xo, yo in _shape(pen, text, a, b, script):
+        pen = _pen(f, size*latin_scale(font, f) if latin is not None and f is latin else size, stride)
+        gids, infos, positions = _shape(pen, text, a, b, script)
+        for g, info, position in zip(map(pen.__getitem__, gids), infos, positions):
+            i = a + info.cluster
+            xo, yo, advance, _ = position.position
             if spacing:
                 if before not in (None, owner[i]): x += round(spacing*64)
                 before = owner[i]
-            if g := pen.glyph(gid): placed.append((g[0], i, ((x + xo + 32) >> 6) + g[1], -((yo + 32) >> 6) - g[2]))
-            x += round(advance*space) if text[i] == ' ' else advance
+            if g: placed.append((i, ((x + xo + 32) >> 6) + g[0], -((yo + 32) >> 6) - g[1], g))
+            x += round(advance*space) if space != 1 and text[i] == ' ' else advance
     return placed, x
 
-# %% ../nbs/03_render.ipynb #b94e13db
+# %% ../nbs/03_render.ipynb #26276acd
+def _blit(placed, left, top, width, height, stride):
+    "Ink (uint8 height x width) of placed glyphs whose box begins at `left`, `top`"
+    data, right, darker = bytearray(width*stride), left, np.maximum
+    canvas, flat = memoryview(data), np.frombuffer(data, np.uint8)
+    for _, x, y, (_, _, w, _, n, columns, array) in placed:
+        a = (x - left)*stride + y - top
+        b = a + n
+        if x >= right: canvas[a:b] = columns   # no column is shared with what is there
+        else: darker(spot := flat[a:b], array, out=spot)
+        if x + w > right: right = x + w
+    return cv2.transpose(flat.reshape(width, stride)[:, :height])
+
+# %% ../nbs/03_render.ipynb #6e38b8e1
 def render(
     text: str,  # one line in normal form
     font: Font,  # draws the Khmer, and everything else if there is no `latin`
@@ -201,19 +242,18 @@ def render(
 ) -> Line:
     "Draw `text`; RenderError if it could not be done faithfully"
     _check(text, font, latin, size)
-    placed, end = _place(text, font, size, latin, spacing, space)
-    if not placed: raise RenderError(f'{font.name} draws no ink for {text!r}: use another font')
-    left, top = min(p[2] for p in placed), min(p[3] for p in placed)
-    right, bottom = max(x + g.shape[1] for g, _, x, _ in placed), max(y + g.shape[0] for g, _, _, y in placed)
-    ink, glyphs = np.zeros((bottom - top, right - left), np.uint8), []
-    for g, i, x, y in placed:
-        (h, w), x, y = g.shape, x - left, y - top
-        spot = ink[y:y+h, x:x+w]
-        np.maximum(spot, g, out=spot)
-        glyphs.append((i, x, y, w, h))
-    return Line(text, ink, -top, glyphs, -left, end/64)
+    stride, height = 8*int(size*2.25/8 + 1), None
+    while height is None or height > stride:
+        if height: stride *= 2
+        placed, end = _place(text, font, size, latin, spacing, space, stride)
+        if not placed: raise RenderError(f'{font.name} draws no ink for {text!r}: use another font')
+        top = min([y for _, _, y, _ in placed])
+        height = max([y + g[3] for _, _, y, g in placed]) - top
+    left = min([x for _, x, _, _ in placed])
+    width = max([x + g[2] for _, x, _, g in placed]) - left
+    return Line(text, _blit(placed, left, top, width, height, stride), -top, placed, -left, end/64)
 
-# %% ../nbs/03_render.ipynb #03aeb5b3
+# %% ../nbs/03_render.ipynb #b3561c7d
 def abreast(
     lines: list[Line],  # pieces in the order of reading, cut between clusters
     gaps: float|list[float] = 0.  # extra px before every piece but the first
@@ -226,10 +266,10 @@ def abreast(
     corners = [(round(p) - l.left, -l.baseline) for p, l in zip(pen, lines)]
     left, top = map(min, zip(*corners))
     right, bottom = map(max, zip(*((x + l.ink.shape[1], y + l.ink.shape[0]) for (x, y), l in zip(corners, lines))))
-    ink, glyphs, before = np.zeros((bottom - top, right - left), np.uint8), [], 0
-    for l, (x, y) in zip(lines, corners):
+    ink, placed, before = np.zeros((bottom - top, right - left), np.uint8), [], 0
+    for l, p, (x, y) in zip(lines, pen, corners):
         (h, w), x, y = l.ink.shape, x - left, y - top
         np.maximum(spot := ink[y:y+h, x:x+w], l.ink, out=spot)
-        glyphs += [(before + i, gx + x, gy + y, gw, gh) for i, gx, gy, gw, gh in l.glyphs]
+        placed += [(before + i, gx + round(p), gy, g) for i, gx, gy, g in l.placed]
         before += len(l.text)
-    return Line(''.join(l.text for l in lines), ink, -top, glyphs, -left, float(pen[-1]))
+    return Line(''.join(l.text for l in lines), ink, -top, placed, -left, float(pen[-1]))

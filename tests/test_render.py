@@ -32,7 +32,7 @@ def test_glyph_cache_is_bounded(noto, monkeypatch):
     monkeypatch.setattr(R, '_pens_limit', 40_000)
     for size in range(12, 60): render(LINES[0], noto, size)
     assert len(_pens) < 20 and _Pen.kept < 200_000
-    assert _Pen.kept == sum(300 + (g[0].nbytes if g else 0) for p in _pens.values() for g in p.glyphs.values())
+    assert _Pen.kept == sum(R._weight(g) for p in _pens.values() for g in p.values())
 
 def test_weight_changes_ink(noto):
     fonts = {f.style: f for f in find_fonts() if f.axes}
@@ -94,7 +94,7 @@ def test_every_font_draws_every_cluster():
 @pytest.mark.parametrize('size', [14, 24, 37.5])
 def test_abreast_in_one_font_is_the_whole_line(size):
     "cut anywhere between clusters, in every face: the same boxes to a pixel, the same pen, (nearly) the same ink"
-    for f in find_fonts()[::4]:
+    for f in find_fonts()[::3]:
         if f.split == 'latin': continue
         for text in LINES[:2]:
             cs, whole = clusters(text), render(text, f, size)
@@ -103,9 +103,9 @@ def test_abreast_in_one_font_is_the_whole_line(size):
             line = abreast([render(p, f, size) for p in pieces])
             assert line.text == text and line.baseline == whole.baseline and line.ink.shape[0] == whole.ink.shape[0]
             assert [b[0] for b in line.boxes] == [b[0] for b in whole.boxes]
-            if abs(line.advance - whole.advance) > .5: continue   # a face that kerns over the cut, or shapes over it
-            assert abs(line.ink.shape[1] - whole.ink.shape[1]) <= 1 and abs(line.left - whole.left) <= 1
-            assert all(abs(a - b) <= 1 for p, q in zip(line.boxes, whole.boxes) for a, b in zip(p[1:], q[1:])), f.name
+            assert abs(line.advance - whole.advance) < 1, f.name   # a face may kern over the cut
+            assert abs(line.ink.shape[1] - whole.ink.shape[1]) <= 2 and abs(line.left - whole.left) <= 1
+            assert all(abs(a - b) <= 2 for p, q in zip(line.boxes, whole.boxes) for a, b in zip(p[1:], q[1:])), f.name
             assert abs(int(line.ink.sum()) - int(whole.ink.sum())) < .02*whole.ink.sum()
 
 def test_abreast_gaps_and_baseline(noto):
@@ -118,3 +118,20 @@ def test_abreast_gaps_and_baseline(noto):
     for bad in ([], [1, 2]):
         with pytest.raises(RenderError, match='2 pieces have 1 gaps'): abreast([a, b], bad)
     with pytest.raises(RenderError, match='no piece'): abreast([])
+
+@pytest.mark.parametrize('stride', [56, 64, 112])
+def test_height_of_the_columns_does_not_matter(noto, stride):
+    whole = render(LINES[0], noto, 24)
+    (placed, _), (h, w) = R._place(LINES[0], noto, 24, None, 0., 1., stride), whole.ink.shape
+    assert (R._blit(placed, -whole.left, -whole.baseline, w, h, stride) == whole.ink).all()
+    assert whole.ink.flags.c_contiguous and whole.ink.flags.writeable
+
+def test_line_higher_than_its_columns(monkeypatch):
+    "is placed anew on higher ones (faces that tower are not among the embedded ones)"
+    text, place, strides = 'ស្ត្រី ញ្ញុំ', R._place, []
+    monkeypatch.setattr(R, '_place', lambda *args: strides.append(args[-1]) or place(*args))
+    lines = [render(text, f, 24) for f in find_fonts() if f.split != 'latin']
+    high = sum(l.ink.shape[0] > 56 for l in lines)
+    assert strides.count(56) == len(lines) and strides.count(112) == high
+    for l in lines: assert all(l.ink[y0:y1, x0:x1].any() for _, x0, y0, x1, y1 in l.boxes) and l.ink[0].any() and l.ink[-1].any()
+    if len(lines) > 40: assert high
