@@ -245,6 +245,20 @@ def test_killed_at_twenty_random_moments(corpus, tmp_path):
     print('killed at', seen, 'images')
 
 @posix
+@pytest.mark.parametrize('command', [('generate', '--max-lines', '60', '--format', 'shards', '--out'), ('validation-set', '--num-samples', '150', '--augmented', '--output-dir')], ids=lambda c: c[0])
+def test_killed_shards_and_validation_sets(corpus, tmp_path, command):
+    code = child[:child.index('app([')]+f"app([{command[0]!r}, '--corpus', sys.argv[1], *{command[1:]!r}, sys.argv[2]])"
+    go = lambda out: subprocess.Popen([sys.executable, '-c', code, corpus, str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    rng, out = random.Random(3), tmp_path/'set'
+    for k in range(4):
+        p, n = go(out), len(list(out.rglob('parts/*.jsonl')))
+        while p.poll() is None and len(list(out.rglob('parts/*.jsonl'))) <= n: time.sleep(.002)
+        time.sleep(rng.uniform(0, .02)); p.kill(); p.wait()
+    for d in (out, tmp_path/'whole'): assert go(d).wait() == 0
+    assert tree(out) == tree(tmp_path/'whole')
+    assert (verify_set if command[0] == 'generate' else validate_validation_set)(out) == []
+
+@posix
 @pytest.mark.parametrize('more', [('--workers', '2'), ('--workers', '1'), ('--format', 'shards')], ids=str)
 def test_ctrl_c_in_a_terminal_is_one_line_and_resumes(corpus, tmp_path, more):
     p = start(corpus, tmp_path/'set', *more, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
