@@ -267,7 +267,7 @@ def _sealed(path) -> tuple[dict, str]:
     if not isinstance(d, dict): return {}, 'is damaged'
     return d, '' if _seal(d) == data else 'was edited' if 'checksum' in d else 'is not of this version'
 
-# %% ../nbs/05b_sets.ipynb #774d528b
+# %% ../nbs/05b_sets.ipynb #dd444d2a
 def _has(package):
     "Is a distribution installed?"
     try: version(package); return True
@@ -286,10 +286,10 @@ def provenance(synth: Synth, layout='png') -> dict:
     files = {s: Path(synth.recipe.corpus)/f'{s}.txt' for s in SPLITS}
     lines = {s: _sha256(p.read_bytes()) for s, p in files.items() if p.exists()}
     recipe = {k: v for k, v in asdict(synth.recipe).items() if k not in ('corpus', 'fonts')}
-    return json.loads(json.dumps(dict(format='khmer_ocr set', version=2, layout=layout, recipe=recipe, code=_code_sha256(), versions=libs | dict(khmer_ocr=__version__),
-        fonts={f.name: f.sha256 for f in synth.fonts+synth.latin}, corpus=lines)))
+    return json.loads(json.dumps(dict(version=2, format='khmer_ocr set', layout=layout, recipe=recipe, corpus=lines, versions=libs | dict(khmer_ocr=__version__),
+        code=_code_sha256(), fonts={f.name: f.sha256 for f in synth.fonts+synth.latin})))
 
-# %% ../nbs/05b_sets.ipynb #7ef9d766
+# %% ../nbs/05b_sets.ipynb #2e2f6769
 def _past(folder) -> dict:
     "Provenance of the set in `folder`; {} where there is none"
     there = [_sealed(folder/p) for p in ('generation_metadata.json', 'metadata.json', 'parts/provenance.json', *(f'{s}/metadata.json' for s in SPLITS))]
@@ -305,8 +305,8 @@ def _flat(d, pre=''):
 def _refuse_another(folder, now, what, option):
     "KhmerOCRError if the set in `folder` is of another provenance than `now`"
     if not (past := _past(folder)): return
-    a, b = _flat({k: past.get(k) for k in now}), _flat(now)
-    diff = [f'{k}: {a.get(k)!r} there, {b.get(k)!r} now' for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    a, b, short = _flat({k: past.get(k) for k in now}), _flat(now), lambda v: repr(v[:16] if isinstance(v, str) else v)
+    diff = [f'{k}: {short(a.get(k))} there, {short(b.get(k))} now' for k in b | a if a.get(k) != b.get(k)]
     if diff: raise KhmerOCRError(f'{folder} holds {what} ({"; ".join(diff[:3])}{f" and {len(diff)-3} more" if len(diff) > 3 else ""}): choose another {option} or delete it')
 
 # %% ../nbs/05b_sets.ipynb #e868bc5a
@@ -496,11 +496,17 @@ def _strangers(root, files: set[str]) -> Iterator[str]:
         yield from (f'{d}/{s} does not belong to the set' for s in odd)
         subs[:] = [s for s in subs if s not in odd]
 
-# %% ../nbs/05b_sets.ipynb #d2b45c39
+# %% ../nbs/05b_sets.ipynb #e35caab2
+def _of_this_version(path, remedy) -> tuple[dict, str]:
+    "As `_sealed`; KhmerOCRError for a record from before there were checksums"
+    d, wrong = _sealed(path)
+    if wrong == 'is not of this version': raise KhmerOCRError(f'{path} has no checksum, so it was made by an earlier version of khmer_ocr, or edited: {remedy}')
+    return d, wrong
+
 def verify_set(folder, progress=False) -> list[str]:
     "Problems of a generated set, one line each; [] if every byte is as recorded"
     folder = Path(folder); files = {'generation_metadata.json', 'run.json'}
-    info, wrong = _sealed(folder/'generation_metadata.json')
+    info, wrong = _of_this_version(folder/'generation_metadata.json', 'make the set again in another folder')
     splits = [s for s in SPLITS if (folder/s).is_dir()] if wrong else info.get('splits', {})
     made = {k: v for k, v in info.items() if k not in ('splits', 'checksum')}
     if wrong == 'is missing' and not splits: set_stats(folder)      # says that there is no set
@@ -549,11 +555,12 @@ def _texts(folder) -> bytes:
     "The labels in order, a line each"
     return ''.join(r['text']+'\n' for r in _rows(folder)).encode()
 
-# %% ../nbs/05b_sets.ipynb #a92b787e
+# %% ../nbs/05b_sets.ipynb #f8235a31
 def validate_validation_set(folder='data/validation_fixed', progress=False) -> list[str]:
     "Problems of a fixed validation set, one line each, by its own record"
     folder = Path(folder); files = {'validation_texts.txt', 'run.json'}
     if not any((folder/f).exists() for f in ('metadata.json', _Files.record)): raise KhmerOCRError(f'Fixed validation set not found in {folder}: run `khmer-ocr validation-set --output-dir {folder}`')
+    _of_this_version(folder/'metadata.json', f'delete {folder} and run `khmer-ocr validation-set --output-dir {folder}`')
     bad, texts = _verify_split(folder, files, folder, progress), folder/'validation_texts.txt'
     with suppress(KhmerOCRError, KeyError, TypeError):      # a damaged record has been reported
         if not texts.exists(): bad.append(f'{texts} is missing')

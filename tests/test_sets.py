@@ -331,6 +331,14 @@ def test_the_validation_set_does_not_depend_on_the_processor(corpus, tmp_path):
         subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env=os.environ | env, check=True, capture_output=True)
     assert tree(tmp_path/'new') == tree(tmp_path/'old')
 
+def test_sets_of_an_earlier_version(corpus, tmp_path):
+    make_validation_set(tmp_path/'v', 5, corpus=corpus, progress=False); make(corpus, tmp_path/'s', 2)
+    for p in (tmp_path/'v/metadata.json', tmp_path/'s/generation_metadata.json'): d = json.loads(p.read_text()); del d['checksum']; d.get('provenance', d)['version'] = 1; p.write_text(json.dumps(d))
+    (tmp_path/'s/train/metadata.json').unlink(); (tmp_path/'s/val/metadata.json').unlink()
+    for f, why in ((lambda: validate_validation_set(tmp_path/'v'), 'earlier version'), (lambda: verify_set(tmp_path/'s'), 'earlier version'), (lambda: make(corpus, tmp_path/'s', 2), 'version: 1 there, 2 now'),
+            (lambda: make_validation_set(tmp_path/'v', 5, corpus=corpus, progress=False), 'another validation set .version: 1 there, 2 now')):
+        with pytest.raises(KhmerOCRError, match=why): f()
+
 validation_faults = {
     'a flipped byte': (lambda d: flip(d/'images/val_000001.png'), 1), 'a text': (lambda d: edit(d/'validation_texts.txt', '\n', '\n\n'), 1), 'no texts': (lambda d: (d/'validation_texts.txt').unlink(), 1),
     'an extra file': (lambda d: (d/'labels/x').write_text(''), 1), 'swapped labels': (lambda d: swap(d/'labels/val_000001.txt', d/'labels/val_000002.txt'), 2), 'edited metadata': (lambda d: edit(d/'metadata.json', '"redrawn": ', '"redrawn": 1'), 1),
