@@ -184,11 +184,11 @@ class Pools(Dataset):
 
 def _rng(seed, stream, n): return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, n]))
 
-# %% ../nbs/06_data.ipynb #b5a4265c
+# %% ../nbs/06_data.ipynb #0cd5e0a8
 @patch
 def start(self: Pools, p) -> int:
-    "Number of the first batch of pool `p`: pools hold 2, 4, 8, ... batches, then `pool`"
-    ramp = [2**(i+1) for i in range(min(p, 16)) if 2**(i+1) < self.pool]
+    "Number of the first batch of pool `p`: pools hold 4, 16, ... batches, then `pool`"
+    ramp = [4**(i+1) for i in range(min(p, 16)) if 4**(i+1) < self.pool]
     return sum(ramp) + (p-len(ramp))*self.pool
 
 @patch
