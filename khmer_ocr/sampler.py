@@ -64,17 +64,17 @@ def twin(text: str, rng) -> str:
     out = text[:i] + others[int(rng.integers(len(others)))] + text[i+1:]
     return out if normalise(out) == out and len(clusters(out)) == len(clusters(text)) else text
 
-# %% ../nbs/01b_sampler.ipynb #99c1e76e
+# %% ../nbs/01b_sampler.ipynb #ece648d6
 BANDS = ((1, 10), (11, 39), (40, 90), (91, 110))
 
 @dataclass(frozen=True)
 class Wording:
     "How text is drawn; shares are of the lines that have text"
-    lengths: tuple[float, ...] = (.35, .25, .35, .05)   # share of each of the `BANDS` of length, in characters
+    lengths: tuple[float, ...] = (.3, .2, .3, .2)   # share of each of the `BANDS` of length, in characters
     kinds: tuple[float, ...] = (.62, .09, .06, .05, .12, .06)   # share of each of the `KINDS`
     floor: float = .003     # each symbol of the charset is drawn for its own sake in so many lines, less what it has anyway
-    rare: float = .08       # share of lines drawn for a cluster that the corpus has 2 to `RARE` times
-    twins: float = .06      # share of lines in which one sign is swapped for its twin
+    rare: float = .06       # share of lines drawn for a cluster that the corpus has 2 to `RARE` times
+    twins: float = 0.       # share of lines in which one sign is swapped for its twin
     blank: float = .01      # share of lines without text
 
 RARE = 100

@@ -9,6 +9,7 @@ from khmer_ocr.text import KhmerOCRError, clusters, normalise
 def rng(a, i=0): return np.random.Generator(np.random.Philox(key=[a, i]))
 made = rng(1)
 lines = [rule_line(made) for _ in range(3000)] + [normalise(t) for t in ('មនុស្សទាំងអស់កើតមកមានសេរីភាពនិងសមភាពក្នុងផ្នែកសេចក្តីថ្លៃថ្នូរនិងសិទ្ធិ', 'ហើយគប្បីប្រព្រឹត្តចំពោះគ្នាទៅវិញទៅមកក្នុងស្មារតីរាប់អានគ្នាជាបងប្អូន')]*400
+lines += [' '.join(lines[-2:])]*400
 
 @pytest.fixture(scope='module')
 def drawn(): s = Sampler(lines); return [s(rng(7, i)) for i in range(8000)]
@@ -26,14 +27,14 @@ def test_kinds_in_their_shares(drawn):
 def test_labels_are_in_normal_form_and_cut_between_clusters(drawn):
     assert all(normalise(t) == t for t in drawn)
     known = {c for l in lines for c in clusters(l)}
-    plain = Sampler(lines, Wording(twins=0.)); assert all(set(clusters(plain(rng(8, i)))) <= known for i in range(2000))
+    plain = Sampler(lines); assert all(set(clusters(plain(rng(8, i)))) <= known for i in range(2000))
 
 def test_a_scarce_symbol_reaches_its_floor():
     floor = .02; lacks = symbol_deficits(lines, floor); symbol = max(lacks, key=lacks.get)
     assert lacks[symbol] > .7*floor
     with_floor, without = (Sampler(lines, Wording(floor=f, rare=0.)) for f in (floor, 0.))
     n, m = (np.mean([symbol in s(rng(9, i)) for i in range(6000)]) for s in (with_floor, without))
-    assert n > .7*floor > .35*floor > m, (symbol, n, m)
+    assert n > .7*floor and m < .5*floor, (symbol, n, m)
 
 def test_rare_clusters_are_drawn_for_their_own_sake():
     rare = rare_clusters(lines, 20); s = Sampler(lines, Wording(rare=.5)); s._rare = list(rare.items())
