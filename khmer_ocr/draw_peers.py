@@ -7,9 +7,9 @@ __all__ = ['RECIPES', 'DRAW_PEERS', 'pillow_face', 'pillow_line', 'pillow_operat
            'install_draw_peers', 'DrawPeer', 'draw_peers', 'draw_with', 'drawers', 'agreement', 'drawn_lines',
            'inspect_drawing', 'time_ways', 'drawing_ways', 'drawing_table', 'seen_table']
 
-# %% ../nbs/15b_draw_peers.ipynb #b02d57fa
+# %% ../nbs/15b_draw_peers.ipynb #323425f3
 import hashlib, io, json, math, os, shutil, subprocess, tempfile, time, venv
-import cv2, PIL
+import cv2, freetype, PIL
 import numpy as np
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,12 +25,13 @@ from .degrade import degrade, preset
 from .sets import _png
 from .peers import _children
 
-# %% ../nbs/15b_draw_peers.ipynb #a0978e82
+# %% ../nbs/15b_draw_peers.ipynb #2801396c
 def pillow_face(font: Font, size: float) -> ImageFont.FreeTypeFont:
-    "A font of one weight in Pillow, with the layout that shapes Khmer; KhmerOCRError where Pillow lacks it"
+    "A font in Pillow, with the layout that shapes Khmer; KhmerOCRError where Pillow lacks it"
     if not features.check('raqm'): raise KhmerOCRError('This Pillow has no Raqm layout and would draw Khmer wrongly: install libfribidi (Debian: libfribidi0)')
-    if font.axes: raise KhmerOCRError(f'{font.name} is a variable font: compare with a font of one weight')
-    return ImageFont.truetype(font.path, size, layout_engine=ImageFont.Layout.RAQM)
+    face = ImageFont.truetype(font.path, size, layout_engine=ImageFont.Layout.RAQM)
+    if font.axes: face.set_variation_by_axes([dict(font.axes).get(a.tag, a.default) for a in freetype.Face(font.path).get_variation_info().axes])
+    return face
 
 def pillow_line(text, face) -> Image.Image:
     "A line by `getbbox` and `draw.text`: mode L, dark on light"
