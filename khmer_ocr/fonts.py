@@ -6,11 +6,12 @@
 __all__ = ['Font', 'font_folder', 'manifest', 'file_sha256', 'locate', 'hb_face', 'find_fonts', 'font_cache', 'install_fonts',
            'coverage', 'missing', 'covers', 'random_font', 'hash_font', 'font_table', 'check_fonts']
 
-# %% ../nbs/02_fonts.ipynb #af86a69c
+# %% ../nbs/02_fonts.ipynb #3f6d0a17
 import hashlib, importlib.util, inspect, json, os, shutil, subprocess, sys, tarfile, tempfile, unicodedata, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from multiprocessing import parent_process
 from pathlib import Path
 import numpy as np
 import uharfbuzz as hb
@@ -123,7 +124,13 @@ def _user_font(path):
     style = face.get_name(17) or face.get_name(2) or 'Regular'
     return Font(family, style, str(path), file_sha256(path), 'unknown', 'user')
 
-# %% ../nbs/02_fonts.ipynb #18370fc4
+# %% ../nbs/02_fonts.ipynb #28abc4d4
+@cache
+def _warn(text):
+    "One line on stderr, once, and not from worker processes"
+    if parent_process() is None: print(f'warning: {text}', file=sys.stderr)
+
+# %% ../nbs/02_fonts.ipynb #692e5f64
 def find_fonts(
     folder: str|Path|None = None,  # default: `font_folder()`
     split: str|None = None  # 'train', 'heldout', 'latin' or 'user'; None for all
@@ -138,7 +145,7 @@ def find_fonts(
         fetched |= row['kind'] != 'pip'
         found.append(Font(row['family'], row['style'], path, row['sha256'], row['licence'], row['split'], tuple((t, v) for t, v in row.get('axes', ()))))
     found += [_user_font(p) for p in sorted(folder.glob('*.[to]tf'))]
-    if found and not fetched: print('warning: no fonts fetched yet, only the embedded Noto Sans Khmer is used: run `khmer-ocr fonts install`', file=sys.stderr)
+    if found and not fetched: _warn('no fonts fetched yet, only the embedded Noto Sans Khmer is used: run `khmer-ocr fonts install`' if not any(f.split == 'user' for f in found) else 'no fonts fetched yet, only the embedded Noto Sans Khmer and your own are used: run `khmer-ocr fonts install`')
     found = [f for f in found if split in (None, f.split)]
     if not found: raise KhmerOCRError(f'No {split + " " if split else ""}fonts in {folder}: run `khmer-ocr fonts install`')
     return found
