@@ -41,9 +41,10 @@ def test_environment_decides(folder, monkeypatch):
     assert F.font_folder() == folder and len(F.find_fonts()) == 1
 
 def test_only_embedded_warns(folder, embedded, capsys):
+    F._warn.cache_clear()
     rows = [r for r in F.manifest() if r['kind'] == 'pip']
     (folder/'manifest.json').write_text(json.dumps(rows))
-    assert len(F.find_fonts(folder)) == len(rows) == len(embedded)
+    for _ in range(2): assert len(F.find_fonts(folder)) == len(rows) == len(embedded)
     assert capsys.readouterr().err.count('\n') == 1
 
 def test_system_font_only_with_the_right_hash(folder, tmp_path, monkeypatch):
