@@ -431,7 +431,7 @@ def drop_table(
     rows = [('kept', *kept.values())] + [(why, *(of[k][why] for k in of)) for why,_ in of['all'].most_common()]
     return Table(rows + [('left out, of all', *map(share, of))], ('', *of))
 
-# %% ../nbs/30_report.ipynb #f2097c8c
+# %% ../nbs/30_report.ipynb #1ffcde4a
 def survey(
     records: list[dict],  # of a split: text, width, height, font, size, ops, attempts
     kind=None  # function text -> name of its kind; None: kinds are not told apart
@@ -444,6 +444,7 @@ def survey(
         operations=Counter(o for each in ops for o in dict.fromkeys(each)), operations_per_line=Counter(len(each) for each in ops), untouched=sum(not each for each in ops),
         kinds=Counter(map(kind, texts)) if kind else Counter(), attempts=Counter(r.get('attempts', 1) for r in records), presets=Counter(r['preset'] for r in records if 'preset' in r))
 
+# %% ../nbs/30_report.ipynb #dca2c4bb
 def read_records(
     split  # folder of a split of a generated set (files or shards), or of a fixed validation set
 ) -> list[dict]:  # one for each image
@@ -453,6 +454,7 @@ def read_records(
     try: return [json.loads(l) for l in (Path(split)/'samples.jsonl').read_text(encoding='utf-8').splitlines()]
     except (OSError, ValueError) as e: raise KhmerOCRError(f'No record of a set can be read in {split}: {type(e).__name__}') from None
 
+# %% ../nbs/30_report.ipynb #c340ce1c
 def images_of(
     split,  # folder, as in `read_records`
     records: list[dict]  # those whose images are wanted
@@ -466,6 +468,7 @@ def images_of(
     found = {name: png for p in shards for name,png,*_ in read_shard(p) if name in wanted}
     return [cv2.imdecode(np.frombuffer(found[r['name']], np.uint8), cv2.IMREAD_GRAYSCALE) for r in records]
 
+# %% ../nbs/30_report.ipynb #e19d8310
 def spread(
     counts: dict  # number -> how often
 ) -> dict:  # least, median, mean, most
