@@ -203,14 +203,16 @@ def _deaf_to_ctrl_c():
     try: yield
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
-# %% ../nbs/05b_sets.ipynb #cded2fac
+# %% ../nbs/05b_sets.ipynb #331e403c
 def _run(executor, job, todo, done):
     "Make the chunks `todo`, calling `done` with the number of samples of each"
     if executor is None:
         for a, b in todo: done(_make_chunk(job, a, b))
         return
-    with _deaf_to_ctrl_c(): futures = [executor.submit(_make_chunk, job, a, b) for a, b in todo]
+    futures = []
     try:
+        with _deaf_to_ctrl_c():
+            for a, b in todo: futures.append(executor.submit(_make_chunk, job, a, b))      # this too fails if a worker was killed meanwhile
         for f in as_completed(futures): done(f.result())
     except BrokenExecutor:
         raise KhmerOCRError('A worker process was killed or ran out of memory; what was finished stays: run the same command again, with fewer --workers if memory is short') from None

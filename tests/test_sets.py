@@ -1,6 +1,6 @@
 "Sets: the same bytes for any number of workers and after any kill, verified by their own record."
 import hashlib, json, os, random, shutil, signal, subprocess, sys, time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 import psutil, pytest
@@ -232,6 +232,11 @@ def kill(p, rng):
         assert p.returncode == 0 or p.returncode == 1 and len(said) == 1 and 'worker process was killed' in said[0], err
     else: p.kill(); p.communicate()
     assert not psutil.wait_procs(own, timeout=10)[1], 'a worker survived its parent'
+
+def test_a_worker_killed_between_two_splits_is_one_line_too(corpus, tmp_path):
+    class Broken(Executor):
+        def submit(self, *args): raise BrokenExecutor('a child process terminated abruptly')
+    with pytest.raises(KhmerOCRError, match='worker process was killed'): generate_set(Recipe(corpus=corpus), tmp_path/'set', max_lines=3, executor=Broken(), progress=False)
 
 @posix
 def test_killed_at_twenty_random_moments(corpus, tmp_path):
