@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['KINDS', 'BANDS', 'RARE', 'kind', 'stretch', 'twin', 'Wording', 'Sampler', 'rare_clusters', 'symbol_deficits']
 
-# %% ../nbs/01b_sampler.ipynb #f0aed937
+# %% ../nbs/01b_sampler.ipynb #8648bb7d
 import re
 import numpy as np
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from functools import cached_property
 from fastcore.basics import patch
 from .text import KhmerOCRError, charset, clusters, normalise
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIXES', 'SPLITS', 'ATTEMPTS', 'COMMON', 'Recipe', 'sample_rng', 'Sample', 'Synth']
 
-# %% ../nbs/05_synth.ipynb #51a2c3b3
+# %% ../nbs/05_synth.ipynb #d3e83cde
 import cv2
 import numpy as np
 from dataclasses import dataclass, fields
@@ -17,7 +17,7 @@ from .corpus import load_lines, typeset
 from .sampler import BANDS, KINDS, Sampler, Wording, stretch
 from .fonts import covers, find_fonts, hash_font, random_font
 from .render import RenderError, abreast, render
-from .degrade import PRESETS, degrade, preset
+from .degrade import PRESETS, degrade
 
 # %% ../nbs/05_synth.ipynb #48a15f9e
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _fate(name, rng) -> str:
         if (u := u-share) < 0: return p
     return p
 
-# %% ../nbs/05_synth.ipynb #2d6d3bf4
+# %% ../nbs/05_synth.ipynb #40d6ac88
 def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
 
 def _checked(r: Recipe) -> Recipe:
@@ -80,7 +80,7 @@ def _checked(r: Recipe) -> Recipe:
     for k, n in (('lengths', len(BANDS)), ('kinds', len(KINDS)), *((k, 0) for k in ('floor', 'rare', 'twins', 'blank'))):
         v = getattr(r.wording, k); vs = v if n and isinstance(v, tuple) else [v]
         if len(vs) != max(n, 1) or not all(_number(x) and 0 <= x <= 1 for x in vs): raise KhmerOCRError(f'Wording setting {k}={v!r} must be {f"{n} shares" if n else "a share"} from 0 to 1')
-    if r.preset not in MIXES: preset(r.preset)
+    if r.preset not in {*MIXES, *PRESETS}: raise KhmerOCRError(f'Unknown degradation preset {r.preset!r}{suggest(r.preset, [*MIXES, *PRESETS])}: choose one of {", ".join([*MIXES, *PRESETS])}')
     return r
 
 # %% ../nbs/05_synth.ipynb #2f1659ce
