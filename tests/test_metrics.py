@@ -91,3 +91,86 @@ def test_two_processes_make_one_number(lines, tmp_path):
     for w in workers: w.join(60)
     assert [w.exitcode for w in workers] == [0, 0]
     assert {rate for _, rate in (queue.get(), queue.get())} == {CER()(*lines).item()}
+
+
+def test_symbol_classes_cover_the_charset():
+    from khmer_ocr.text import charset
+    letters = [c for c in charset('khmer-latin').symbols if len(c) == 1]
+    assert not [c for c in letters if symbol_class(c) == 'other'] and set(map(symbol_class, letters)) == set(CLASSES)
+    assert symbol_class('\u17d2ក') == 'subscripts' and symbol_class('é') == 'other'
+
+
+def test_class_errors_add_up(lines):
+    import editdistance
+    from khmer_ocr.text import fold
+    by = class_errors(*lines)
+    assert sum(c['symbols'] for c in by.values()) == sum(len(symbols(fold(t))) for t in lines[1])
+    assert all(c['hits'] + c['substitutions'] + c['drops'] == c['symbols'] for c in by.values())
+    assert sum(c[k] for c in by.values() for k in ('substitutions', 'drops', 'insertions')) == sum(editdistance.eval(symbols(fold(p)), symbols(fold(t))) for p, t in zip(*lines))
+    perfect = class_errors(lines[1], lines[1])
+    assert all(c['error'] == 0 and c['hits'] == c['symbols'] for c in perfect.values())
+
+
+def test_gaps_are_as_cheap_and_as_few_as_can_be(lines):
+    import editdistance
+    from itertools import groupby
+    gaps = lambda pairs: sum(1 for k, _ in groupby(pairs, lambda o: (not o[0], not o[1])) if any(k))
+    for p, t in list(zip(*lines))[:200]:
+        plain, few = align(t, p), align_gaps(t, p)
+        assert ''.join(a for a, _ in few) == t and ''.join(b for _, b in few) == p
+        assert sum(a != b for a, b in few) == editdistance.eval(p, t) and gaps(few) <= gaps(plain)
+
+
+@pytest.mark.parametrize('cut', [6, 7, 15])
+def test_every_run_that_is_cut_out_or_said_twice_is_found(cut):
+    from khmer_ocr.text import CONSONANTS
+    rng = np.random.default_rng(cut)
+    for _ in range(40):
+        t = ''.join(rng.choice(list(CONSONANTS), 40)); k = int(rng.integers(40 - cut))
+        dropped, twice = lost_runs([t[:k] + t[k+cut:], t[:k+cut] + t[k:]], [t, t])
+        assert (dropped['kind'], dropped['length'], twice['kind'], twice['length']) == ('dropped', cut, 'repeated', cut)
+        assert abs(dropped['at'] - k) <= 3          # where the ends of what was cut are alike, the place is a matter of taste
+    assert lost_runs([t], [t]) == []
+
+
+def test_five_are_no_run_and_scattered_losses_are_none():
+    t = 'កខគឃងចឆជឈញដឋឌឍណតថទធន'
+    assert lost_runs([t[5:], t[::2], t[:10] + 'មយរលវសហឡអប'], [t, t, t]) == []
+    assert [r['kind'] for r in lost_runs([t + t[:6], t + 'x'*6], [t, t])] == ['repeated', 'inserted']
+    assert lost_runs([t[:4] + ' ' + t[10:]], [t], n=7) == [] and lost_runs([t[:4] + t[10:]], [t], n=6)[0]['at'] == 4
+
+
+def test_bootstrap_by_brute_force(lines):
+    edits, lengths = line_edits(*lines)
+    rng = np.random.default_rng(0)
+    rates = []
+    for _ in range(1000):
+        d = rng.integers(len(edits), size=len(edits)); rates.append(edits[d].sum()/lengths[d].sum())
+    assert np.allclose(bootstrap(edits, lengths), np.quantile(rates, [.025, .975]))
+    one = bootstrap(edits, lengths, level=.5); whole = bootstrap(edits, lengths)
+    assert whole[0] < one[0] < one[1] < whole[1]
+
+
+def test_bootstrap_of_many_lines_goes_in_portions():
+    edits, lengths = np.random.default_rng(0).binomial(30, .1, 30_000), np.full(30_000, 30)
+    low, high = bootstrap(edits, lengths, rounds=200)
+    assert low < edits.sum()/lengths.sum() < high and high - low < .002
+    both = paired_bootstrap(edits, edits + (np.arange(30_000) % 30 == 0), lengths, rounds=100)
+    assert both['low'] <= both['difference'] <= both['high'] and both['better'] == 1 and abs(both['difference'] - 1/900) < 1e-12
+
+
+def test_rejection_ends_at_the_plain_rate_and_no_curve_beats_the_oracle(lines):
+    edits, lengths = line_edits(*lines)
+    rng = np.random.default_rng(2)
+    for conf in (rng.random(len(edits)), -edits, np.ones(len(edits)), -edits/np.maximum(lengths, 1)):
+        r = rejection(conf, edits, lengths, targets=(.5, 0.))
+        assert abs(r['error'][-1] - edits.sum()/lengths.sum()) < 1e-12 and r['kept'][-1] == 1 and len(r['kept']) <= 101
+        assert r['area'] >= r['best_area'] - .02 and r['reject'][.5] == 0
+    assert rejection(np.ones(3), [0, 0, 9], [9, 9, 9], targets=(.1,))['reject'] == {.1: 1.}
+
+
+def test_unit_hits_fit_the_reading(lines):
+    for p, t in list(zip(*lines))[:100]:
+        hits = unit_hits(symbols(p), t)
+        assert len(hits) == len(symbols(p)) and sum(hits) <= len(symbols(t))
+        assert all(unit_hits(symbols(t), t))
