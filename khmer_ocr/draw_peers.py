@@ -7,8 +7,8 @@ __all__ = ['RECIPES', 'DRAW_PEERS', 'pillow_face', 'pillow_line', 'pillow_operat
            'install_draw_peers', 'DrawPeer', 'draw_peers', 'draw_with', 'drawers', 'agreement', 'drawn_lines',
            'inspect_drawing', 'time_ways', 'drawing_ways', 'drawing_table', 'seen_table']
 
-# %% ../nbs/15b_draw_peers.ipynb #323425f3
-import hashlib, io, json, math, os, shutil, subprocess, tempfile, time, venv
+# %% ../nbs/15b_draw_peers.ipynb #e35f50a0
+import hashlib, io, math, os, shutil, subprocess, tempfile, time
 import cv2, freetype, PIL
 import numpy as np
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from functools import partial
 from pathlib import Path
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps, features
 from . import __version__
-from .text import KhmerOCRError, suggest
+from .text import KhmerOCRError
 from .fonts import Font
 from .render import render
 from .degrade import degrade, preset
 from .sets import _png
-from .peers import _children
+from .peers import _children, ask_peer, install_homes, peer_python
 
 # %% ../nbs/15b_draw_peers.ipynb #2801396c
 def pillow_face(font: Font, size: float) -> ImageFont.FreeTypeFont:
@@ -187,7 +187,7 @@ def draw_pillow(texts, font, size, work, folder, seed=0) -> tuple[float, str]:
     _saved(folder, made)
     return seconds, PIL.__version__
 
-# %% ../nbs/15b_draw_peers.ipynb #68ca5607
+# %% ../nbs/15b_draw_peers.ipynb #4604ef7d
 RECIPES = dict(
     trdg='trdg==1.8.0 pillow==9.5.0 numpy==1.26.4 opencv-python-headless==4.9.0.80 tqdm==4.70.1 wikipedia==1.4.0 requests==2.34.2 urllib3==2.8.0 idna==3.20 certifi==2026.10.18 '
         'charset-normalizer==3.5.2 beautifulsoup4==4.15.0 soupsieve==4.1.1 typing_extensions==4.16.0 diffimg==0.2.3 arabic-reshaper==2.1.3 future==1.0.0 python-bidi==0.4.2 six==1.17.0',
@@ -198,11 +198,7 @@ RECIPES = dict(
 
 def install_draw_peers(folder, names=tuple(RECIPES)):
     "Make one virtual environment a peer in `folder` (needs pip and its index); then set KHMER_OCR_PEERS to it"
-    for name in names:
-        if name not in RECIPES: raise KhmerOCRError(f'Unknown peer {name!r}{suggest(name, RECIPES)}: choose from {", ".join(RECIPES)}')
-        venv.create(home := Path(folder)/name, with_pip=True)
-        p = subprocess.run([home/'bin/python', '-m', 'pip', 'install', '-q', '--no-deps', *RECIPES[name].split()], capture_output=True, text=True)
-        if p.returncode: raise KhmerOCRError(f'{name} could not be installed in {home}: {(p.stderr.strip() or "pip failed").splitlines()[-1]}')
+    install_homes(folder, RECIPES, names)
 
 # %% ../nbs/15b_draw_peers.ipynb #a3e4c4de
 _BEGIN = '''
@@ -284,7 +280,7 @@ def _text2image(texts, font, size, work, out, seed=0):
     seconds = _children() - start
     return seconds, ' '.join(subprocess.run(['tesseract', '--version'], capture_output=True, text=True).stdout.split()[1:2])
 
-# %% ../nbs/15b_draw_peers.ipynb #876e6b4e
+# %% ../nbs/15b_draw_peers.ipynb #f22d415f
 @dataclass(frozen=True)
 class DrawPeer:
     "A program that makes line images"
@@ -304,15 +300,14 @@ DRAW_PEERS = (
 
 def _program(peer) -> Path|None:
     "Where the peer's Python (or program) is; None if it is not installed"
-    if not peer.home: return Path(found) if (found := shutil.which('text2image')) else None
-    folder = os.environ.get('KHMER_OCR_PEERS')
-    return p if folder and (p := Path(folder).absolute()/peer.home/'bin/python').exists() else None
+    if peer.home: return peer_python(peer.home)
+    return Path(found) if (found := shutil.which('text2image')) else None
 
 def draw_peers() -> list[DrawPeer]:
     "The peers that are installed: environments in the folder KHMER_OCR_PEERS, and text2image on the PATH"
     return [p for p in DRAW_PEERS if _program(p)]
 
-# %% ../nbs/15b_draw_peers.ipynb #423309ea
+# %% ../nbs/15b_draw_peers.ipynb #3aeabf6d
 def draw_with(peer: DrawPeer, texts, font, size, work, folder, seed=0) -> tuple[float, str]:  # seconds of processor time, version
     "Lines by a peer, as files in the empty `folder`; all that is not bare is written. KhmerOCRError if it is not installed or fails"
     if not (program := _program(peer)): raise KhmerOCRError(f'{peer.name} is not installed: see install_draw_peers, and set KHMER_OCR_PEERS')
@@ -320,11 +315,9 @@ def draw_with(peer: DrawPeer, texts, font, size, work, folder, seed=0) -> tuple[
     if not peer.home: return _text2image(texts, font, size, word, folder, seed)
     with tempfile.TemporaryDirectory() as d:
         (Path(d)/'texts.txt').write_text('\n'.join(texts), encoding='utf-8')
-        one = dict(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')
         told = [f'{d}/texts.txt', str(Path(font.path).resolve()), str(size), word, str(Path(folder).resolve()), str(seed)]
-        p = subprocess.run([program, '-I', '-c', peer.driver, *told], capture_output=True, text=True, cwd=d, env=os.environ | one)
-    try: said = json.loads(p.stdout.strip().splitlines()[-1]); return float(said['seconds']), said['version']
-    except (IndexError, ValueError, KeyError, TypeError): raise KhmerOCRError(f'{peer.name} failed: {(p.stderr.strip() or f"exit {p.returncode}").splitlines()[-1]}') from None
+        said = ask_peer(peer.name, program, peer.driver, told)
+    return float(said['seconds']), said['version']
 
 # %% ../nbs/15b_draw_peers.ipynb #f6532db3
 def drawers() -> dict[str, Callable]:

@@ -1,8 +1,9 @@
-"Drawing peers: what a peer's environment must answer, what is said of one that is missing or fails, and how lines are compared."
+"Peers that read or draw: what a peer's environment must answer, what is said of one that is missing or fails, and how lines are compared."
+import json, sys
 from pathlib import Path
 import numpy as np, pytest
-from PIL import features
-from khmer_ocr import draw_peers as dp
+from PIL import Image, features
+from khmer_ocr import draw_peers as dp, peers
 from khmer_ocr.fonts import find_fonts
 from khmer_ocr.render import render
 from khmer_ocr.text import KhmerOCRError
@@ -13,7 +14,7 @@ kiri = next(p for p in dp.DRAW_PEERS if p.name == 'kiri-ocr')
 raqm = pytest.mark.skipif(not features.check('raqm'), reason='this Pillow has no Raqm')
 
 def fake(folder, monkeypatch, script, home='kiri'):
-    "An environment whose Python is a shell script; $3 are the texts, $7 the folder for what is made"
+    "An environment whose Python is a shell script; $1 to $3 are `-I -c DRIVER`, what it is told begins at $4"
     (program := folder/home/'bin/python').parent.mkdir(parents=True)
     program.write_text(f'#!/bin/sh\n{script}\n'); program.chmod(0o755)
     monkeypatch.setenv('KHMER_OCR_PEERS', str(folder))
@@ -94,3 +95,69 @@ def test_installed_peers_draw(peer):
     if not dp._program(peer): pytest.skip('not installed')
     seen = dp.inspect_drawing(dp.drawers()[peer.name], texts, font)
     assert seen['lines'] == 3 and seen['missing'] == 0 and seen['right'] == (3 if peer.name != 'trdg' else 0)
+
+# readers
+
+@pytest.fixture
+def lines(tmp_path):
+    "Three rendered lines as files"
+    paths = [tmp_path/f'{i}.png' for i in range(3)]
+    for p, t in zip(paths, texts): Image.fromarray(255-np.pad(render(t, font, 32).ink, 8)).save(p)
+    return paths
+
+WRITES = 'printf \'{"text": "a"}\\n{"text": "b"}\\n{"text": ""}\\n\' > "$5"; echo noise; echo \'{"seconds": 0.5, "version": "9.9"}\''
+
+def test_only_installed_readers_are_listed(tmp_path, monkeypatch):
+    here = lambda *a: [n for n in peers.available_peers(*a) if not n.startswith('Tesseract ')]
+    monkeypatch.delenv('KHMER_OCR_PEERS', raising=False); assert here() == []
+    fake(tmp_path, monkeypatch, 'exit 0', 'netra-ocr'); assert here() == ['netra-ocr'] == here(tmp_path)
+    assert here(tmp_path/'nowhere') == []
+    monkeypatch.setenv('PATH', ''); assert peers.available_peers() == ['netra-ocr']
+
+def test_a_reader_is_asked_and_believed(tmp_path, monkeypatch, lines):
+    fake(tmp_path, monkeypatch, f'cp "$4" "{tmp_path}/asked.json"; {WRITES}', 'kiri-ocr')
+    run = peers.run_peer('kiri-ocr', lines)
+    assert (run.engine, run.texts, run.cpu_seconds, run.lines_per_cpu_second) == ('kiri-ocr 9.9', ['a', 'b', ''], .5, 6)
+    assert json.loads((tmp_path/'asked.json').read_text()) == [str(p) for p in lines]
+
+@pytest.mark.parametrize('script, says', [
+    ('echo "some" >&2; echo "ImportError: no glue" >&2; exit 1', 'kiri-ocr failed: ImportError: no glue'), ('exit 3', 'kiri-ocr failed: exit 3'), ('echo "{}"', 'kiri-ocr failed'),
+    ('echo \'{"seconds": 1, "version": "1"}\'', 'it read 0 of 3 lines'), (WRITES.replace('{"text": "b"}', ''), 'it read 0 of 3'), (WRITES.replace('{"text": "b"}\\n', ''), 'it read 2 of 3')])
+def test_a_failing_reader_is_one_line(tmp_path, monkeypatch, lines, script, says):
+    fake(tmp_path, monkeypatch, script, 'kiri-ocr')
+    with pytest.raises(KhmerOCRError, match=says) as e: peers.run_peer('kiri-ocr', lines)
+    assert '\n' not in str(e.value)
+
+def test_unknown_and_missing_readers(tmp_path, monkeypatch, lines):
+    monkeypatch.delenv('KHMER_OCR_PEERS', raising=False)
+    with pytest.raises(KhmerOCRError, match="Unknown peer 'netra'.* did you mean netra-ocr"): peers.run_peer('netra', lines)
+    with pytest.raises(KhmerOCRError, match='KHMER_OCR_PEERS'): peers.run_peer('netra-ocr', lines)
+    with pytest.raises(KhmerOCRError, match='did you mean kiri'): peers.install_peers(tmp_path/'homes', ['kiri-orc'])
+    assert not (tmp_path/'homes').exists()
+    with pytest.raises(KhmerOCRError, match='tesseract'): peers.run_peer('Tesseract no_such_model', lines)
+
+BEGIN = peers._BEGIN.replace('import torch\ntorch.set_num_threads(1)\n', '')       # it takes long, and is not asked for anything here
+
+def drive(tmp_path, read, paths, first=''):
+    "What a driver that reads by the expression `read` answers, run by our own Python"
+    (tmp_path/'paths.json').write_text(json.dumps(paths))
+    said = peers.ask_peer('toy', sys.executable, BEGIN + f"{first}\nfinish('torch', lambda some: {read})", [str(tmp_path/'paths.json'), str(tmp_path/'texts.jsonl')])
+    return said, [json.loads(l)['text'] for l in open(tmp_path/'texts.jsonl')]
+
+def test_a_driver_reads_what_can_be_read(tmp_path):
+    said, got = drive(tmp_path, '[p.upper() if p != "bad" else 1/0 for p in some]', ['a', 'bad', 'c'])
+    assert BEGIN != peers._BEGIN and got == ['A', '', 'C'] and said['seconds'] >= 0 and said['version'].startswith('2.')
+    with pytest.raises(KhmerOCRError, match='toy failed: ZeroDivisionError') as e: drive(tmp_path, '1/0', ['a', 'b'])
+    assert '\n' not in str(e.value)
+    with pytest.raises(KhmerOCRError, match='toy failed: ValueError'): drive(tmp_path, '["too", "many", "texts"]', ['a', 'b'])
+
+def test_the_clock_of_a_driver_starts_late(tmp_path):
+    "Only the reading counts: not what came before, nor the line that is read to warm up"
+    said, _ = drive(tmp_path, '[now.append(now[-1]+1) or p for p in some]', ['a', 'b', 'c', 'd'], 'now = [7]; time.process_time = lambda: now[-1]')
+    assert said['seconds'] == 4
+
+@pytest.mark.parametrize('name', peers.READ_RECIPES)
+def test_installed_readers_read(name, lines):
+    if not peers.peer_python(name): pytest.skip('not installed')
+    run = peers.run_peer(name, lines)
+    assert len(run.texts) == 3 and run.cpu_seconds > 0 and peers.compare([run], texts)[0]['CER folded, no spaces %'] < 60
