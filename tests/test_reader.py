@@ -2,10 +2,11 @@
 import resource, subprocess, sys, textwrap
 import numpy as np, pytest, torch
 from PIL import Image
-from khmer_ocr.ctc import CTCNet, Units, header, load_ctc
+from khmer_ocr import reader as reader_module
+from khmer_ocr.ctc import CTCConfig, CTCNet, Units, header, load_ctc
 from khmer_ocr.data import prepare
-from khmer_ocr.learner import save_checkpoint
-from khmer_ocr.reader import Reader, Reading, _checkpoint, models, read_files, working
+from khmer_ocr.learner import load_weights, save_checkpoint
+from khmer_ocr.reader import Reader, Reading, _checkpoint, models, open_model, read_files, working
 from khmer_ocr.text import KhmerOCRError, charset
 
 @pytest.fixture(scope='module')
@@ -61,14 +62,57 @@ def test_odd_shapes(reader, shape):
 def test_not_a_line(reader, bad):
     with pytest.raises(KhmerOCRError, match='image 1'): reader.read([scribble(60), bad])
 
+def frames(reader, line):
+    "What the network says of each frame of a prepared line: in windows, and whole"
+    with torch.inference_mode():
+        (_, cut), = reader._said([line], 32)
+        whole, = reader.decoder.look(*reader._input([line], -(-line.shape[1]//64)*64))
+    return cut[0], whole[0]
+
 def test_windows(reader):
     "Cut into windows, a line of 3,000 px says what it says whole"
-    line = prepare(scribble(3900))[:, :3000]
-    with torch.inference_mode():
-        (cut, _), = reader._line_frames([line], 32)
-        (whole, _), = reader._frames([line], 3008)
+    cut, whole = frames(reader, prepare(scribble(3900))[:, :3000])
     assert len(cut) == len(whole) == 750
     assert (cut == whole).mean() > .97
+
+KINDS = dict(stride2=dict(stride=2), stride8=dict(stride=8, height=48), attention=dict(reading='attention', layers=2), convolutions=dict(reading='conv', layers=2),
+    blocks=dict(blocks=(1, 1, 1)), large=dict(blocks=(1, 1, 2), block='large', layers=0), low=dict(height=32, reading='attention'))
+
+@pytest.fixture(scope='module', params=KINDS.values(), ids=KINDS)
+def kind(request, tmp_path_factory):
+    "A reader of every kind of network, from a file, with random weights that say many things"
+    torch.manual_seed(1); units, path = Units(charset()), tmp_path_factory.mktemp('kind')/'toy.safetensors'
+    net = CTCNet(len(units), CTCConfig(**dict(channels=(8, 8, 16, 16, 32), hidden=16, layers=1) | request.param))
+    for n, p in net.named_parameters():
+        if p.ndim > 1: torch.nn.init.normal_(p, std=.3)
+    save_checkpoint(path, net.state_dict(), header(net.config, units))
+    return Reader.load(path, dtype=torch.float32)
+
+def test_kinds_of_network(kind, lines):
+    "Alone or in company, in any order, a line reads the same; its characters lie on it"
+    whole = kind.read(lines)
+    close = lambda a, b: a.text == b.text and abs(a.confidence-b.confidence) < 1e-3
+    assert len({r.text for r in whole}) > 3 and kind.stride == kind.net.config.stride
+    assert all(map(close, kind.read(lines, 1), whole)) and all(map(close, kind.read(lines[::-1], 4)[::-1], whole))
+    for im, r in zip(lines, whole):
+        xs = [x for *_, a, b in r.chars for x in (a, b)]
+        assert xs == sorted(xs) and all(0 <= x <= im.shape[1] for x in xs)
+
+def test_kinds_of_network_in_windows(kind):
+    line = prepare(scribble(round(3900*40/kind.height)), kind.height)
+    line = np.ascontiguousarray(np.hstack([line]*2)[:, :2900])
+    cut, whole = frames(kind, line)
+    assert len(cut) == len(whole) == -(-2900//kind.stride)
+    inside = slice(0, 1600//kind.stride)          # what lies in the first window and believed
+    if kind.net.config.reading == 'conv': assert (cut == whole).mean() > .99
+    else: assert (cut[inside] == whole[inside]).mean() > .8
+
+def test_padding_does_not_matter(kind):
+    "The network is told how wide a line is: with attention, paper behind its end changes nothing"
+    if kind.net.config.reading != 'attention': pytest.skip('an LSTM reads the padding too: lines go in buckets')
+    line = prepare(scribble(300), kind.height)
+    with torch.inference_mode(): (a, p), (b, q) = (kind.decoder.look(*kind._input([line], w))[0] for w in (320, 960))
+    assert (a == b).mean() > .99 and np.abs(p-q).max() < .05
 
 def test_wide_memory(weights, tmp_path):
     "A line 20,000 px wide takes hardly more memory than one of 2,000"
@@ -106,6 +150,23 @@ def test_loading(weights, tmp_path):
     with pytest.raises(KhmerOCRError, match='not a checkpoint'): Reader.load(foreign)
     with pytest.raises(KhmerOCRError, match='not found'): Reader.load(tmp_path/'none.safetensors')
     with pytest.raises(KhmerOCRError, match='Unknown model'): Reader.load('fsat')
+
+def test_best_is_the_default(monkeypatch, tmp_path):
+    for known, first in ((dict(best='b', fast='f'), 'b'), (dict(fast='f'), 'f')):
+        monkeypatch.setattr(reader_module, 'models', lambda: known); assert _checkpoint() == first
+    monkeypatch.setattr(reader_module, 'models', dict)
+    with pytest.raises(KhmerOCRError, match='no weights are installed'): Reader.load()
+
+@pytest.mark.parametrize('change, says', [
+    (dict(preprocess='khmer_ocr.data.prepare/1: grey, dark on light'), 'preprocess khmer_ocr.data.prepare/1, but this version'), (dict(preprocess=None), 'preprocess None, but'),
+    (dict(normal_form='other/7'), 'normal_form other/7, but'), (dict(height=48), 'says height 48, but'), (dict(model='pix2pix'), 'reads no lines')])
+def test_other_preparation_is_refused(weights, tmp_path, change, says):
+    "A checkpoint is not read in another way than it was trained"
+    tensors, head = load_weights(weights)
+    save_checkpoint(tmp_path/'other.safetensors', tensors, head | change)
+    with pytest.raises(KhmerOCRError, match=says) as e: Reader.load(tmp_path/'other.safetensors')
+    assert '\n' not in str(e.value)
+    save_checkpoint(tmp_path/'same.safetensors', tensors, head); open_model(tmp_path/'same.safetensors')
 
 def test_files(reader, tmp_path):
     "One bad file among many is reported in its place, the rest are read"
