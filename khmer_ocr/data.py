@@ -6,20 +6,21 @@
 __all__ = ['HEIGHT', 'POOL', 'read_image', 'to_grey', 'upright_polarity', 'stretch', 'trim', 'prepare', 'collate', 'as_input',
            'bucket_batches', 'padding', 'cut_widths', 'pool_batches', 'Pools', 'LineSource', 'OnTheFlyDataset',
            'OnTheFly', 'read_labels', 'LineFolder', 'FixedSet', 'SyntheticImageDataset', 'SyntheticImageGenerator',
-           'ShardedDataset', 'open_lines']
+           'ShardedDataset', 'open_lines', 'check_labels', 'MixedSource', 'Stage', 'read_stages', 'Curriculum',
+           'at_scale', 'MultiScale', 'Feed', 'training_source']
 
-# %% ../nbs/06_data.ipynb #030b43fe
-import json, math
+# %% ../nbs/06_data.ipynb #dcf904fe
+import json, math, os, signal, threading
 import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from fastcore.basics import patch
 from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
-from .text import KhmerOCRError, normalise
+from .text import Charset, KhmerOCRError, normalise
 from .synth import SPLITS, Recipe, Sample, Synth
 from .sets import generate_set, read_shard, set_stats
 
@@ -184,7 +185,7 @@ class Pools(Dataset):
 
 def _rng(seed, stream, n): return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, n]))
 
-# %% ../nbs/06_data.ipynb #0cd5e0a8
+# %% ../nbs/06_data.ipynb #eda40907
 @patch
 def start(self: Pools, p) -> int:
     "Number of the first batch of pool `p`: pools hold 4, 16, ... batches, then `pool`"
@@ -197,8 +198,17 @@ def batches(self: Pools, step: int = 0, workers: int = 0) -> Iterator[dict]:
     p0 = max(0, step//self.pool-1)
     while self.start(p0+1) <= step: p0 += 1
     skip = step-self.start(p0)
-    loader = DataLoader(self, batch_size=None, sampler=range(p0, self.pools), num_workers=workers, prefetch_factor=1 if workers else None, multiprocessing_context='spawn' if workers else None)
+    loader = DataLoader(self, batch_size=None, sampler=range(p0, self.pools), num_workers=workers, prefetch_factor=1 if workers else None, multiprocessing_context='spawn' if workers else None, worker_init_fn=_obey)
     for pool in loader: yield from pool[skip:]; skip = 0
+
+# %% ../nbs/06_data.ipynb #a397b89b
+def _obey(worker=0):
+    "In a worker that is deaf to SIGTERM: end when the parent sends it"
+    if not hasattr(signal, 'sigwaitinfo') or signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []): return
+    def listen():
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid(): pass
+        os._exit(0)
+    threading.Thread(target=listen, daemon=True).start()
 
 # %% ../nbs/06_data.ipynb #385a9656
 class LineSource(Dataset):
@@ -213,9 +223,10 @@ class LineSource(Dataset):
         if not -len(self) <= i < len(self): raise IndexError(f'line {i} of {len(self)}')
         return i % len(self)
 
-# %% ../nbs/06_data.ipynb #12cbfdc8
+# %% ../nbs/06_data.ipynb #9e2a2a81
 class OnTheFlyDataset(LineSource):
     "Training lines made from a recipe; item i is sample i of the epoch that `set_epoch` chose"
+    path = 'onthefly'
     def __init__(self,
         recipe: Recipe = Recipe(random_text=True),
         train_samples_per_epoch=10_000,
@@ -351,7 +362,7 @@ class SyntheticImageGenerator:
         "Images, labels and bytes of each split"
         return set_stats(out)
 
-# %% ../nbs/06_data.ipynb #219f8e99
+# %% ../nbs/06_data.ipynb #6baa9937
 class ShardedDataset(LineFolder):
     "Labelled lines in tar files; item i is (prepared image, label). Memory: one shard"
     def __init__(self,
@@ -361,16 +372,16 @@ class ShardedDataset(LineFolder):
         raw=False  # True: images as they are, of any height
     ):
         self.path = path = Path(path)
-        self.height, self.raw, self._order, self._open = height, raw, (None, None), (None, None)
+        self.height, self.raw, self._order, self._open, self.kept = height, raw, (None, None), (None, None), None
         self.shards = sorted(path.glob('*.tar'))
         if not self.shards: raise KhmerOCRError(f'{path} has no shards (*.tar): run `khmer-ocr generate --format shards`, or give another folder')
         counts = _shard_counts(path, self.shards)
         self.ends = np.cumsum(counts); self.ends = np.minimum(self.ends, limit or self.ends[-1])
         if not self.ends[-1]: raise KhmerOCRError(f'{path} has no labelled lines: its shards are empty')
-    def __len__(self): return int(self.ends[-1])
+    def __len__(self): return int(self.ends[-1]) if self.kept is None else len(self.kept)
     def __getstate__(self): return self.__dict__ | dict(_open=(None, None))
 
-# %% ../nbs/06_data.ipynb #a886abc6
+# %% ../nbs/06_data.ipynb #91b7b8b2
 def _shard_counts(folder, shards) -> list[int]:
     "Samples of each shard: by the set's record, or counted"
     said = folder/'shards.jsonl'
@@ -381,7 +392,8 @@ def _shard_counts(folder, shards) -> list[int]:
 
 @patch
 def __getitem__(self: ShardedDataset, i):
-    k = int(np.searchsorted(self.ends, i := self._checked(i), 'right'))
+    i = self._checked(i); i = i if self.kept is None else int(self.kept[i])
+    k = int(np.searchsorted(self.ends, i, 'right'))
     if self._open[0] != k: self._open = k, [(png, normalise(t)) for _, png, t, _ in read_shard(self.shards[k])]
     png, text = self._open[1][i-(self.ends[k-1] if k else 0)]
     im = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_GRAYSCALE)
@@ -392,6 +404,7 @@ def __getitem__(self: ShardedDataset, i):
 def order(self: ShardedDataset, epoch, seed):
     "All lines once: shards in random order, and the lines of each"
     rng, edges = _rng(seed, 11, epoch), np.r_[0, self.ends]
+    if self.kept is not None: edges = np.searchsorted(self.kept, edges)
     return np.concatenate([edges[k]+rng.permutation(edges[k+1]-edges[k]) for k in rng.permutation(len(self.ends))])
 
 # %% ../nbs/06_data.ipynb #935e433f
@@ -400,3 +413,191 @@ def open_lines(path, height=HEIGHT, limit=None) -> LineSource:
     path = Path(path)
     if (path/'train').is_dir() and not (path/'labels').is_dir() and not (path/'labels.tsv').exists(): path = path/'train'
     return (ShardedDataset if path.is_dir() and any(path.glob('*.tar')) else LineFolder)(path, height, limit)
+
+# %% ../nbs/06_data.ipynb #12d51a9b
+@patch
+def labels(self: LineFolder) -> Iterator[tuple[str, str]]:
+    "Where each line is, and its label"
+    return ((str(p), t) for p, t, _ in self.rows)
+
+@patch
+def labels(self: ShardedDataset) -> Iterator[tuple[str, str]]:
+    "Where each line is, and its label; reads every shard once"
+    said = ((f'{p}:{name}', normalise(t)) for p in self.shards for name, _, t, _ in read_shard(p))
+    return (next(said) for _ in range(int(self.ends[-1])))
+
+@patch
+def leave_out(self: LineFolder, numbers):
+    "Forget the lines of these numbers"
+    gone = set(numbers); self.rows, self._order = [r for i, r in enumerate(self.rows) if i not in gone], (None, None)
+
+@patch
+def leave_out(self: ShardedDataset, numbers):
+    "Forget the lines of these numbers"
+    self.kept, self._order = np.setdiff1d(np.arange(int(self.ends[-1])), list(numbers)), (None, None)
+
+# %% ../nbs/06_data.ipynb #728988ed
+def check_labels(
+    lines,  # a LineFolder or ShardedDataset
+    charset: Charset,
+    skip=False  # True: leave such lines out
+) -> int:  # lines left out
+    "KhmerOCRError naming characters that `charset` lacks, and the first lines that have them"
+    bad = [(i, where, sorted(set(t)-set(charset.symbols))) for i, (where, t) in enumerate(lines.labels()) if not set(t) <= set(charset.symbols)]
+    if not bad: return 0
+    chars = sorted({c for *_, cs in bad for c in cs})
+    what = ', '.join(f'{c} (U+{ord(c):04X})' for c in chars[:5]) + (f' and {len(chars)-5} more' if len(chars) > 5 else '')
+    where = ', '.join(w for _, w, _ in bad[:3]) + (' ...' if len(bad) > 3 else '')
+    if not skip: raise KhmerOCRError(f'{len(bad)} of {len(lines)} labels in {lines.path} have characters that the reader has no letter for: {what}; first in {where}: correct them, or leave such lines out with --skip-unknown')
+    if len(bad) == len(lines): raise KhmerOCRError(f'No line of {lines.path} is left: every label has characters that the reader has no letter for: {what}')
+    lines.leave_out(i for i, *_ in bad)
+    return len(bad)
+
+# %% ../nbs/06_data.ipynb #05cb9f76
+class MixedSource(LineSource):
+    "Lines of two sources: a share of `drawn` among `own`"
+    def __init__(self,
+        own,  # a LineSource
+        drawn,  # another
+        share: float  # of `drawn`, between 0 and 1
+    ):
+        if not 0 < share < 1: raise KhmerOCRError(f'The share of drawn lines (mix) is {share}: it must lie between 0 and 1')
+        self.own, self.drawn, self.share, self.seed, self.raw = own, drawn, share, own.seed, getattr(own, 'raw', False)
+        self.path = f'{own.path}, with a share of {share:g} {drawn.path}'
+
+    def take(self, a, b, seed=42):
+        "Lines a..b-1: those drawn, then the others (a pool sorts them anyway)"
+        x, y = (math.floor(n*self.share) for n in (a, b))
+        return self.drawn.take(x, y, seed) + self.own.take(a-x, b-y, seed)
+
+# %% ../nbs/06_data.ipynb #19be5baf
+@dataclass(frozen=True)
+class Stage:
+    "A part of a run, with a recipe of its own"
+    recipe: Recipe
+    share: float = 0.   # of the run, 0..1
+    steps: int = 0      # or its length in steps
+
+def read_stages(
+    tables: list[dict],  # of a settings file: `steps` or `share`, and what differs in the recipe
+    recipe: Recipe = Recipe(random_text=True)
+) -> list[Stage]:
+    "The stages of a curriculum; KhmerOCRError for what is unknown or does not add up"
+    stages = [_stage(dict(t), asdict(recipe)) for t in tables]
+    for k, s in enumerate(stages[:-1], 1):
+        if not s.share and not s.steps: raise KhmerOCRError(f'Stage {k} of the curriculum has neither steps nor share: only the last may go without')
+    if sum(s.share for s in stages[:-1]) >= 1: raise KhmerOCRError(f'The stages of the curriculum take {sum(s.share for s in stages[:-1]):g} of the run before the last one: leave something for it')
+    return stages
+
+# %% ../nbs/06_data.ipynb #87a91d37
+def _stage(table, recipe) -> Stage:
+    "One stage, from its table and the recipe of the run"
+    share, steps = table.pop('share', 0.), table.pop('steps', 0)
+    if type(steps) is not int or steps < 0: raise KhmerOCRError(f'Curriculum setting steps={steps!r} must be a whole number from 0 up')
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1: raise KhmerOCRError(f'Curriculum setting share={share!r} must be a share from 0 to 1')
+    if share and steps: raise KhmerOCRError('A stage of the curriculum has steps and share: give one of them')
+    if 'seed' in table or 'corpus' in table: raise KhmerOCRError("A stage of the curriculum cannot change seed or corpus: set them in [recipe]")
+    if isinstance(table.get('wording'), dict): table['wording'] = recipe['wording'] | table['wording']
+    return Stage(Recipe.from_dict(recipe | table), float(share), steps)
+
+# %% ../nbs/06_data.ipynb #04d3c490
+class Curriculum(LineSource):
+    "Lines on the fly, by the recipe of the stage that each belongs to"
+    def __init__(self,
+        stages: list[Stage],
+        lines: int,  # of this source in the whole run
+        per_step: float,  # lines of this source in a step
+        height=HEIGHT,  # px
+        texts=None,  # lines in place of the corpus
+        raw=False  # True: images as they were made, of any height
+    ):
+        self.sources = [OnTheFlyDataset(s.recipe, height=height, texts=texts, raw=raw) for s in stages]
+        self.ends = [*np.cumsum([round(s.steps*per_step or s.share*lines) for s in stages[:-1]]).tolist(), math.inf]
+        self.seed, self.raw = stages[0].recipe.seed, raw
+        self.path = 'onthefly, by stages: ' + '; '.join(f'{s.recipe.preset}' + (f' to line {e:,}' if e < math.inf else '') for s, e in zip(stages, self.ends))
+
+    def take(self, a, b, seed=None):
+        "Lines a..b-1; a source whose lines are behind gives its memory back"
+        out, start = [], 0
+        for source, end in zip(self.sources, self.ends):
+            if max(a, start) < min(b, end): out += source.take(max(a, start), min(b, end))
+            elif end <= a: source._synth = None
+            start = end
+        return out
+
+# %% ../nbs/06_data.ipynb #2a49c0cf
+def at_scale(
+    image: np.ndarray,  # uint8 (H, W), grey, any polarity, not yet prepared
+    scale: float,  # of the height that `prepare` would give the line
+    where: float,  # 0..1: which share of the spare rows is above
+    height: int = HEIGHT
+) -> np.ndarray:  # uint8 (height, W'), dark ink on white
+    "A prepared line, larger or smaller within the same height; at most so large that its ink fits"
+    if scale > 1:
+        rows = np.flatnonzero((prepare(image, height) < 200).any(1)); scale = min(scale, height/max(1, np.ptp(rows)+1)) if len(rows) else scale
+    h = max(8, int(height*scale)); im = prepare(image, h)
+    if h <= height:
+        top = round((height-h)*where); return cv2.copyMakeBorder(im, top, height-h-top, 0, 0, cv2.BORDER_CONSTANT, value=255)
+    rows = np.flatnonzero((im < 200).any(1)); a, b = (rows[0], rows[-1]+1) if len(rows) else (0, height)
+    top = min(max(round((h-height)*where), b-height), a, h-height)
+    return np.ascontiguousarray(im[max(0, top):max(0, top)+height])
+
+# %% ../nbs/06_data.ipynb #5a6b9418
+class MultiScale(LineSource):
+    "The lines of a source, each at a random size within the height"
+    def __init__(self,
+        source,  # a LineSource with raw=True
+        scale: float,  # sizes from 1-scale to 1+scale
+        height=HEIGHT  # px
+    ):
+        if not 0 < scale <= .5: raise KhmerOCRError(f'The range of sizes (scale) is {scale}: it must be above 0 and at most 0.5')
+        if not source.raw: raise KhmerOCRError('MultiScale wants images that are not prepared yet: make its source with raw=True')
+        self.source, self.scale, self.height, self.seed, self.path = source, scale, height, source.seed, f'{source.path}, sizes within {scale:g}'
+
+    def take(self, a, b, seed=None):
+        "Lines a..b-1"
+        lines = self.source.take(a, b, self.seed if seed is None else seed)
+        return [(self.sized(im, n), t) for n, (im, t) in zip(range(a, b), lines)]
+
+    def sized(self, image, n):
+        "`image` as line number `n`"
+        rng = _rng(self.seed, 12, n); return at_scale(image, float(rng.uniform(1-self.scale, 1+self.scale)), float(rng.random()), self.height)
+
+# %% ../nbs/06_data.ipynb #ce7ab62e
+@dataclass
+class Feed:
+    "What a training run reads, beside the recipe"
+    mix: float = 0.   # share of drawn lines among those of a set, 0..1
+    scale: float = 0.  # lines at sizes from 1-scale to 1+scale of the height; 0: all at one
+    skip_unknown: bool = False  # leave out lines whose labels have characters that the charset lacks
+
+    def __post_init__(self):
+        for k, top in (('mix', 1), ('scale', .5)):
+            if not 0 <= getattr(self, k) <= top or self.mix == 1: raise KhmerOCRError(f"Setting '{k}' is {getattr(self, k)!r}: it must be from 0 to {top}" + ', 1 left out'*(k == 'mix'))
+
+# %% ../nbs/06_data.ipynb #f0b0e905
+def training_source(
+    data,  # 'onthefly', or what `open_lines` takes
+    recipe: Recipe,
+    feed: Feed = Feed(),
+    stages=(),  # of a curriculum for the drawn lines
+    lines: int = 0,  # lines of the whole run, for the stages
+    per_step: int = 64,  # lines of a step, for the stages
+    height=HEIGHT,  # px
+    charset: Charset|None = None,  # labels of a set are checked against it
+    texts=None,  # lines in place of the corpus
+    limit=None  # only so many lines of the set, from the beginning
+) -> LineSource:  # its `left_out`: how many lines of the set `skip_unknown` has left out
+    "Where the lines of a training run come from"
+    raw, share = feed.scale > 0, 1. if data == 'onthefly' else feed.mix
+    if feed.mix and data == 'onthefly': raise KhmerOCRError('mix puts drawn lines among those of a set: give the folder of a set as data')
+    if stages and not share: raise KhmerOCRError('A curriculum is made of drawn lines: give data onthefly, or mix some into your set')
+    drawn = Curriculum(stages, lines*share, per_step*share, height, texts, raw) if stages else OnTheFlyDataset(recipe, height=height, texts=texts, raw=raw)
+    source, gone = drawn, 0
+    if data != 'onthefly':
+        source = open_lines(data, height, limit); source.raw = raw
+        if charset is not None: gone = check_labels(source, charset, feed.skip_unknown)
+        if share: source = MixedSource(source, drawn, share)
+    if raw: source = MultiScale(source, feed.scale, height)
+    source.left_out = gone
+    return source

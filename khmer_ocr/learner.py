@@ -415,16 +415,16 @@ class _Polite:
     def __exit__(self, *_):
         for s, old in self.old.items(): signal.signal(s, old)
 
-# %% ../nbs/08_learner.ipynb #4ea604ed
+# %% ../nbs/08_learner.ipynb #e7d389cb
 @patch
 def fit(self: Learner,
     resume: str|Path|None = None,  # None: start anew; 'latest': go on from out_dir; or a path
 ):
     "Train until `config.steps`, or until somebody asks to stop; returns the learner"
     self.started, self.waited, self.taken, self.source, self.stopping = time.perf_counter(), 0., 0, None, None
-    self.out_dir.mkdir(parents=True, exist_ok=True)
     self.setup()
     if resume: self.restore(self.out_dir/'latest.safetensors' if resume == 'latest' else resume)
+    self.out_dir.mkdir(parents=True, exist_ok=True)
     self.train_mode()
     due = lambda every: self.step % every == 0 or self.step == self.config.steps
     with _Polite(self):

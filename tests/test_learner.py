@@ -38,9 +38,10 @@ class At(Callback):
 def die(learn): raise RuntimeError('power cut')
 def cancel(learn): raise CancelFit
 def ctrl_c(learn): os.kill(os.getpid(), signal.SIGINT)
+def sigterm(learn): os.kill(os.getpid(), signal.SIGTERM)
 
 @pytest.mark.parametrize('kw,source', [(dict(), finite), (dict(precision='bf16-mixed', channels_last=True, accumulate=2), batches), (dict(ema=0., schedule='onecycle', clip=0.), batches)])
-@pytest.mark.parametrize('how,at,kept', [(die, 7, 4), (cancel, 5, 6), (ctrl_c, 6, 7), (die, 8, 8)])
+@pytest.mark.parametrize('how,at,kept', [(die, 7, 4), (cancel, 5, 6), (ctrl_c, 6, 7), (sigterm, 6, 7), (die, 8, 8)])
 def test_resume_is_bit_equal(tmp_path, kw, how, at, kept, source):
     learner(tmp_path/'whole', source=source, **kw).fit()
     try: learner(tmp_path/'cut', [At(at, how)], source, **kw).fit()
