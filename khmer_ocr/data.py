@@ -9,12 +9,12 @@ __all__ = ['HEIGHT', 'POOL', 'read_image', 'to_grey', 'upright_polarity', 'stret
            'ShardedDataset', 'open_lines', 'check_labels', 'MixedSource', 'Stage', 'read_stages', 'Curriculum',
            'at_scale', 'MultiScale', 'Feed', 'training_source']
 
-# %% ../nbs/06_data.ipynb #dcf904fe
+# %% ../nbs/06_data.ipynb #a46afa46
 import json, math, os, signal, threading
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from fastcore.basics import patch
@@ -24,9 +24,17 @@ from .text import Charset, KhmerOCRError, normalise
 from .synth import SPLITS, Recipe, Sample, Synth
 from .sets import generate_set, read_shard, set_stats
 
-# %% ../nbs/06_data.ipynb #f9cba591
+# %% ../nbs/06_data.ipynb #0cd5ed46
 Image.MAX_IMAGE_PIXELS = 500_000_000          # a 20,000 x 20,000 page scan passes; a decompression bomb does not
 _errors = (OSError, ValueError, SyntaxError, TypeError, EOFError, Image.DecompressionBombError, MemoryError)
+
+def _open(path) -> Image.Image:
+    "`Image.open`; for a TIFF that lies on its side by libtiff, since Pillow's own decoder takes its width for its height and scrambles it"
+    im, own = Image.open(path), TiffImagePlugin.READ_LIBTIFF
+    if im.format != 'TIFF' or im.tag_v2.get(274, 1) < 5: return im
+    im.close(); TiffImagePlugin.READ_LIBTIFF = True
+    try: return Image.open(path)
+    finally: TiffImagePlugin.READ_LIBTIFF = own
 
 def read_image(
     path  # file of any format that Pillow reads
@@ -37,12 +45,12 @@ def read_image(
     if path.is_dir(): raise KhmerOCRError(f'{path} is a folder, not an image')
     if not path.stat().st_size: raise KhmerOCRError(f'{path} is empty (0 bytes): copy the file again')
     try:
-        with Image.open(path) as im:
+        with _open(path) as im:
             if min(im.size) < 4: raise KhmerOCRError(f'{path} is {im.width} x {im.height} pixels: too small to hold text, give a larger picture')
             return to_grey(ImageOps.exif_transpose(im))
     except _errors as e: raise KhmerOCRError(f'{path} cannot be read as an image: check that it opens in a viewer') from e
 
-# %% ../nbs/06_data.ipynb #9441b066
+# %% ../nbs/06_data.ipynb #f083f65b
 def to_grey(
     im: Image.Image  # of any mode
 ) -> np.ndarray:  # uint8 (H, W)
@@ -51,6 +59,7 @@ def to_grey(
         a = np.nan_to_num(np.asarray(im).astype(np.float64), posinf=0, neginf=0); top = a.max()
         full = next((f for f in ((1,) if im.mode == 'F' else ()) + (255, 1023, 4095, 16383, 65535) if top <= f), top)
         return np.clip(a*255/full, 0, 255).round().astype(np.uint8)
+    if im.mode == 'LAB': return np.array(im.getchannel('L'))
     if im.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in im.info:
         im = im.convert('RGBA'); paper = Image.new('RGBA', im.size, 'white'); im = Image.alpha_composite(paper, im).convert('RGB')
     return np.array(im.convert('L'))
