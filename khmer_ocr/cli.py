@@ -298,109 +298,180 @@ def validation_set(
     meta = make_validation_set(output_dir, num_samples=num_samples, random_seed=random_seed, corpus=corpus, workers=workers, augmented=how)
     _print_json(meta) if as_json else print(f'{num_samples:,} images in {output_dir}')
 
-# %% ../nbs/32_cli.ipynb #713c9e58
-def _batch_size(value: str|None) -> int|None:
-    "`auto` becomes what suits the device"
-    if value is None: return None
-    if value == 'auto':
-        import torch
-        return 256 if torch.cuda.is_available() else 64
+# %% ../nbs/32_cli.ipynb #c1ded9e3
+def _batch_size(value: str|None):
+    "None, 'auto' or a number"
+    if value in (None, 'auto'): return value
     if not value.isdigit() or value == '0': raise KhmerOCRError(f"--batch-size takes a whole number from 1 up, or auto, not {value!r}")
     return int(value)
 
-def _lengths(steps, epochs, per_epoch, batch) -> dict:
-    "Steps in all and between evaluations"
-    each = max(1, per_epoch//batch)
+def _lengths(steps, epochs, per_epoch, per_step) -> dict:
+    "Steps in all and between evaluations, from lines an epoch and lines a step"
+    each = max(1, per_epoch//per_step)
     steps = steps or each*epochs
-    return dict(steps=steps, eval_every=min(each, steps), save_every=min(each, steps))
+    often = min(each*-(-50//each), steps)
+    return dict(steps=steps, eval_every=often, save_every=often)
 
-# %% ../nbs/32_cli.ipynb #9960c3a6
+# %% ../nbs/32_cli.ipynb #ab3b7379
 def _tables(config: str|None) -> dict:
-    "The three tables of a settings file"
-    settings, known = _merged(config), ('train', 'recipe', 'model')
+    "The tables of a settings file"
+    settings, known = _merged(config), ('train', 'recipe', 'data', 'model', 'curriculum')
     for k,v in settings.items():
-        if k not in known or not isinstance(v, dict): raise KhmerOCRError(f'{config}: {k!r} is not one of the tables [train], [recipe], [model]{suggest(k, known)}')
-    return {k: dict(settings.get(k, {})) for k in known}
+        if k not in known: raise KhmerOCRError(f'{config}: {k!r} is not one of the tables [train], [recipe], [data], [model], [[curriculum]]{suggest(k, known)}')
+        rows = v if k == 'curriculum' and isinstance(v, list) else [v]
+        if not all(isinstance(r, dict) for r in rows) or k == 'curriculum' and rows is not v: raise KhmerOCRError(f'{config}: {k} must be ' + ('a list of tables: write [[curriculum]] before each' if k == 'curriculum' else f'a table: write [{k}] before its settings'))
+    return {k: dict(settings.get(k, {})) for k in known[:-1]} | dict(curriculum=[dict(r) for r in settings.get('curriculum', [])])
+
+# %% ../nbs/32_cli.ipynb #24318fd4
+def _world() -> int: return int(os.environ.get('WORLD_SIZE', 1))          # processes that `torchrun` started
 
 def _threads(given: int|None, workers: int) -> int:
     "CPU threads for the training: as many as there are cores for us, less those that make images"
     if given is not None: return given
     free = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     asked = os.environ.get('OMP_NUM_THREADS', '')
-    return int(asked) if asked.isdigit() else max(1, min(8, free-workers))
+    return int(asked) if asked.isdigit() else max(1, min(8, free//_world()-workers))
 
-# %% ../nbs/32_cli.ipynb #543b9226
-def _train_settings(config, batch, steps, epochs, per_epoch, lr, seed, preset, corpus, threads, workers, max_samples, data):
-    "Recipe, TrainConfig and CTCConfig from file and options"
-    from khmer_ocr.ctc import CTCConfig
-    from khmer_ocr.learner import TrainConfig, configure
+# %% ../nbs/32_cli.ipynb #985ba57e
+def _recogniser(name):
+    "Of a kind of reader: its settings, what trains it, what opens a checkpoint, and (settings) -> network and loss"
+    from types import SimpleNamespace as Kind
+    from khmer_ocr import ctc
+    if name == 'ctc':
+        def parts(c): units = ctc.Units(ctc.charset(c.charset)); return ctc.CTCNet(len(units), c), ctc.CTCLoss(units, c.stride)
+        return Kind(shape=ctc.CTCConfig, train=ctc.train_ctc, load=ctc.load_ctc, parts=parts)
+    from khmer_ocr import seq2seq
+    def parts(c): units = seq2seq.make_units(c); return seq2seq.Seq2Seq(len(units), c), seq2seq.Seq2SeqLoss(units, c, 0)
+    return Kind(shape=seq2seq.Seq2SeqConfig, train=seq2seq.train_seq2seq, load=seq2seq.load_seq2seq, parts=parts)
+
+def _shape(kind, table: dict, init):
+    "Settings of the network: of the file, or those of the weights that it starts from"
+    from khmer_ocr.training import configure
+    if init and not table: return kind.load(init)[0].config
+    return configure(kind.shape, {k: tuple(v) if isinstance(v, list) else v for k,v in table.items()})
+
+# %% ../nbs/32_cli.ipynb #feb1ab9a
+def _auto_batch(kind, shape, out, resume) -> int:
+    "As many lines a step as fit into memory; for a resumed run, as many as before"
+    import numpy as np, torch
+    from khmer_ocr.data import collate
+    from khmer_ocr.learner import load_checkpoint
+    from khmer_ocr.training import auto_batch_size, free_memory
+    if resume: return load_checkpoint(Path(out)/'latest.safetensors' if resume == 'latest' else resume)[1]['settings']['batch_size']
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    wide = collate([(np.full((shape.height, 1600), 255, np.uint8), 'កខគ'*30)]*2)
+    return auto_batch_size(*kind.parts(shape), wide, free_memory(device), 256 if device == 'cuda' else 64)
+
+# %% ../nbs/32_cli.ipynb #95966805
+def _loop_settings(t, o, per_epoch, batch) -> dict:
+    "The table [train] with the options over it; lengths in steps"
+    given = dict(batch_size=batch, lr=o.lr, seed=o.seed, patience=o.patience, stop_at=o.stop_at, precision=o.precision, keep_best=o.keep_best, logs=o.logs, freeze=o.freeze or None)
+    t = dict(channels_last=True) | (dict(lr=5e-4) if o.init else {}) | t | {k: v for k,v in given.items() if v is not None}
+    if o.threads is not None or 'threads' not in t: t['threads'] = _threads(o.threads, o.workers)
+    steps = o.steps or (t.get('steps') if o.num_epochs is None else None)
+    return _lengths(steps, o.num_epochs or 150, per_epoch, batch*t.get('accumulate', 1)*_world()) | {k: v for k,v in t.items() if k != 'steps'}
+
+def _epoch(o, mix) -> int:
+    "Lines of an epoch: of the set, with what is mixed in"
+    from khmer_ocr.data import open_lines
+    if o.train_samples_per_epoch: return o.train_samples_per_epoch
+    return 10_000 if o.data == 'onthefly' else round(len(open_lines(o.data, limit=o.max_samples))/(1-mix))
+
+# %% ../nbs/32_cli.ipynb #8c58fff2
+def _train_settings(o):
+    "Kind of reader, its shape, TrainConfig, Recipe, Feed and stages, from file and options"
+    from khmer_ocr.data import Feed, read_stages
     from khmer_ocr.synth import Recipe
-    t, given = _tables(config), lambda **kw: {k: v for k,v in kw.items() if v is not None}
-    batch = batch or t['train'].get('batch_size') or 64
-    if steps is None and epochs is None: steps = t['train'].get('steps')
-    per_epoch = per_epoch or (10_000 if data == 'onthefly' else _set_size(data, max_samples))
-    if threads is not None or 'threads' not in t['train']: threads = _threads(threads, workers)
-    t['train'] |= given(batch_size=batch, lr=lr, seed=seed, threads=threads)
-    t['train'] = dict(channels_last=True) | _lengths(steps, epochs or 150, per_epoch, batch) | {k: v for k,v in t['train'].items() if k != 'steps'}
-    t['recipe'] = dict(random_text=True) | t['recipe'] | given(seed=seed, preset=preset, corpus=corpus)
-    model = {k: tuple(v) if isinstance(v, list) else v for k,v in t['model'].items()}
-    return Recipe.from_dict(t['recipe']), configure(TrainConfig, t['train']), configure(CTCConfig, model)
+    from khmer_ocr.training import TrainConfig, configure
+    t, given = _tables(o.config), lambda **kw: {k: v for k,v in kw.items() if v is not None}
+    recipe = Recipe.from_dict(dict(random_text=True) | t['recipe'] | given(seed=o.seed, preset=o.preset, corpus=o.corpus))
+    feed = configure(Feed, t['data'] | given(mix=o.mix, scale=o.scale, skip_unknown=o.skip_unknown or None))
+    gentle = [dict(steps=o.gentle_start, **_gentle), {}] if o.gentle_start else t['curriculum']
+    stages = read_stages(gentle, recipe)
+    kind = _recogniser(o.model); shape = _shape(kind, t['model'], o.init)
+    batch = o.batch_size or t['train'].get('batch_size') or 64
+    if batch == 'auto': batch = _auto_batch(kind, shape, o.out, o.resume)
+    configure(TrainConfig, t['train'] | dict(batch_size=batch))          # wrong names and types are found before anything is reckoned with
+    return kind, shape, configure(TrainConfig, _loop_settings(t['train'], o, _epoch(o, feed.mix), batch)), recipe, feed, stages
 
-# %% ../nbs/32_cli.ipynb #c537a436
-def _validation(folder: str|None, samples: int|None):
+_gentle = dict(preset='light', wording=dict(lengths=[.7, .3, 0., 0.]))          # short lines, light damage
+
+# %% ../nbs/32_cli.ipynb #c48b24da
+def _validation(folder: str|None, samples: int|None, height: int):
     "Batches of the validation set; 'none' means no evaluation"
     if folder == 'none': return None
     from khmer_ocr.data import FixedSet, open_lines
-    chosen = FixedSet(limit=samples) if folder is None else open_lines(folder, limit=samples)
+    chosen = FixedSet(height=height, limit=samples) if folder is None else open_lines(folder, height, samples)
     return chosen.batches()
 
-def _source(data, max_samples, recipe, net):  # (data, texts) for `train_ctc`
-    "The source of images; with `max_samples`, its first lines only"
+def _lines(o, shape, loop, recipe, feed, stages):  # (data, texts) for the training
+    "The source of images; with `--max-samples`, its first lines only"
     from khmer_ocr.corpus import load_lines
-    from khmer_ocr.data import open_lines
-    if data != 'onthefly': return open_lines(data, net.height, max_samples), None
-    return data, load_lines(recipe.corpus, 'train')[:max_samples] if max_samples else None
-
-def _set_size(data, limit) -> int:
-    "Lines of a set on disk"
-    from khmer_ocr.data import open_lines
-    return len(open_lines(data, limit=limit))
+    from khmer_ocr.data import training_source
+    from khmer_ocr.text import charset
+    texts = load_lines(recipe.corpus, 'train')[:o.max_samples] if o.data == 'onthefly' and o.max_samples else None
+    if o.data == 'onthefly' and not stages and not feed.scale and not feed.mix: return o.data, texts
+    per_step = loop.batch_size*loop.accumulate*_world()
+    source = training_source(o.data, recipe, feed, stages, loop.steps*per_step, per_step, shape.height, charset(shape.charset), texts, o.max_samples)
+    return source, texts
 
 def _fresh(out, resume):
     "A new run does not silently replace an old one"
     if not resume and (Path(out)/'latest.safetensors').exists(): raise KhmerOCRError(f'{out} holds a training run: go on with --resume latest, or choose another --out')
     if resume == 'latest' and not (Path(out)/'latest.safetensors').exists(): raise KhmerOCRError(f'No training run in {out} to resume: leave --resume away, or check --out')
 
-# %% ../nbs/32_cli.ipynb #cf9b6ba6
+# %% ../nbs/32_cli.ipynb #b0a0886f
 @app.command()
 def train(
-    model: str = typer.Option('ctc', '--model', metavar='ctc', callback=_one_of('ctc'), help='Which recogniser.'),
+    model: str = typer.Option('ctc', '--model', metavar='ctc|seq2seq', callback=_one_of('ctc', 'seq2seq'), help='Which kind of recogniser.'),
     data: str = typer.Option('onthefly', '--data', metavar='onthefly|DIR', help='Images made while training, or a set on disk: a split, its set, shards or labels.tsv.'),
-    config: str = typer.Option(None, '--config', help='Settings as TOML or JSON: [train], [recipe], [model].'),
+    mix: float = typer.Option(None, '--mix', metavar='SHARE', help='With a set: this share of the lines is made on the fly.'),
+    skip_unknown: bool = typer.Option(False, '--skip-unknown', help='Leave out lines whose labels have characters that the reader lacks.'),
+    config: str = typer.Option(None, '--config', help='Settings as TOML or JSON: [train], [recipe], [data], [model], [[curriculum]].'),
     num_epochs: int = typer.Option(None, '--num-epochs', callback=_positive, help='Epochs; default 150.'),
     train_samples_per_epoch: int = typer.Option(None, '--train-samples-per-epoch', callback=_positive, help='Images per epoch; default 10,000 or the set.'),
-    batch_size: str = typer.Option(None, '--batch-size', metavar='N|auto', help='Lines per step; default 64.'),
+    batch_size: str = typer.Option(None, '--batch-size', metavar='N|auto', help='Lines per step; default 64; auto: what fits into memory.'),
     max_samples: int = typer.Option(None, '--max-samples', callback=_positive, help='Use only the first lines of corpus or set.'),
     steps: int = typer.Option(None, '--steps', callback=_positive, help='Length in steps, in place of epochs.'),
-    lr: float = typer.Option(None, '--lr', help='Highest learning rate; default 0.002.'),
+    lr: float = typer.Option(None, '--lr', help='Highest learning rate; default 0.002, with --init 0.0005.'),
+    gentle_start: int = typer.Option(None, '--gentle-start', metavar='STEPS', callback=_positive, help='Short lines with light damage for so many steps.'),
+    scale: float = typer.Option(None, '--scale', help='Lines at sizes from 1-SCALE to 1+SCALE within the height; default 0.'),
     resume: str = typer.Option(None, '--resume', metavar='latest|PATH', help='Go on with a run.'),
-    init: str = typer.Option(None, '--init', metavar='PATH', help='Start from the weights of a checkpoint.'),
+    init: str = typer.Option(None, '--init', metavar='NAME|PATH', help='Start from the weights of a model.'),
+    freeze: list[str] = typer.Option(None, '--freeze', metavar='PART', help='Do not train this part of the network, such as look (may be repeated).'),
     validation_dir: str = typer.Option(None, '--validation-dir', metavar='DIR|none', help='Labelled lines to evaluate on; default data/validation_fixed.'),
     validation_samples: int = typer.Option(None, '--validation-samples', callback=_positive, help='Only so many of them.'),
-    out: str = typer.Option('models/ctc', '--out', help='Folder for checkpoints, history and logs.'),
+    patience: int = typer.Option(None, '--patience', callback=_seed, help='Stop after so many evaluations without fewer errors.'),
+    stop_at: float = typer.Option(None, '--stop-at', metavar='CER', help='Stop at this share of wrong characters, such as 0.01.'),
+    keep_best: int = typer.Option(None, '--keep-best', callback=_seed, help='Keep so many of the best weights, beside the best.'),
+    precision: str = typer.Option(None, '--precision', metavar='auto|bf16-mixed|16-mixed|32-true', callback=_one_of('auto', 'bf16-mixed', '16-mixed', '32-true'), help='Of the arithmetic.'),
+    out: str = typer.Option(None, '--out', help='Folder for checkpoints, history and logs; default models/MODEL.'),
+    logs: str = typer.Option(None, '--logs', metavar='DIR', help='Put tables and TensorBoard curves into DIR/RUN, RUN being the name of --out.'),
     seed: int = typer.Option(None, '--seed', callback=_seed, help='Decides weights and data; default 42.'),
     preset: str = typer.Option(None, '--preset', help='How training lines are damaged.'),
     corpus: str = typer.Option(None, '--corpus', help='Folder of the corpus.'),
     workers: int = typer.Option(0, '--workers', callback=_seed, help='Processes that make images beside the training; 0: none.'),
     threads: int = typer.Option(None, '--threads', callback=_seed, help='CPU threads; default: the free cores, less the workers; 0: as PyTorch likes.')):
-    "Train a recogniser, on images made on the fly or on a set from disk."
-    _fresh(out, resume)
-    recipe, loop, net = _train_settings(config, _batch_size(batch_size), steps, num_epochs, train_samples_per_epoch, lr, seed, preset, corpus, threads, workers, max_samples, data)
-    from khmer_ocr.ctc import train_ctc
-    data, texts = _source(data, max_samples, recipe, net)
-    learn = train_ctc(out, recipe, loop, net, data=data, validation=_validation(validation_dir, validation_samples), workers=workers, resume=resume, init=init, texts=texts)
-    if learn.stopping == 'Ctrl-C': raise _Stopped(f'stopped at step {learn.step}: the same command with --resume latest goes on from there')
-    print(f'{learn.step} steps done; weights in {out}/best.safetensors' + ''.join(f', {k} {v:.4f}' for k,v in learn.metrics.items()))
+    "Train a recogniser, on images made on the fly, on a set from disk, or on both."
+    from types import SimpleNamespace
+    o = SimpleNamespace(**locals()); o.out = out or f'models/{model}'; o.batch_size = _batch_size(batch_size)
+    _fresh(o.out, resume)
+    _train(o)
+
+# %% ../nbs/32_cli.ipynb #87fcf2bc
+def _train(o):
+    "The run that the options `o` describe"
+    if o.init:
+        from khmer_ocr.reader import _checkpoint
+        o.init = _checkpoint(o.init)
+    kind, shape, loop, recipe, feed, stages = _train_settings(o)
+    data, texts = _lines(o, shape, loop, recipe, feed, stages)
+    first = not int(os.environ.get('RANK', 0))
+    if (n := getattr(data, 'left_out', 0)) and first: print(f'{n} lines are left out: their labels have characters that the reader has no letter for', file=sys.stderr)
+    learn = kind.train(o.out, recipe, loop, shape, data=data, validation=_validation(o.validation_dir, o.validation_samples, shape.height), workers=o.workers, resume=o.resume, init=o.init, texts=texts)
+    if not first: return
+    if learn.stopping in ('Ctrl-C', 'SIGTERM'): raise _Stopped(f'stopped at step {learn.step}: the same command with --resume latest goes on from there')
+    print(f'{learn.step} steps done; weights in {o.out}/best.safetensors' + ''.join(f', {k} {v:.4f}' for k,v in learn.metrics.items()))
 
 # %% ../nbs/32_cli.ipynb #028bbcfd
 @app.command()

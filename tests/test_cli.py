@@ -208,6 +208,105 @@ def test_bad_training(tiny, tmp_path):
     (tmp_path/'x.safetensors').write_bytes(b'x'*50)
     refused(*go, '--resume', tmp_path/'x.safetensors', '--validation-dir', 'none', word='x.safetensors')
 
+def own_lines(folder, texts=('កខ', 'គឃង', 'ភ្នំពេញ', '១២៣', 'ខ្មែរ', 'សាលារៀន')):
+    "A labels.tsv as a user may have it"
+    folder.mkdir()
+    for i in range(len(texts)): Image.fromarray(np.where(np.random.default_rng(i).random((40, 90+20*i)) < .2, 0, 255).astype(np.uint8)).save(folder/f'{i}.png')
+    (folder/'labels.tsv').write_text(''.join(f'{i}.png\t{t}\n' for i,t in enumerate(texts)), encoding='utf-8')
+    return folder
+
+def tuning(tiny, model, tmp_path, *more):
+    go = ('train', '--corpus', tiny/'corpus', '--data', tmp_path/'mine', '--mix', .5, '--init', model, '--batch-size', 2, '--steps', 4, '--threads', 1, '--validation-dir', tiny/'set/val', '--validation-samples', 2)
+    (tmp_path/'t.toml').write_text('[train]\nprecision = "32-true"\ntensorboard = false\nsave_every = 2\n')
+    return (*go, '--config', tmp_path/'t.toml', *more)
+
+def test_fine_tuning_on_own_lines(tiny, model, tmp_path):
+    "Own lines with drawn ones mixed in, from trained weights, part of them frozen, at several sizes; resumed to the same bytes"
+    from khmer_ocr.learner import load_checkpoint
+    own_lines(tmp_path/'mine'); go = tuning(tiny, model, tmp_path, '--freeze', 'look', '--scale', .2, '--keep-best', 1, '--logs', tmp_path/'logs')
+    assert '4 steps done' in ok(*go, '--out', tmp_path/'whole')
+    a, b = load_checkpoint(model)[0], load_checkpoint(tmp_path/'whole/best.safetensors')
+    assert all(a[k].equal(v) for k, v in b[0].items() if k.startswith('look.')) and not a['name.weight'].equal(b[0]['name.weight'])
+    assert b[1]['settings']['lr'] == 5e-4 and b[1]['config']['hidden'] == 8 and 'share of 0.5' in b[1]['recipe']['data']
+    shutil.copytree(tmp_path/'whole', tmp_path/'cut'); shutil.copytree(tmp_path/'logs/whole', tmp_path/'logs/cut')
+    ok(*go, '--out', tmp_path/'cut', '--resume', 'latest')
+    assert (tmp_path/'logs/whole/history.csv').exists() and list((tmp_path/'whole').glob('step-*'))
+
+def test_tuning_stopped_and_resumed_is_tuning(tiny, model, tmp_path):
+    own_lines(tmp_path/'mine'); go = [*tuning(tiny, model, tmp_path, '--patience', 1)]
+    # `stop_at` above any score ends the first run at its first evaluation, at step 2
+    (tmp_path/'t.toml').write_text((tmp_path/'t.toml').read_text() + 'eval_every = 2\n')
+    ok(*go, '--out', tmp_path/'whole', '--patience', 9); assert '2 steps done' in ok(*go, '--out', tmp_path/'cut', '--stop-at', 99)
+    ok(*go, '--out', tmp_path/'cut', '--resume', 'latest', '--patience', 9)
+    from khmer_ocr.learner import load_checkpoint
+    a, b = (load_checkpoint(tmp_path/k/'latest.safetensors') for k in ('whole', 'cut'))
+    assert all(v.equal(b[0][k]) for k, v in a[0].items()) and (tmp_path/'whole/history.csv').read_bytes() == (tmp_path/'cut/history.csv').read_bytes()
+
+def test_labels_that_the_reader_has_no_letters_for(tiny, model, tmp_path):
+    own_lines(tmp_path/'mine', ('កខ', 'ក漢', 'គឃ字ង'))
+    go = tuning(tiny, model, tmp_path, '--out', tmp_path/'run')
+    line = refused(*go, word='2 of 3 labels'); assert '漢 (U+6F22)' in line and '1.png' in line and not (tmp_path/'run').exists()
+    r = call(*go, '--skip-unknown')
+    assert r.exit_code == 0 and r.stderr.splitlines()[0].startswith('2 lines are left out')
+
+def test_a_curriculum_from_a_file_and_from_an_option(tiny, tmp_path):
+    from khmer_ocr.learner import load_checkpoint
+    settings(tmp_path/'s.toml'); text = (tmp_path/'s.toml').read_text()
+    (tmp_path/'s.toml').write_text(text + '[[curriculum]]\nsteps = 2\npreset = "light"\nwording = {lengths = [1, 0, 0, 0]}\n[[curriculum]]\nshare = 0.25\npreset = "clean"\n[[curriculum]]\n')
+    go = ('train', '--corpus', tiny/'corpus', '--steps', 8, '--batch-size', 2, '--threads', 1, '--validation-dir', 'none', '--config')
+    ok(*go, tmp_path/'s.toml', '--out', tmp_path/'a')
+    assert load_checkpoint(tmp_path/'a/latest.safetensors')[1]['recipe']['data'] == 'onthefly, by stages: light to line 4; clean to line 8; mixed'
+    (tmp_path/'b.json').write_text(json.dumps(dict(train=dict(tensorboard=False), model=dict(channels=[8, 8, 8, 8, 16], hidden=8, layers=1))) + '// gently')
+    ok(*go, tmp_path/'b.json', '--out', tmp_path/'b', '--gentle-start', 3)
+    assert 'light to line 6; mixed' in load_checkpoint(tmp_path/'b/latest.safetensors')[1]['recipe']['data']
+    (tmp_path/'s.toml').write_text(text + '[[curriculum]]\nsteps = 2\nprset = "light"\n[[curriculum]]\n')
+    refused(*go, tmp_path/'s.toml', '--out', tmp_path/'c', word='did you mean preset')
+    (tmp_path/'s.toml').write_text(text + '[data]\nmixx = 0.5\n')
+    refused(*go, tmp_path/'s.toml', '--out', tmp_path/'c', word='did you mean mix')
+    assert not (tmp_path/'c').exists()
+
+def test_automatic_batch_size_stays_with_the_run(tiny, tmp_path, monkeypatch):
+    import khmer_ocr.training as training
+    from khmer_ocr.learner import load_checkpoint
+    go = ('train', '--config', settings(tmp_path/'s.toml'), '--corpus', tiny/'corpus', '--batch-size', 'auto', '--threads', 1, '--validation-dir', 'none', '--out', tmp_path/'run', '--steps')
+    monkeypatch.setattr(training, 'free_memory', lambda device='cpu': 12*2**20)
+    ok(*go, 1); n = load_checkpoint(tmp_path/'run/latest.safetensors')[1]['settings']['batch_size']
+    assert 1 <= n < 64
+    monkeypatch.setattr(training, 'free_memory', lambda device='cpu': 2**40)
+    ok(*go, 2, '--resume', 'latest')
+    assert load_checkpoint(tmp_path/'run/latest.safetensors')[1]['settings']['batch_size'] == n
+
+def test_bad_tuning(tiny, model, tmp_path):
+    own_lines(tmp_path/'mine'); go = tuning(tiny, model, tmp_path, '--out', tmp_path/'run')
+    refused(*go, '--freeze', 'loo', word='did you mean look'); refused(*go, '--mix', '1.5', word="'mix' is 1.5"); refused(*go, '--precision', '8-bit', word='bf16-mixed')
+    refused('train', '--mix', .5, '--corpus', tiny/'corpus', '--validation-dir', 'none', '--steps', 1, '--out', tmp_path/'run', word='give the folder of a set')
+    refused(*(a if a != model else 'fats' for a in go), word='Unknown model')
+    assert not (tmp_path/'run').exists()
+
+@pytest.mark.skipif(os.name == 'nt', reason='signals')
+def test_sigterm_to_the_whole_group_stops_and_saves(tiny, tmp_path):
+    "As torchrun and batch systems send it: the worker lives until its parent has finished the step"
+    go = ('train', '--config', settings(tmp_path/'s.toml', log_every=1), '--corpus', tiny/'corpus', '--workers', '1', '--batch-size', '2', '--threads', '1', '--validation-dir', 'none', '--out', tmp_path/'run', '--steps', '100000')
+    p = subprocess.Popen([*command, *map(str, go)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path/'run/history.csv').exists() and p.poll() is None: time.sleep(.1)
+    os.killpg(p.pid, signal.SIGTERM)
+    out, err = p.communicate(timeout=120)
+    assert p.returncode == 130 and out == '' and err.splitlines()[-1].startswith('khmer-ocr: stopped at step') and 'Traceback' not in err and 'rror' not in err, err
+    assert (tmp_path/'run/latest.safetensors').exists()
+
+@pytest.mark.skipif(os.name == 'nt', reason='gloo')
+def test_train_under_torchrun(tiny, tmp_path):
+    "Two processes: one writes and speaks, and the result is that of one process with twice the batches"
+    from test_training import torchrun
+    from khmer_ocr.learner import load_checkpoint, read_history
+    net = '[model]\nchannels = [8, 8, 8, 8, 16]\nhidden = 8\nlayers = 1\ndropout = 0.0\n'
+    for name, k in (('two', 1), ('one', 2)): (tmp_path/f'{name}.toml').write_text(f'[train]\nprecision = "32-true"\ntensorboard = false\nlog_every = 1\naccumulate = {k}\n{net}')
+    go = lambda name: ['train', '--config', tmp_path/f'{name}.toml', '--corpus', tiny/'corpus', '--steps', '4', '--batch-size', '2', '--threads', '1', '--validation-dir', 'none', '--out', tmp_path/name]
+    r = torchrun('--no-python', *command, *go('two'))
+    assert r.returncode == 0 and r.stdout.count('4 steps done') == 1, r.stderr
+    ok(*go('one'))
+    for a, b in zip(*(read_history(tmp_path/k/'history.csv') for k in ('one', 'two')), strict=True): assert a['loss'] == pytest.approx(b['loss'], rel=1e-3)
+
 def test_evaluate(tiny, model, tmp_path):
     assert 'character errors' in ok('evaluate', tiny/'set', '--model', model)
     assert json.loads(ok('evaluate', tiny/'set/val', '--model', model, '--json'))['lines'] == 4
