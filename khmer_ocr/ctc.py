@@ -6,7 +6,7 @@
 __all__ = ['STRIDE', 'Units', 'conv', 'Pair', 'Block', 'Attend', 'CTCConfig', 'n_frames', 'CTCNet', 'Frames', 'grow', 'CTCLoss',
            'greedy', 'read_batches', 'evaluate_net', 'header', 'load_ctc', 'Padding', 'train_ctc', 'release']
 
-# %% ../nbs/10_ctc.ipynb #0514dff2
+# %% ../nbs/10_ctc.ipynb #2cbb600a
 import re, time
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from torch import nn
 from .text import COENG, CONSONANTS, INDEPENDENT, Charset, KhmerOCRError, charset
 from .synth import Recipe
 from .data import HEIGHT, POOL, LineSource, OnTheFlyDataset, as_input, open_lines
+from .training import TrainConfig, smooth_ctc
 from .metrics import score
-from .learner import Callback, Learner, TrainConfig, load_weights, save_checkpoint
+from .learner import Callback, Learner, load_weights, save_checkpoint
 
 # %% ../nbs/10_ctc.ipynb #8f0c7a78
 class Units:
@@ -199,10 +200,10 @@ def grow(
     _grow_lstm(old.read, new.read)
     return new.eval()
 
-# %% ../nbs/10_ctc.ipynb #6035e012
+# %% ../nbs/10_ctc.ipynb #d0721234
 class CTCLoss:
-    "loss(model, batch) of `collate`'s batches: mean CTC loss per unit (nats), in float32"
-    def __init__(self, units: Units, stride=STRIDE): self.units, self.stride = units, stride
+    "loss(model, batch) of `collate`'s batches: mean CTC loss per unit (nats), in float32; `smoothing` as in `training.smooth_ctc`"
+    def __init__(self, units: Units, stride=STRIDE, smoothing=0.): self.units, self.stride, self.smoothing = units, stride, smoothing
     def __call__(self, model, batch):
         x = as_input(batch['images']).contiguous(memory_format=torch.channels_last)
         logits = model(x, batch['widths']).float()
@@ -210,7 +211,8 @@ class CTCLoss:
         lengths = torch.tensor([len(i) for i in ids])
         targets = torch.tensor([i for s in ids for i in s], device=logits.device)
         frames = n_frames(batch['widths'], self.stride).clamp(max=logits.shape[1])
-        return F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), targets, frames.cpu(), lengths, zero_infinity=True)
+        log_probs = logits.log_softmax(-1).transpose(0, 1)
+        return smooth_ctc(F.ctc_loss(log_probs, targets, frames.cpu(), lengths, zero_infinity=True), log_probs, frames, self.smoothing)
 
 # %% ../nbs/10_ctc.ipynb #0a6a1535
 def greedy(
@@ -272,7 +274,7 @@ class Padding(Callback):
         self.used += int(b['widths'].sum()); self.total += b['images'].shape[0]*b['images'].shape[-1]
         learn.shown['padding'] = 1-self.used/self.total
 
-# %% ../nbs/10_ctc.ipynb #34b638c4
+# %% ../nbs/10_ctc.ipynb #0369821e
 def train_ctc(
     out_dir,  # checkpoints, history and logs
     recipe: Recipe = Recipe(random_text=True),  # of the on-the-fly stream
@@ -297,10 +299,10 @@ def train_ctc(
     batches = lambda n: lines.stream(train.batch_size, seed, pool, n, workers)
     val = validation if validation is None or isinstance(validation, list) else open_lines(validation, config.height).batches()
     about = header(config, units, recipe=asdict(recipe) | dict(data=str(getattr(data, 'path', data))), train=asdict(train), init=str(init) if init else None)
-    learn = Learner(net, CTCLoss(units, config.stride), batches, train, out_dir, [Padding(), *callbacks], (lambda m: evaluate_net(m, units, val)) if val else None, about, verbose=verbose)
+    learn = Learner(net, CTCLoss(units, config.stride, train.label_smoothing), batches, train, out_dir, [Padding(), *callbacks], (lambda m: evaluate_net(m, units, val)) if val else None, about, verbose=verbose)
     return learn.fit(resume)
 
-# %% ../nbs/10_ctc.ipynb #d27603a7
+# %% ../nbs/10_ctc.ipynb #83de39ee
 def release(
     checkpoint,  # of a training run
     path,  # .safetensors to write
@@ -308,8 +310,8 @@ def release(
 ) -> int:  # bytes written
     "Averaged weights in half precision, with a header that says what they are; statistics of the norms stay in float32"
     weights, head = load_weights(checkpoint)
-    if head.get('model') != 'ctc': raise KhmerOCRError(f'{checkpoint} holds no CTC reader')
+    if 'charset' not in head: raise KhmerOCRError(f'{checkpoint} holds no reader')
     half = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in weights.items()}
-    keep = {k: v for k, v in head.items() if k in ('model', 'config', 'charset', 'height', 'stride', 'preprocess', 'normal_form', 'recipe', 'train', 'init', 'step')}
+    keep = {k: v for k, v in head.items() if k in ('model', 'config', 'charset', 'height', 'stride', 'preprocess', 'normal_form', 'recipe', 'train', 'init', 'step', 'decoder')}
     save_checkpoint(path, half, keep | about)
     return Path(path).stat().st_size
