@@ -332,23 +332,42 @@ def _threads(given: int|None, workers: int) -> int:
     asked = os.environ.get('OMP_NUM_THREADS', '')
     return int(asked) if asked.isdigit() else max(1, min(8, free//_world()-workers))
 
-# %% ../nbs/32_cli.ipynb #985ba57e
+# %% ../nbs/32_cli.ipynb #2ecfd775
 def _recogniser(name):
     "Of a kind of reader: its settings, what trains it, what opens a checkpoint, and (settings) -> network and loss"
     from types import SimpleNamespace as Kind
     from khmer_ocr import ctc
     if name == 'ctc':
         def parts(c): units = ctc.Units(ctc.charset(c.charset)); return ctc.CTCNet(len(units), c), ctc.CTCLoss(units, c.stride)
-        return Kind(shape=ctc.CTCConfig, train=ctc.train_ctc, load=ctc.load_ctc, parts=parts)
+        return Kind(name=name, shape=ctc.CTCConfig, train=ctc.train_ctc, load=ctc.load_ctc, parts=parts)
     from khmer_ocr import seq2seq
-    def parts(c): units = seq2seq.make_units(c); return seq2seq.Seq2Seq(len(units), c), seq2seq.Seq2SeqLoss(units, c, 0)
-    return Kind(shape=seq2seq.Seq2SeqConfig, train=seq2seq.train_seq2seq, load=seq2seq.load_seq2seq, parts=parts)
+    def parts(c): units = seq2seq.make_units(c); return seq2seq.Seq2Seq(len(units), c), seq2seq.Seq2SeqLoss(units, c)
+    return Kind(name=name, shape=seq2seq.Seq2SeqConfig, train=seq2seq.train_seq2seq, load=seq2seq.load_seq2seq, parts=parts)
 
-def _shape(kind, table: dict, init):
-    "Settings of the network: of the file, or those of the weights that it starts from"
+# %% ../nbs/32_cli.ipynb #9a582b68
+def _named_settings(o):
+    "The preset of `--settings`; None for CTC readers, which have none"
+    if o.model == 'ctc':
+        if o.settings: raise KhmerOCRError(f'--settings {o.settings} belongs to --model seq2seq; the settings of a CTC reader stand in a file (--config)')
+        return None
+    from khmer_ocr.learner import load_checkpoint
+    from khmer_ocr.seq2seq import seq2seq_preset
+    on = o.init if o.init and load_checkpoint(o.init)[1].get('model') == 'ctc' else None
+    return seq2seq_preset(o.settings or ('joint' if on else 'recommended'), encoder=on)
+
+def _shape(kind, table: dict, init, preset):
+    "Settings of the network: of the weights that it starts from, or of the preset and the file"
+    from dataclasses import asdict
+    from khmer_ocr.learner import load_checkpoint
     from khmer_ocr.training import configure
-    if init and not table: return kind.load(init)[0].config
-    return configure(kind.shape, {k: tuple(v) if isinstance(v, list) else v for k,v in table.items()})
+    if init and not table and load_checkpoint(init)[1].get('model') == kind.name: return kind.load(init)[0].config
+    table = {k: tuple(v) if isinstance(v, list) else v for k,v in table.items()}
+    return configure(kind.shape, (asdict(preset.config) if preset else {}) | table)
+
+def _unusual(loop) -> dict:
+    "What a TrainConfig has other than the defaults; lengths between evaluations are our own business"
+    from dataclasses import asdict
+    return {k: v for k,v in asdict(loop).items() if v != asdict(type(loop)())[k] and k not in ('eval_every', 'save_every')}
 
 # %% ../nbs/32_cli.ipynb #feb1ab9a
 def _auto_batch(kind, shape, out, resume) -> int:
@@ -377,7 +396,7 @@ def _epoch(o, mix) -> int:
     if o.train_samples_per_epoch: return o.train_samples_per_epoch
     return 10_000 if o.data == 'onthefly' else round(len(open_lines(o.data, limit=o.max_samples))/(1-mix))
 
-# %% ../nbs/32_cli.ipynb #8c58fff2
+# %% ../nbs/32_cli.ipynb #0129ea77
 def _train_settings(o):
     "Kind of reader, its shape, TrainConfig, Recipe, Feed and stages, from file and options"
     from khmer_ocr.data import Feed, read_stages
@@ -388,7 +407,8 @@ def _train_settings(o):
     feed = configure(Feed, t['data'] | given(mix=o.mix, scale=o.scale, skip_unknown=o.skip_unknown or None))
     gentle = [dict(steps=o.gentle_start, **_gentle), {}] if o.gentle_start else t['curriculum']
     stages = read_stages(gentle, recipe)
-    kind = _recogniser(o.model); shape = _shape(kind, t['model'], o.init)
+    kind, preset = _recogniser(o.model), _named_settings(o); shape = _shape(kind, t['model'], o.init, preset)
+    if preset: t['train'] = _unusual(preset.train) | t['train']
     batch = o.batch_size or t['train'].get('batch_size') or 64
     if batch == 'auto': batch = _auto_batch(kind, shape, o.out, o.resume)
     configure(TrainConfig, t['train'] | dict(batch_size=batch))          # wrong names and types are found before anything is reckoned with
@@ -396,7 +416,7 @@ def _train_settings(o):
 
 _gentle = dict(preset='light', wording=dict(lengths=[.7, .3, 0., 0.]))          # short lines, light damage
 
-# %% ../nbs/32_cli.ipynb #c48b24da
+# %% ../nbs/32_cli.ipynb #0201f508
 def _validation(folder: str|None, samples: int|None, height: int):
     "Batches of the validation set; 'none' means no evaluation"
     if folder == 'none': return None
@@ -404,12 +424,22 @@ def _validation(folder: str|None, samples: int|None, height: int):
     chosen = FixedSet(height=height, limit=samples) if folder is None else open_lines(folder, height, samples)
     return chosen.batches()
 
+def _texts(o, recipe, shape):
+    "What is drawn from, where that is not simply the corpus: its first lines, or those that the charset can write"
+    from khmer_ocr.corpus import load_lines
+    from khmer_ocr.text import charset
+    few = o.max_samples if o.data == 'onthefly' else None
+    if few is None and o.model == 'ctc': return None
+    known = frozenset(charset(shape.charset).symbols)
+    texts = [l for l in load_lines(recipe.corpus, 'train')[:few] if known.issuperset(l)]
+    if not texts: raise KhmerOCRError(f'No line of {recipe.corpus} can be written with the charset {shape.charset}: choose another charset or corpus')
+    return texts
+
 def _lines(o, shape, loop, recipe, feed, stages):  # (data, texts) for the training
     "The source of images; with `--max-samples`, its first lines only"
-    from khmer_ocr.corpus import load_lines
     from khmer_ocr.data import training_source
     from khmer_ocr.text import charset
-    texts = load_lines(recipe.corpus, 'train')[:o.max_samples] if o.data == 'onthefly' and o.max_samples else None
+    texts = _texts(o, recipe, shape) if o.data == 'onthefly' or feed.mix else None
     if o.data == 'onthefly' and not stages and not feed.scale and not feed.mix: return o.data, texts
     per_step = loop.batch_size*loop.accumulate*_world()
     source = training_source(o.data, recipe, feed, stages, loop.steps*per_step, per_step, shape.height, charset(shape.charset), texts, o.max_samples)
@@ -420,10 +450,11 @@ def _fresh(out, resume):
     if not resume and (Path(out)/'latest.safetensors').exists(): raise KhmerOCRError(f'{out} holds a training run: go on with --resume latest, or choose another --out')
     if resume == 'latest' and not (Path(out)/'latest.safetensors').exists(): raise KhmerOCRError(f'No training run in {out} to resume: leave --resume away, or check --out')
 
-# %% ../nbs/32_cli.ipynb #b0a0886f
+# %% ../nbs/32_cli.ipynb #60129622
 @app.command()
 def train(
     model: str = typer.Option('ctc', '--model', metavar='ctc|seq2seq', callback=_one_of('ctc', 'seq2seq'), help='Which kind of recogniser.'),
+    settings: str = typer.Option(None, '--settings', metavar='NAME', help='Of seq2seq: buoy2022, recommended (the default) or joint.'),
     data: str = typer.Option('onthefly', '--data', metavar='onthefly|DIR', help='Images made while training, or a set on disk: a split, its set, shards or labels.tsv.'),
     mix: float = typer.Option(None, '--mix', metavar='SHARE', help='With a set: this share of the lines is made on the fly.'),
     skip_unknown: bool = typer.Option(False, '--skip-unknown', help='Leave out lines whose labels have characters that the reader lacks.'),

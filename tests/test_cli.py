@@ -265,6 +265,21 @@ def test_a_curriculum_from_a_file_and_from_an_option(tiny, tmp_path):
     refused(*go, tmp_path/'s.toml', '--out', tmp_path/'c', word='did you mean mix')
     assert not (tmp_path/'c').exists()
 
+def test_train_the_attention_reader(tiny, model, tmp_path):
+    "From nothing with the settings of the paper, and as a decoder upon a CTC reader that stays as it is"
+    from khmer_ocr.learner import load_checkpoint
+    (tmp_path/'s.toml').write_text('[train]\ntensorboard = false\nprecision = "32-true"\n[model]\nchannels = [4, 4, 4, 4, 4, 4, 4]\nnarrow = 4\nframes = 4\nhidden = 8\nattention = 4\n')
+    go = ('train', '--model', 'seq2seq', '--corpus', tiny/'corpus', '--steps', 2, '--batch-size', 2, '--threads', 1, '--validation-dir', 'none')
+    ok(*go, '--settings', 'buoy2022', '--config', tmp_path/'s.toml', '--out', tmp_path/'a', '--mix', .5, '--data', tiny/'set', '--skip-unknown')
+    kept = load_checkpoint(tmp_path/'a/latest.safetensors')[1]
+    assert kept['model'] == 'seq2seq' and (kept['settings']['lr'], kept['settings']['optimizer'], kept['settings']['steps']) == (1e-6, 'adam', 2)
+    ok(*go, '--init', model, '--out', tmp_path/'b')
+    a, (b, head) = load_checkpoint(model)[0], load_checkpoint(tmp_path/'b/best.safetensors')
+    assert head['settings']['freeze'] == ['encoder'] and any(k.startswith('encoder.') and v.equal(a[k.removeprefix('encoder.')]) for k, v in b.items() if k.removeprefix('encoder.') in a)
+    refused(*go, '--settings', 'bouy2022', '--out', tmp_path/'c', word='did you mean buoy2022')
+    refused('train', '--settings', 'joint', '--out', tmp_path/'c', word='belongs to --model seq2seq')
+    assert not (tmp_path/'c').exists()
+
 def test_automatic_batch_size_stays_with_the_run(tiny, tmp_path, monkeypatch):
     import khmer_ocr.training as training
     from khmer_ocr.learner import load_checkpoint
