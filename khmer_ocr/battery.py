@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIXED', 'DAMAGES', 'LineSet', 'open_set', 'fixed_synth', 'damaged_synth', 'draw_set', 'battery', 'real_lines',
-           'groups', 'Judged', 'visible', 'judge', 'confidences', 'measure', 'choose_peers', 'run_peers', 'rank']
+           'groups', 'Judged', 'visible', 'pool', 'parts_of', 'judge', 'open_readers', 'confidences', 'measure',
+           'choose_peers', 'run_peers', 'rank', 'rank_parts']
 
 # %% ../nbs/16_battery.ipynb #8f377059
 import json, os, sys
@@ -162,6 +163,21 @@ def visible(judged: list[Judged]) -> list[Judged]:
     "Those of which text and images may appear in a report"
     return [j for j in judged if j.lines.shown]
 
+# %% ../nbs/16_battery.ipynb #d9559f0d
+def pool(
+    judged: list[Judged],
+    name: str
+) -> Judged:  # shown only if all of them are
+    "Several sets as one"
+    joined = lambda key: [x for j in judged for x in getattr(j.lines, key)]
+    lines = LineSet(name, *map(joined, ('paths', 'truths', 'facts')), title=name, shown=all(j.lines.shown for j in judged))
+    return Judged(lines, [r for j in judged for r in j.readings])
+
+def parts_of(lines: LineSet) -> dict:  # 'SET PART', 'SET PART KIND' -> numbers of the lines; {} where no part or kind is known
+    "The parts of a set that are scored on their own; those without any text are left out"
+    found = {f'{lines.name} {g}': some for keys in (('part',), ('part', 'kind')) for g, some in groups(lines, *keys).items()}
+    return {name: some for name, some in found.items() if any(lines.truths[i] for i in some)}
+
 # %% ../nbs/16_battery.ipynb #f341090c
 def judge(
     reader: Reader,
@@ -177,6 +193,20 @@ def judge(
             images = [read_image(p) for p in lines.paths[i:i+portion]]
             out += reader.read(images, batch_size=batch_size); bar.update(len(images))
     return Judged(lines, out)
+
+# %% ../nbs/16_battery.ipynb #7fd9d50b
+def open_readers(
+    names: list,  # weights by name or path; '' for the best that ships
+    decoder: str|None = None,  # how scores become text; None or '': as the model likes
+    load=Reader.load
+) -> dict:  # short name -> reader, in the order given
+    "Readers by the names of their weights; two files of one name keep their paths"
+    out, options = {}, dict(decoder=decoder) if decoder else {}
+    for n in map(str, names):
+        reader = load(n or None, **options)
+        short = Path(n).stem if Path(n).suffix else n or reader.header.get('name', 'best')
+        out[n if short in out else short] = reader
+    return out
 
 # %% ../nbs/16_battery.ipynb #aab4a21b
 def confidences(
@@ -212,7 +242,7 @@ def choose_peers(
         if not found and n != 'all': raise KhmerOCRError(f'No peer called {n!r} is installed{suggest(str(n), installed)} (there are: {", ".join(installed) or "none"})')
     return [p for p in installed if any(p in found for found in fits.values())]
 
-# %% ../nbs/16_battery.ipynb #f7aa5a11
+# %% ../nbs/16_battery.ipynb #898c2bd2
 def run_peers(
     lines: LineSet,
     names: list[str],  # as `available_peers` gives them
@@ -237,3 +267,11 @@ def rank(
         rates = {k: v for k, v in score(r.texts, truths, extras=False).items() if k in ('cer_folded', 'cer', 'cluster', 'exact')}
         rows.append(dict(engine=r.engine, **rates, low=low, high=high, behind_ours=None if r is runs[0] else paired_bootstrap(ours, edits, totals, seed=seed)))
     return rows
+
+def rank_parts(
+    runs: list[Run],  # ours first
+    lines: LineSet
+) -> dict:  # name of the set, and of each of `parts_of` -> rows of `rank`
+    "Engines ranked on a set and on its parts"
+    some = lambda r, at: Run(r.engine, [r.texts[i] for i in at], r.cpu_seconds)
+    return {lines.name: rank(runs, lines.truths)} | {name: rank([some(r, at) for r in runs], [lines.truths[i] for i in at]) for name, at in parts_of(lines).items()}

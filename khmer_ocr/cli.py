@@ -504,25 +504,61 @@ def _train(o):
     if learn.stopping in ('Ctrl-C', 'SIGTERM'): raise _Stopped(f'stopped at step {learn.step}: the same command with --resume latest goes on from there')
     print(f'{learn.step} steps done; weights in {o.out}/best.safetensors' + ''.join(f', {k} {v:.4f}' for k,v in learn.metrics.items()))
 
-# %% ../nbs/32_cli.ipynb #028bbcfd
+# %% ../nbs/32_cli.ipynb #1c4ae220
+def _names(given: str|None) -> list[str]:
+    "A comma list; 'none' and nothing are []"
+    return [n.strip() for n in (given or '').split(',') if n.strip() and n.strip() != 'none']
+
+def _evaluation_sets(data, limit, corpus, room) -> list:
+    "The sets to read: the battery, or the one at `data`"
+    from khmer_ocr.battery import battery, open_set, real_lines
+    if data != 'battery': return [open_set(data, room, limit=limit, title=Path(data).name)]
+    return battery(room, limit or 500, corpus=corpus, progress=True) + [s for s in [real_lines()] if s]
+
+def _evaluated(readers: dict, sets: list, peers: list[str], batch_size: int) -> tuple[dict, dict]:
+    "Scores by set (or part of one), and the table of engines where there is more than one"
+    from khmer_ocr.battery import judge, measure, parts_of, rank_parts, run_peers
+    from khmer_ocr.peers import Run
+    scores, ranked = {}, {}
+    for s in sets:
+        first, *others = [(n, judge(r, s, batch_size, progress=True)) for n,r in readers.items()]
+        scores |= {s.name: measure(first[1])} | {name: measure(first[1].part(some)) for name,some in parts_of(s).items()}
+        if others or peers: ranked |= rank_parts([Run(n, j.texts, 0.) for n,j in (first, *others)] + run_peers(s, peers), s)
+    return scores, ranked
+
+# %% ../nbs/32_cli.ipynb #37bf0a8a
+def _evaluation_report(out, data, model, against, limit, corpus, peers, decoder, batch_size, show_lines) -> dict:
+    "Runs the notebook `evaluate`; its metrics"
+    from khmer_ocr.runs import run_notebook
+    params = dict(model=model or '', against=against, data='' if data == 'battery' else data, lines=limit or 0, corpus=corpus, peers=peers, decoder=decoder or '', batch_size=batch_size, show_lines=show_lines)
+    return run_notebook('evaluate', params, out, echo=True).metrics
+
 @app.command()
 def evaluate(
-    data: str = typer.Argument(..., metavar='DIR|labels.tsv', help='Labelled lines: a labels.tsv, a generated set, or a validation set.'),
-    model: str = typer.Option(None, '--model', metavar='NAME|PATH', help='Weights by name or file.'),
-    limit: int = typer.Option(None, '--limit', callback=_positive, help='Only the first lines.'),
+    data: str = typer.Argument(..., metavar='DIR|labels.tsv|battery', help='Labelled lines: a labels.tsv, a set (files or shards), a validation set; or the standard battery of sets.'),
+    model: str = typer.Option(None, '--model', metavar='NAME|PATH', help='Weights by name or file; the best that ships by default.'),
+    against: str = typer.Option(None, '--against', metavar='NAME,...', help='Other weights to compare with.'),
+    peers: str = typer.Option(None, '--peers', metavar='NAME,...|all', help='Other engines on the same lines, such as tesseract; default none.'),
+    limit: int = typer.Option(None, '--limit', callback=_positive, help='Only the first lines; of the battery, lines of each set (default 500).'),
+    decoder: str = typer.Option(None, '--decoder', help='How scores become text.'),
+    corpus: str = typer.Option('data/processed', '--corpus', help='From which the battery is drawn.'),
     batch_size: int = typer.Option(32, '--batch-size', callback=_positive, help='Lines read at once.'),
+    report: str = typer.Option(None, '--report', metavar='DIR', help='Write a report here: the run notebook evaluate.'),
+    hide_lines: bool = typer.Option(False, '--hide-lines', help='No text and no image in the report, only numbers.'),
     as_json: bool = typer.Option(False, '--json', help='Print JSON.')):
     "Read labelled lines and count the errors."
-    from khmer_ocr.reader import Reader
-    from khmer_ocr.metrics import score
-    from khmer_ocr.report import error_by, read_set, score_table
-    got = read_set(Reader.load(model) if model else Reader.load(), data, limit, batch_size)
-    scores = score(got['reads'], got['truths'])
-    kinds = [f.get('part') or f.get('kind') or '' for f in got['facts']]
-    parts = error_by(got['reads'], got['truths'], kinds) if len(set(kinds)) > 1 else {}
-    if as_json: return _print_json({k: float(v) for k,v in scores.items()} | (dict(cer_folded_by=parts) if parts else {}))
-    print(f"{len(got['reads']):,} lines\n{score_table(scores)!r}")
-    for k,v in parts.items(): print(f'  {k}: {100*v:.2f} % of characters')
+    import tempfile
+    from khmer_ocr.battery import choose_peers, open_readers
+    from khmer_ocr.errors import engines_table, sets_table
+    rivals, others = _names(against), choose_peers(_names(peers))
+    if report: m = _evaluation_report(report, data, model, rivals, limit, corpus, others, decoder, batch_size, not hide_lines); scores, ranked = m['scores'], m['ranked']
+    else:
+        readers = open_readers([model or '', *rivals], decoder)
+        with tempfile.TemporaryDirectory() as room: scores, ranked = _evaluated(readers, _evaluation_sets(data, limit, corpus, room), others, batch_size)
+    if as_json: return _print_json(dict(scores=scores) | (dict(engines=ranked) if ranked else {}))
+    print(f'{sets_table(scores)!r}')
+    if ranked: print(f'\n{engines_table(ranked)!r}')
+    if report: print(f'\n{Path(report)/"report.html"}')
 
 # %% ../nbs/32_cli.ipynb #1d6fd9c8
 def _pairs(params: list[str]) -> dict:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['khmer_font_file', 'khmer_mpl_font', 'new_figure', 'show', 'line_grid', 'page_figure', 'read_curves', 'learning_curve',
-           'read_set', 'error_by', 'length_class', 'error_bars', 'Table', 'confusion_table', 'score_table', 'histogram',
+           'error_by', 'length_class', 'error_bars', 'Table', 'confusion_table', 'score_table', 'histogram',
            'write_metrics', 'Facts', 'Sheet', 'count_bars', 'lengths_figure', 'symbol_map', 'rarest', 'drop_table',
            'survey', 'read_records', 'images_of', 'spread', 'note_times', 'font_css', 'read_notebook',
            'outside_references', 'write_report']
@@ -150,32 +150,6 @@ def learning_curve(
         a.set_ylabel(f'{name}, %' if scale == 100 else name, color=colour)
     ax.set_xlabel('step')
     return fig
-
-# %% ../nbs/30_report.ipynb #e98d27ef
-def _known_fonts(folder) -> dict:
-    "Image name -> facts, from the record of a generated split; {} for other sets"
-    record = Path(folder)/'samples.jsonl'
-    rows = [json.loads(l) for l in record.read_text(encoding='utf-8').splitlines()] if record.is_file() else []
-    return {r['name']: {k: r[k] for k in ('font', 'size') if k in r} for r in rows}
-
-def read_set(
-    reader,  # with `.read(images, batch_size=) -> list of Reading`
-    path,  # labels.tsv, its folder, a split of a generated set, or a fixed validation set; of a whole set the split `test` is taken
-    limit: int|None = None,  # at most this many lines, from the beginning
-    batch_size: int = 32,
-    progress: bool = True  # a bar on a terminal
-) -> dict:  # lists of equal length: paths, truths, reads, confidences, facts
-    "Reads every line of a labelled set"
-    from khmer_ocr.data import read_image, read_labels
-    from tqdm import tqdm
-    path = Path(path)/'test' if (Path(path)/'test/labels').is_dir() else Path(path)
-    rows, fonts, out = read_labels(path)[:limit], _known_fonts(path), []
-    with tqdm(total=len(rows), unit='line', disable=not (progress and sys.stderr.isatty())) as bar:
-        for i in range(0, len(rows), 16*batch_size):
-            images = [read_image(p) for p,*_ in rows[i:i+16*batch_size]]
-            out += reader.read(images, batch_size=batch_size); bar.update(len(images))
-    facts = [fonts.get(p.stem, {}) | more for p,_,more in rows]
-    return dict(paths=[p for p,*_ in rows], truths=[t for _,t,_ in rows], reads=[r.text for r in out], confidences=[float(r.confidence) for r in out], facts=facts)
 
 # %% ../nbs/30_report.ipynb #d940890d
 def error_by(

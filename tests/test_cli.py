@@ -323,8 +323,8 @@ def test_train_under_torchrun(tiny, tmp_path):
     for a, b in zip(*(read_history(tmp_path/k/'history.csv') for k in ('one', 'two')), strict=True): assert a['loss'] == pytest.approx(b['loss'], rel=1e-3)
 
 def test_evaluate(tiny, model, tmp_path):
-    assert 'character errors' in ok('evaluate', tiny/'set', '--model', model)
-    assert json.loads(ok('evaluate', tiny/'set/val', '--model', model, '--json'))['lines'] == 4
+    assert 'folded' in ok('evaluate', tiny/'set', '--model', model)
+    assert json.loads(ok('evaluate', tiny/'set/val', '--model', model, '--json'))['scores']['data']['lines'] == 4
     (tmp_path/'labels.tsv').write_text('path\ttext\nx.png\tក\n', encoding='utf-8'); (tmp_path/'empty.tsv').touch()
     refused('evaluate', tmp_path/'labels.tsv', '--model', model, word='x.png'); refused('evaluate', tmp_path/'empty.tsv', '--model', model, word='empty.tsv'); refused('evaluate', tmp_path/'nothing', '--model', model, word='nothing')
 

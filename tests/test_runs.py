@@ -23,13 +23,16 @@ def demo_page(folder):
 
 def parameters(name, t, d):
     if name == 'demo': demo_page(d)
+    if name == 'release': (d/'plan.json').write_text(json.dumps(dict(name='toy', model='ctc', summary='a toy', settings=dict(channels=[8, 8, 8, 8, 16], hidden=8, layers=1), train=dict(batch_size=2, log_every=1, precision='32-true', tensorboard=False), stage=[dict(name='one', train=dict(steps=2)), dict(name='two', train=dict(steps=1), settings=dict(blocks=[1, 0, 0]))])))
     return dict(
         corpus=dict(out=str(d/'corpus'), sources=[str(t/'text.txt')], limit=40, drawn=30, shown=1),
         generate=dict(corpus=str(t/'corpus'), out=str(d/'set'), max_lines=4, shown=2),
         validation_set=dict(corpus=str(t/'corpus'), out=str(d/'fixed'), num_samples=5, shown=2),
         train_ocr=dict(corpus=str(t/'corpus'), validation=str(t/'set/val'), validation_samples=2, model_dir=str(d/'model'), steps=2, batch_size=2, channels=[8, 8, 8, 8, 16], hidden=8, layers=1),
         benchmark=dict(data=str(t/'set/val'), models=str(t/'model/best.safetensors'), limit=3, rendered=5, peer_lines=2, rounds=1),
-        evaluate=dict(model=str(t/'model/best.safetensors'), data=str(t/'set'), limit=3),
+        evaluate=dict(model=str(t/'model/best.safetensors'), data=str(t/'set'), lines=3, peers=[]),
+        language_model=dict(corpus=str(t/'corpus'), model=str(t/'model/best.safetensors'), order=3, cuts=[1], beam=2, alphas=[.3], betas=[.5], real=str(t/'set/val'), clean_set=str(t/'set/val'), hard_set=str(t/'set/test'), limit=2, odd=1, texts=10),
+        release=dict(plan=str(d/'plan.json'), corpus=str(t/'corpus'), validation=str(t/'set/val'), validation_samples=2, model_dir=str(d/'models'), lines=2),
         gallery=dict(texts=['ឆ្នាំ២០២៥', 'ព្រះរាជាណាចក្រកម្ពុជា'], size=18., fates=1, shown=2, model=str(t/'model/best.safetensors')),
         demo=dict(samples=str(t/'set/train'), training=str(t/'model'), evaluation='', page=str(d/'page.png'), truth=str(d/'page.txt'), model=str(t/'model/best.safetensors'), shown=2))[name]
 
@@ -47,7 +50,10 @@ def check_generate(m, facts, page):
 def check_validation(m, facts, page):
     assert m['images'] == 5 == sum(m['fonts'].values()) and m['problems'] == 0 and m['fingerprint'] in page and m['also_in_training'] == 0 and not m['augmented']
 
-checks = dict(corpus=check_corpus, generate=check_generate, validation_set=check_validation)
+def check_release(m, facts, page):
+    assert m['samples'] == 6 and sum(n > 0 for n in m['files'].values()) == 3 and {'fixed', 'heldout', 'photo_heldout'} <= set(m['scores']) and 'What it was measured at' in page
+
+checks = dict(release=check_release, corpus=check_corpus, generate=check_generate, validation_set=check_validation)
 
 @pytest.mark.parametrize('name', available_runs())
 def test_run(name, tiny, tmp_path):

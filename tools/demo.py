@@ -75,8 +75,8 @@ def train_small(corpus, data, models, reports, steps):
 def judge(data, reports, model):
     from khmer_ocr.runs import run_notebook
     done = step(5, f'Evaluation: the weights that ship ({model}) on the fixed lines')
-    run = run_notebook('evaluate', dict(model=model, data=str(data/'validation')), reports/'evaluation', echo=True)
-    s = run.metrics['scores']
+    run = run_notebook('evaluate', dict(model=model, data=str(data/'validation'), peers=[]), reports/'evaluation', echo=True)
+    s = run.metrics['scores']['data']
     done(f'{100*s["cer_folded"]:.2f} % of the characters wrong, {100*s["exact"]:.0f} % of the lines without any error')
 
 # 6
