@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRIDE', 'Units', 'conv', 'Pair', 'Block', 'Attend', 'CTCConfig', 'n_frames', 'CTCNet', 'Frames', 'grow', 'CTCLoss',
-           'greedy', 'read_batches', 'evaluate_net', 'header', 'load_ctc', 'Padding', 'train_ctc', 'release']
+           'greedy', 'read_batches', 'evaluate_net', 'header', 'load_ctc', 'Padding', 'started', 'train_ctc', 'release']
 
 # %% ../nbs/10_ctc.ipynb #2cbb600a
 import re, time
@@ -274,7 +274,19 @@ class Padding(Callback):
         self.used += int(b['widths'].sum()); self.total += b['images'].shape[0]*b['images'].shape[-1]
         learn.shown['padding'] = 1-self.used/self.total
 
-# %% ../nbs/10_ctc.ipynb #0369821e
+# %% ../nbs/10_ctc.ipynb #ebb07710
+def started(net: CTCNet, init, parts=()) -> CTCNet:
+    "`net` with the weights of the checkpoint `init`, or with those of its `parts` alone"
+    old = load_ctc(init)[0]
+    if not parts: return old if old.config == net.config else grow(old, net.config)
+    own = net.state_dict()
+    some = {k: v for k, v in old.state_dict().items() if k.split('.')[0] in parts}
+    bad = [p for p in parts if not any(k.split('.')[0] == p for k in some)] or [k for k, v in some.items() if k not in own or own[k].shape != v.shape]
+    if bad: raise KhmerOCRError(f'{init} has no {bad[0]!r} that fits this network')
+    net.load_state_dict(own | some)
+    return net
+
+# %% ../nbs/10_ctc.ipynb #baea54bb
 def train_ctc(
     out_dir,  # checkpoints, history and logs
     recipe: Recipe = Recipe(random_text=True),  # of the on-the-fly stream
@@ -284,7 +296,8 @@ def train_ctc(
     validation=None,  # batches, or a folder of labelled lines; None: no evaluation
     workers=0,  # processes that make batches
     resume=None,  # 'latest' or a checkpoint: go on with the same run
-    init=None,  # checkpoint whose weights a new run starts from
+    init=None,  # checkpoint whose weights a new run starts from; a smaller network grows
+    parts=(),  # only these parts of it, such as 'look'; the rest starts afresh
     texts=None,  # lines in place of the corpus
     pool=POOL,  # batches a pool (see `data.Pools`)
     callbacks=(),
@@ -293,7 +306,7 @@ def train_ctc(
     "Train a CTC reader"
     torch.manual_seed(train.seed)
     units = Units(charset(config.charset)); net = CTCNet(len(units), config)
-    if init: start = load_ctc(init)[0]; net = start if start.config == config else grow(start, config)
+    if init: net = started(net, init, parts)
     if data == 'onthefly': lines, seed = OnTheFlyDataset(recipe, height=config.height, texts=texts), recipe.seed
     else: lines, seed = data if isinstance(data, LineSource) else open_lines(data, config.height), train.seed
     batches = lambda n: lines.stream(train.batch_size, seed, pool, n, workers)
