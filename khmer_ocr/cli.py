@@ -322,16 +322,6 @@ def _tables(config: str|None) -> dict:
         if not all(isinstance(r, dict) for r in rows) or k == 'curriculum' and rows is not v: raise KhmerOCRError(f'{config}: {k} must be ' + ('a list of tables: write [[curriculum]] before each' if k == 'curriculum' else f'a table: write [{k}] before its settings'))
     return {k: dict(settings.get(k, {})) for k in known[:-1]} | dict(curriculum=[dict(r) for r in settings.get('curriculum', [])])
 
-# %% ../nbs/32_cli.ipynb #24318fd4
-def _world() -> int: return int(os.environ.get('WORLD_SIZE', 1))          # processes that `torchrun` started
-
-def _threads(given: int|None, workers: int) -> int:
-    "CPU threads for the training: as many as there are cores for us, less those that make images"
-    if given is not None: return given
-    free = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    asked = os.environ.get('OMP_NUM_THREADS', '')
-    return int(asked) if asked.isdigit() else max(1, min(8, free//_world()-workers))
-
 # %% ../nbs/32_cli.ipynb #2ecfd775
 def _recogniser(name):
     "Of a kind of reader: its settings, what trains it, what opens a checkpoint, and (settings) -> network and loss"
@@ -381,14 +371,15 @@ def _auto_batch(kind, shape, out, resume) -> int:
     wide = collate([(np.full((shape.height, 1600), 255, np.uint8), 'កខគ'*30)]*2)
     return auto_batch_size(*kind.parts(shape), wide, free_memory(device), 256 if device == 'cuda' else 64)
 
-# %% ../nbs/32_cli.ipynb #95966805
+# %% ../nbs/32_cli.ipynb #aec2e07b
 def _loop_settings(t, o, per_epoch, batch) -> dict:
     "The table [train] with the options over it; lengths in steps"
+    from khmer_ocr.training import free_threads, world_size
     given = dict(batch_size=batch, lr=o.lr, seed=o.seed, patience=o.patience, stop_at=o.stop_at, precision=o.precision, keep_best=o.keep_best, logs=o.logs, freeze=o.freeze or None)
     t = dict(channels_last=True) | (dict(lr=5e-4) if o.init else {}) | t | {k: v for k,v in given.items() if v is not None}
-    if o.threads is not None or 'threads' not in t: t['threads'] = _threads(o.threads, o.workers)
+    if o.threads is not None or 'threads' not in t: t['threads'] = free_threads(o.workers) if o.threads is None else o.threads
     steps = o.steps or (t.get('steps') if o.num_epochs is None else None)
-    return _lengths(steps, o.num_epochs or 150, per_epoch, batch*t.get('accumulate', 1)*_world()) | {k: v for k,v in t.items() if k != 'steps'}
+    return _lengths(steps, o.num_epochs or 150, per_epoch, batch*t.get('accumulate', 1)*world_size()) | {k: v for k,v in t.items() if k != 'steps'}
 
 def _epoch(o, mix) -> int:
     "Lines of an epoch: of the set, with what is mixed in"
@@ -416,7 +407,7 @@ def _train_settings(o):
 
 _gentle = dict(preset='light', wording=dict(lengths=[.7, .3, 0., 0.]))          # short lines, light damage
 
-# %% ../nbs/32_cli.ipynb #0201f508
+# %% ../nbs/32_cli.ipynb #b0d409f4
 def _validation(folder: str|None, samples: int|None, height: int):
     "Batches of the validation set; 'none' means no evaluation"
     if folder == 'none': return None
@@ -439,9 +430,10 @@ def _lines(o, shape, loop, recipe, feed, stages):  # (data, texts) for the train
     "The source of images; with `--max-samples`, its first lines only"
     from khmer_ocr.data import training_source
     from khmer_ocr.text import charset
+    from khmer_ocr.training import world_size
     texts = _texts(o, recipe, shape) if o.data == 'onthefly' or feed.mix else None
     if o.data == 'onthefly' and not stages and not feed.scale and not feed.mix: return o.data, texts
-    per_step = loop.batch_size*loop.accumulate*_world()
+    per_step = loop.batch_size*loop.accumulate*world_size()
     source = training_source(o.data, recipe, feed, stages, loop.steps*per_step, per_step, shape.height, charset(shape.charset), texts, o.max_samples)
     return source, texts
 

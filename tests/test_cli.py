@@ -334,6 +334,13 @@ def test_run(tiny, tmp_path):
     r = call('run', 'corpus', '-p', 'sources', tiny/'text.txt', '-p', 'out', tmp_path/'c', '-p', 'limit=20', '--out', tmp_path/'report', '--json')
     assert r.exit_code == 0 and json.loads(r.stdout)['lines'] > 5 and (tmp_path/'report/report.html').exists()
 
+def test_run_of_a_fine_tuning(tiny, model, tmp_path):
+    own_lines(tmp_path/'mine', ('កខ', 'ក漢', 'គឃង'))
+    p = dict(data=tmp_path/'mine', mix=.5, skip_unknown='true', corpus=tiny/'corpus', validation=tiny/'set/val', validation_samples=2, model_dir=tmp_path/'model', init=model, freeze='["look"]', steps=2, batch_size=2, gentle_start=1, scale=.2, keep_best=1)
+    r = call('run', 'train_ocr', *(a for k,v in p.items() for a in ('-p', f'{k}={v}')), '--out', tmp_path/'report', '--json')
+    assert r.exit_code == 0, r.stderr
+    assert json.loads(r.stdout)['left_out'] == 1 and list((tmp_path/'model').glob('step-000002-cer-*'))
+
 def test_check(): assert ok('check', 'data').endswith('all is well\n')
 
 @pytest.mark.skipif(os.name == 'nt', reason='signals')
