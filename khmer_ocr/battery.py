@@ -97,7 +97,7 @@ def damaged_synth(preset: str, held_out: bool, corpus='data/processed', fonts=No
     "Makes random texts of the split 'test' with the damage of `preset`; no blank lines, seed 77"
     return Synth(Recipe(corpus=str(corpus), fonts=fonts, seed=77, preset=preset, held_out=held_out, random_text=True, augment_val=True, wording=Wording(blank=0.)))
 
-# %% ../nbs/16_battery.ipynb #00808783
+# %% ../nbs/16_battery.ipynb #981df018
 def draw_set(
     synth: Synth,
     split: str,
@@ -115,6 +115,7 @@ def draw_set(
         rows.append((room/f'{i:06d}.png', s.text, {k: s.meta[k] for k in _known if k in s.meta}))
     return LineSet(name, *map(list, zip(*rows)), **more)
 
+# %% ../nbs/16_battery.ipynb #131c0030
 def battery(
     folder,  # for the images
     lines: int = 500,  # of each set
@@ -242,7 +243,7 @@ def choose_peers(
         if not found and n != 'all': raise KhmerOCRError(f'No peer called {n!r} is installed{suggest(str(n), installed)} (there are: {", ".join(installed) or "none"})')
     return [p for p in installed if any(p in found for found in fits.values())]
 
-# %% ../nbs/16_battery.ipynb #898c2bd2
+# %% ../nbs/16_battery.ipynb #3da5ce0e
 def run_peers(
     lines: LineSet,
     names: list[str],  # as `available_peers` gives them
@@ -255,6 +256,7 @@ def run_peers(
         except KhmerOCRError as e: print(f'{name} left out on {lines.name}' + (f': {e}' if lines.shown else ''), file=sys.stderr)
     return out
 
+# %% ../nbs/16_battery.ipynb #475ce14b
 def rank(
     runs: list[Run],  # ours first
     truths: list[str],

@@ -110,18 +110,20 @@ def confusion_spots(
                 if c: at, last = at + 1, x1
     return dict(spots)
 
-# %% ../nbs/30b_errors.ipynb #ca07b8c9
+# %% ../nbs/30b_errors.ipynb #b0fb3733
 def crop_spot(
     image,  # uint8 (H, W), grey
     x0: float, x1: float,  # px
     around: float = 1.2  # heights of the line to show on each side
 ) -> np.ndarray:  # uint8 (H', W', 3), BGR
     "The part of a line image around a place, a red bar below the place"
-    h, w = image.shape; a, b = int(max(0, x0 - around*h)), int(min(w, x1 + around*h + 1)); bar = max(2, h//14)
+    h, w = image.shape; x0, x1, bar = min(max(x0, 0), w-1), min(max(x1, 1), w), max(2, h//14)
+    a, b = int(max(0, x0 - around*h)), int(min(w, x1 + around*h + 1))
     piece = cv2.cvtColor(cv2.copyMakeBorder(image[:, a:b], 0, 2*bar, 0, 0, cv2.BORDER_CONSTANT, value=255), cv2.COLOR_GRAY2BGR)
     cv2.rectangle(piece, (int(x0) - a, h + bar), (max(int(x0) + 2, int(x1)) - a, h + 2*bar), (30, 20, 190), -1)
     return piece
 
+# %% ../nbs/30b_errors.ipynb #8b4dac53
 class Examples:
     "The most frequent confusions, each with the places where it happened"
     def __init__(self, judged: list[Judged], most: int = 15, crops: int = 4):
@@ -156,7 +158,7 @@ def rates_table(
     names = sorted({g for by in rates.values() for g in by})
     return Table([(k, *(f'{100*by[g]:.2f}' if by.get(g) is not None else '-' for g in names)) for k, by in rates.items()], (what, *names))
 
-# %% ../nbs/30b_errors.ipynb #3379593b
+# %% ../nbs/30b_errors.ipynb #f5c3f5f3
 _colours = ('#1f5fa8', '#c1121f', '#d98e04', '#2a7f4f', '#8a4f9e', '#777777', '#5b8e7d', '#bc6c25')
 
 def engines_figure(
@@ -176,6 +178,7 @@ def engines_figure(
     ax.set_xlabel('character errors, %'); ax.spines[['top', 'right', 'left']].set_visible(False); ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
     return fig
 
+# %% ../nbs/30b_errors.ipynb #9d90b069
 def engines_table(
     ranked: dict  # set -> rows of `battery.rank`
 ) -> Table:

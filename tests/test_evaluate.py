@@ -133,3 +133,44 @@ def test_measure_agrees_with_its_pieces(tiny):
     worse = measure(Judged(j.lines, [Reading('', .5)]*4)); assert worse['cer'] == 1 and worse['reject_1pc'] == 1 and worse['dropped'] == sum(len(strip_spaces(fold(t))) > 5 for t in j.lines.truths)
     rows = rank_parts([Run('a', j.texts, 1.), Run('b', ['']*4, 1.)], j.lines)['data']
     assert rows[0]['cer_folded'] == m['cer_folded'] and rows[1]['behind_ours']['difference'] == pytest.approx(1 - m['cer_folded'])
+
+# the command
+def ok(*args):
+    from typer.testing import CliRunner
+    from khmer_ocr.cli import app
+    r = CliRunner().invoke(app, [str(a) for a in args])
+    assert r.exit_code == 0, r.output
+    return r.stdout
+
+def refused(*args):
+    from typer.testing import CliRunner
+    from khmer_ocr.cli import app
+    r = CliRunner().invoke(app, [str(a) for a in args])
+    assert r.exit_code == 1 and len(r.stderr.strip().splitlines()) == 1 and r.stderr.startswith('khmer-ocr: '), r.stderr
+    return r.stderr
+
+def test_the_command_on_shards_with_other_weights(tiny, model, tmp_path):
+    generate_set(Recipe(corpus=str(tiny/'corpus')), tmp_path/'shards', max_lines=4, format='shards', progress=False)
+    said = ok('evaluate', tmp_path/'shards', '--model', model, '--against', tiny/'model/latest.safetensors')
+    assert 'lost' not in said and 'folded' in said and 'latest' in said
+    shards, files = (json.loads(ok('evaluate', d, '--model', model, '--json')) for d in (tmp_path/'shards', tiny/'set'))
+    assert shards == files and list(shards) == ['scores']
+    assert json.loads(ok('evaluate', tmp_path/'shards', '--model', model, '--limit', 2, '--json'))['scores']['data']['lines'] == 2
+
+def test_the_command_says_numbers_only(hidden, model):
+    said = ok('evaluate', hidden, '--model', model, '--against', 'fast') + ok('evaluate', hidden, '--model', model, '--json')
+    assert 'data val letter' in said and not [s for s in SECRETS if s in said] and 'secretfile' not in said
+
+def test_the_command_writes_the_report(hidden, model, tmp_path):
+    said = ok('evaluate', hidden, '--model', model, '--report', tmp_path/'r', '--hide-lines')
+    assert said.splitlines()[-1] == str(tmp_path/'r/report.html') and leaks(tmp_path/'r') == []
+    assert json.loads((tmp_path/'r/metrics.json').read_text(encoding='utf-8'))['scores']['data']['lines'] == 3
+
+def test_what_cannot_be_evaluated_is_one_line(tiny, model, tmp_path):
+    (tmp_path/'x.tar').write_bytes(b'x'*99)
+    assert 'x.tar' in refused('evaluate', tmp_path, '--model', model)
+    assert 'No peer called' in refused('evaluate', tiny/'set', '--model', model, '--peers', 'nobody')
+    assert 'fsat' in refused('evaluate', tiny/'set', '--model', 'fsat')
+    assert 'fsat' in refused('evaluate', tiny/'set', '--model', 'fsat')
+    assert 'none.safetensors' in refused('evaluate', tiny/'set', '--against', tmp_path/'none.safetensors', '--model', model)
+    assert 'corpus' in refused('evaluate', 'battery', '--model', model, '--corpus', tmp_path/'nothing')
