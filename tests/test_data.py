@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 from khmer_ocr.data import LineFolder, OnTheFly, OnTheFlyDataset, ShardedDataset, SyntheticImageDataset, SyntheticImageGenerator
-from khmer_ocr.data import bucket_batches, collate, cut_widths, open_lines, padding, prepare, read_image, read_labels
+from khmer_ocr.data import Curriculum, Feed, MixedSource, MultiScale, at_scale, bucket_batches, check_labels, collate, cut_widths, open_lines, padding, prepare, read_image, read_labels, read_stages, training_source
 from khmer_ocr.synth import Recipe, Synth
-from khmer_ocr.text import KhmerOCRError, normalise
+from khmer_ocr.text import Charset, KhmerOCRError, charset, normalise
 
 texts = [normalise(t) for t in ('ព្រះរាជាណាចក្រកម្ពុជា', 'ជាតិ សាសនា ព្រះមហាក្សត្រ', 'ភ្នំពេញ', 'តើអ្នកសុខសប្បាយទេ?', 'ឆ្នាំ២០២៥')]
 recipe = Recipe(random_text=True, seed=9)
@@ -218,3 +218,84 @@ def test_training_resumes_in_the_middle_of_an_epoch(sets, tmp_path):
         learn = go(f'cut{k}', data, resume='latest')
         assert 0 < learn.shown['padding'] < 1
         for f in ('latest.safetensors', 'history.csv'): assert (tmp_path/f'whole{k}'/f).read_bytes() == (tmp_path/f'cut{k}'/f).read_bytes(), (data, f)
+
+# mixing, stages, sizes
+def mine(d):
+    "A user's labelled lines"
+    d.mkdir(exist_ok=True)
+    for i in range(7): Image.fromarray(np.pad(255-Synth(Recipe(size=(24, 24)), texts)('val', i).image, 4)^255).save(d/f'{i}.png')
+    (d/'labels.tsv').write_text(''.join(f'{i}.png\t{texts[i % 5]}{i}\n' for i in range(7)), encoding='utf-8')
+    return d
+
+stages = [dict(steps=4, preset='clean', wording=dict(lengths=[1., 0, 0, 0], blank=0.)), dict(share=.25, preset='light'), {}]
+
+def everything(d): return training_source(mine(d), recipe, Feed(mix=.5, scale=.2), read_stages(stages, recipe), 240, 8, charset=charset(), texts=texts)
+
+def test_the_stream_of_everything_starts_anywhere_with_any_workers(tmp_path):
+    whole = list(islice(everything(tmp_path/'a').stream(4, pool=4), 24))
+    for w, step in ((0, 7), (1, 0), (2, 13)): same(whole[step:step+9], list(islice(everything(tmp_path/'a').stream(4, pool=4, step=step, workers=w), 9)))
+    own = [t for b in whole[:20] for t in b['texts'] if t[-1].isdigit() and t[-1] in '0123456' and t[:-1] in texts]
+    assert len(own) == 40          # half of 20 batches of 4
+
+def test_mixed_lines_are_all_lines_of_both():
+    class Named(LineFolder):
+        def __init__(self, name): self.path, self.name = name, name
+        def take(self, a, b, seed): return [(None, (self.name, i)) for i in range(a, b)]
+    for share in (.1, 1/3, .5, .9):
+        mixed, cuts = MixedSource(Named('own'), Named('drawn'), share), [0, 1, 5, 6, 50, 333, 1000]
+        got = [t for a, b in zip(cuts, cuts[1:]) for _, t in mixed.take(a, b)]
+        n = round(1000*share)
+        assert sorted(got) == sorted([('drawn', i) for i in range(int(1000*share))] + [('own', i) for i in range(1000-int(1000*share))]) and abs(n-int(1000*share)) <= 1
+
+def test_stages_begin_where_they_are_said_to():
+    c = Curriculum(read_stages(stages, recipe), 240, 8, texts=texts)
+    assert c.ends == [32, 92, float('inf')]
+    for k, (a, b) in enumerate(((0, 32), (32, 92), (92, 110))):
+        want = OnTheFlyDataset(read_stages(stages, recipe)[k].recipe, texts=texts)
+        for (x, t), n in zip(c.take(a, b)[::9], range(a, b, 9)): y, u = want.sample(n); assert t == u and (x == y).all()
+    assert c.sources[0]._synth is None          # behind us: its memory is free again
+    assert len(read_stages([dict(steps=3), dict(share=.5), dict(share=1)], recipe)) == 3          # the last lasts to the end, whatever it says
+
+@pytest.mark.parametrize('bad, word', [([dict(share=.6), dict(share=.4), {}], 'leave something'), ([{}, {}], 'neither steps nor share'), ([dict(steps=-1), {}], 'from 0 up'),
+    ([dict(steps=1, share=.1), {}], 'give one'), ([dict(steps=1, seed=3), {}], 'cannot change seed'), ([dict(steps=1, wording=dict(lenghts=[1, 0, 0, 0])), {}], 'did you mean lengths'), ([dict(preset='lihgt', steps=2), {}], 'did you mean light')])
+def test_stages_are_checked(bad, word):
+    with pytest.raises(KhmerOCRError, match=word): read_stages(bad, recipe)
+
+@pytest.mark.parametrize('seed', range(6))
+def test_no_ink_is_cut_off_at_any_size(seed):
+    rng, synth = np.random.default_rng(seed), Synth(Recipe(preset='clean', augment=False, random_text=True, seed=seed), texts)
+    for i in range(6):
+        raw = synth('train', i).image; one = prepare(raw)
+        for s in (.75, 1.1, 1.25):
+            im = at_scale(raw, s, float(rng.random()))
+            assert im.shape[0] == 40
+            if s > 1 and (one < 128).sum() > 50: assert (im < 128).sum() > .8*(one < 128).sum()*(im.shape[1]/one.shape[1])**2          # as much ink as there must be
+            if s < 1: assert abs(im.shape[1]/one.shape[1]-s) < .1
+
+def test_sizes_differ_from_line_to_line_and_by_seed():
+    a, b = (MultiScale(OnTheFlyDataset(Recipe(random_text=True, seed=k), texts=texts, raw=True), .3) for k in (1, 2))
+    blank = np.pad(np.zeros((30, 90), np.uint8), 12, constant_values=255)
+    widths = [[s.sized(blank, n).shape[1] for n in range(12)] for s in (a, a, b)]
+    assert widths[0] == widths[1] != widths[2] and len(set(widths[0])) > 3
+
+def test_labels_of_shards_are_checked_and_left_out(sets):
+    lines = open_lines(sets/'shards'); few = Charset(sorted(set(''.join(t for _, t in lines)) - set('?២')))
+    with pytest.raises(KhmerOCRError, match=r'4 of 10 labels .*U\+003F'): check_labels(lines, few)
+    assert check_labels(lines, few, skip=True) == 4 and len(lines) == 6
+    want = sorted(t for _, t in open_lines(sets/'shards') if set(t) <= set(few.symbols))
+    for e in range(2): assert sorted(t for _, t in lines.take(6*e, 6*e+6)) == want
+    assert [t for _, t in lines] == [t for _, t in open_lines(sets/'shards') if t in want]
+    whole = list(islice(lines.stream(2, pool=2), 5)); same(whole, list(islice(lines.stream(2, pool=2, workers=1), 5)))
+
+def test_training_on_everything_resumes_to_the_same_bytes(tmp_path):
+    "Own lines, drawn ones by stages, several sizes, accumulated batches, averaged weights: stopped at a step inside a stage and resumed"
+    from khmer_ocr.ctc import CTCConfig, train_ctc
+    from khmer_ocr.learner import Callback, CancelFit, TrainConfig
+    class Stop(Callback):
+        def before_batch(self, learn):
+            if learn.step == 4: raise CancelFit
+    loop = TrainConfig(steps=9, batch_size=4, accumulate=2, ema=.9, eval_every=3, save_every=3, log_every=1, precision='32-true', tensorboard=False, threads=1, label_smoothing=.05)
+    def go(out, **kw): return train_ctc(tmp_path/out, recipe, loop, CTCConfig(channels=(8, 8, 8, 8, 16), hidden=8, layers=1), everything(tmp_path/'lines'), pool=4, verbose=False, **kw)
+    go('whole'); assert go('cut', callbacks=[Stop()]).step == 5
+    go('cut', resume='latest', workers=1)
+    for f in ('latest.safetensors', 'history.csv'): assert (tmp_path/'whole'/f).read_bytes() == (tmp_path/'cut'/f).read_bytes(), f
