@@ -174,21 +174,22 @@ def _page_outputs(reader, paths, fmt, problems):
         try: yield p, _page_output(reader, p, fmt)
         except KhmerOCRError as e: next(_noted([(p, e)], problems))
 
-# %% ../nbs/32_cli.ipynb #802bd99e
+# %% ../nbs/32_cli.ipynb #12ad6316
 @app.command()
 def read(
     inputs: list[str] = typer.Argument(..., metavar='IMAGE|PDF|DIR', help='Images, PDF files, or folders of images.'),
     line: bool = typer.Option(False, '--line', help='Each image is one line of text: print one line for each.'),
     model: str = typer.Option(None, '--model', metavar='NAME|PATH', help='Weights by name or file; the best that ships by default.'),
     format: str = typer.Option('text', '--format', metavar='text|json', callback=_one_of('text', 'json'), help='What to print.'),
-    decoder: str = typer.Option('ctc', '--decoder', metavar='ctc', callback=_one_of('ctc'), help='How scores become text.'),
+    decoder: str = typer.Option(None, '--decoder', metavar='ctc|greedy|beam', callback=_one_of('ctc', 'greedy', 'beam'), help='How scores become text: best path of CTC, simplest way of the model (default), or search.'),
+    lm: str = typer.Option(None, '--lm', metavar='NAME|PATH', help='Language model that advises the beam of a CTC reader; ngram ships.'),
     out: str = typer.Option(None, '--out', metavar='DIR', help='Write one file per input here and print nothing.'),
     batch_size: int = typer.Option(32, '--batch-size', callback=_positive, help='Lines read at once.')):
     "Read Khmer text from images, PDF files or folders."
     paths = _inputs(inputs)
     from khmer_ocr.reader import Reader, read_files
     if out and Path(out).exists() and not Path(out).is_dir(): raise KhmerOCRError(f'--out {out} is a file: give a folder')
-    reader = Reader.load(model) if model else Reader.load()
+    reader = Reader.load(model, decoder=decoder, lm=lm)
     problems = {}
     if line: outputs = ((p, _line_output(p, r, format, problems)) for p,r in _noted(read_files(reader, paths, batch_size), problems))
     else: outputs = _page_outputs(reader, paths, format, problems)
@@ -359,13 +360,14 @@ def _unusual(loop) -> dict:
     from dataclasses import asdict
     return {k: v for k,v in asdict(loop).items() if v != asdict(type(loop)())[k] and k not in ('eval_every', 'save_every')}
 
-# %% ../nbs/32_cli.ipynb #feb1ab9a
+# %% ../nbs/32_cli.ipynb #02c32e09
 def _auto_batch(kind, shape, out, resume) -> int:
     "As many lines a step as fit into memory; for a resumed run, as many as before"
     import numpy as np, torch
     from khmer_ocr.data import collate
     from khmer_ocr.learner import load_checkpoint
-    from khmer_ocr.training import auto_batch_size, free_memory
+    from khmer_ocr.training import auto_batch_size, free_memory, world_size
+    if world_size() > 1: raise KhmerOCRError('--batch-size auto is for one process, for several might not agree: give a number')
     if resume: return load_checkpoint(Path(out)/'latest.safetensors' if resume == 'latest' else resume)[1]['settings']['batch_size']
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     wide = collate([(np.full((shape.height, 1600), 255, np.uint8), 'កខគ'*30)]*2)
@@ -518,11 +520,11 @@ def _evaluated(readers: dict, sets: list, peers: list[str], batch_size: int) -> 
         if others or peers: ranked |= rank_parts([Run(n, j.texts, 0.) for n,j in (first, *others)] + run_peers(s, peers), s)
     return scores, ranked
 
-# %% ../nbs/32_cli.ipynb #37bf0a8a
-def _evaluation_report(out, data, model, against, limit, corpus, peers, decoder, batch_size, show_lines) -> dict:
+# %% ../nbs/32_cli.ipynb #f851a296
+def _evaluation_report(out, data, model, against, limit, corpus, peers, decoder, lm, batch_size, show_lines) -> dict:
     "Runs the notebook `evaluate`; its metrics"
     from khmer_ocr.runs import run_notebook
-    params = dict(model=model or '', against=against, data='' if data == 'battery' else data, lines=limit or 0, corpus=corpus, peers=peers, decoder=decoder or '', batch_size=batch_size, show_lines=show_lines)
+    params = dict(model=model or '', against=against, data='' if data == 'battery' else data, lines=limit or 0, corpus=corpus, peers=peers, decoder=decoder or '', lm=lm or '', batch_size=batch_size, show_lines=show_lines)
     return run_notebook('evaluate', params, out, echo=True).metrics
 
 @app.command()
@@ -532,7 +534,8 @@ def evaluate(
     against: str = typer.Option(None, '--against', metavar='NAME,...', help='Other weights to compare with.'),
     peers: str = typer.Option(None, '--peers', metavar='NAME,...|all', help='Other engines on the same lines, such as tesseract; default none.'),
     limit: int = typer.Option(None, '--limit', callback=_positive, help='Only the first lines; of the battery, lines of each set (default 500).'),
-    decoder: str = typer.Option(None, '--decoder', help='How scores become text.'),
+    decoder: str = typer.Option(None, '--decoder', metavar='ctc|greedy|beam', help='How scores become text; default: as the model likes.'),
+    lm: str = typer.Option(None, '--lm', metavar='ngram|PATH', help='A language model for the decoder beam.'),
     corpus: str = typer.Option('data/processed', '--corpus', help='From which the battery is drawn.'),
     batch_size: int = typer.Option(32, '--batch-size', callback=_positive, help='Lines read at once.'),
     report: str = typer.Option(None, '--report', metavar='DIR', help='Write a report here: the run notebook evaluate.'),
@@ -543,9 +546,9 @@ def evaluate(
     from khmer_ocr.battery import choose_peers, open_readers
     from khmer_ocr.errors import engines_table, sets_table
     rivals, others = _names(against), choose_peers(_names(peers))
-    if report: m = _evaluation_report(report, data, model, rivals, limit, corpus, others, decoder, batch_size, not hide_lines); scores, ranked = m['scores'], m['ranked']
+    if report: m = _evaluation_report(report, data, model, rivals, limit, corpus, others, decoder, lm, batch_size, not hide_lines); scores, ranked = m['scores'], m['ranked']
     else:
-        readers = open_readers([model or '', *rivals], decoder)
+        readers = open_readers([model or '', *rivals], decoder, lm)
         with tempfile.TemporaryDirectory() as room: scores, ranked = _evaluated(readers, _evaluation_sets(data, limit, corpus, room), others, batch_size)
     if as_json: return _print_json(dict(scores=scores) | (dict(engines=ranked) if ranked else {}))
     print(f'{sets_table(scores)!r}')

@@ -9,8 +9,8 @@ __all__ = ['HEIGHT', 'POOL', 'read_image', 'to_grey', 'upright_polarity', 'stret
            'ShardedDataset', 'open_lines', 'check_labels', 'MixedSource', 'Stage', 'read_stages', 'Curriculum',
            'at_scale', 'MultiScale', 'Feed', 'training_source']
 
-# %% ../nbs/06_data.ipynb #a46afa46
-import json, math, os, signal, threading
+# %% ../nbs/06_data.ipynb #474bed08
+import atexit, json, math, os, signal, threading
 import cv2
 import numpy as np
 import torch
@@ -210,7 +210,7 @@ def batches(self: Pools, step: int = 0, workers: int = 0) -> Iterator[dict]:
     loader = DataLoader(self, batch_size=None, sampler=range(p0, self.pools), num_workers=workers, prefetch_factor=1 if workers else None, multiprocessing_context='spawn' if workers else None, worker_init_fn=_obey)
     for pool in loader: yield from pool[skip:]; skip = 0
 
-# %% ../nbs/06_data.ipynb #a397b89b
+# %% ../nbs/06_data.ipynb #753dbfe2
 def _obey(worker=0):
     "In a worker that is deaf to SIGTERM: end when the parent sends it"
     if not hasattr(signal, 'sigwaitinfo') or signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []): return
@@ -218,6 +218,7 @@ def _obey(worker=0):
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid(): pass
         os._exit(0)
     threading.Thread(target=listen, daemon=True).start()
+    atexit.register(os._exit, 0)          # Python's own way out would end the thread so roughly that C++ complains
 
 # %% ../nbs/06_data.ipynb #385a9656
 class LineSource(Dataset):

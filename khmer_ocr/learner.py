@@ -221,11 +221,12 @@ def gradients(self: Learner, batches: list) -> list[torch.Tensor]:  # the loss o
         losses.append(total)
     return losses
 
-# %% ../nbs/08_learner.ipynb #4460420b
+# %% ../nbs/08_learner.ipynb #be015577
 @patch
 def gradients_in_memory(self: Learner, batches: list, kept: list) -> list[torch.Tensor]:
     "`gradients`, with the batches cut into more parts each time that memory runs out"
-    rng = torch.get_rng_state()
+    gpu = self.fabric.device if self.fabric.device.type == 'cuda' else None
+    rng, gpu_rng = torch.get_rng_state(), torch.cuda.get_rng_state(gpu) if gpu else None
     while True:
         try: return self.gradients(batches)
         except (RuntimeError, MemoryError) as e:
@@ -233,6 +234,7 @@ def gradients_in_memory(self: Learner, batches: list, kept: list) -> list[torch.
         self.opt.zero_grad()
         for b, old in kept: b.copy_(old)
         torch.set_rng_state(rng)
+        if gpu: torch.cuda.set_rng_state(gpu_rng, gpu)
         self.make_room(max(map(batch_length, batches)))
 
 @patch

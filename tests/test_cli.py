@@ -288,6 +288,7 @@ def test_automatic_batch_size_stays_with_the_run(tiny, tmp_path, monkeypatch):
     ok(*go, 1); n = load_checkpoint(tmp_path/'run/latest.safetensors')[1]['settings']['batch_size']
     assert 1 <= n < 64
     monkeypatch.setattr(training, 'free_memory', lambda device='cpu': 2**40)
+    monkeypatch.setenv('WORLD_SIZE', '2'); refused(*go, 2, '--resume', 'latest', word='for one process'); monkeypatch.delenv('WORLD_SIZE')
     ok(*go, 2, '--resume', 'latest')
     assert load_checkpoint(tmp_path/'run/latest.safetensors')[1]['settings']['batch_size'] == n
 

@@ -94,6 +94,11 @@ def test_too_little_memory_for_one_sample_and_other_errors(tmp_path):
     with pytest.raises(KhmerOCRError, match='even with one sample'): run(tmp_path/'a', Machine(0))
     with pytest.raises(RuntimeError, match='shapes'): run(tmp_path/'b', Machine(0, lambda: RuntimeError('shapes cannot be multiplied')))
 
+def test_several_processes_cannot_make_room_by_themselves(tmp_path):
+    from types import SimpleNamespace
+    learn = run(tmp_path, steps=1); learn.fabric = SimpleNamespace(world_size=2, device=torch.device('cpu'))
+    with pytest.raises(KhmerOCRError, match='halve batch_size .now 4. and double accumulate'): learn.make_room(4)
+
 def test_parts_of_every_kind_of_batch():
     x = torch.arange(10)
     for parts in (1, 2, 3, 7, 10, 99):
