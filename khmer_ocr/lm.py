@@ -277,7 +277,7 @@ def beams(
         if len(live) > beam: live = sorted(live, key=value)[:beam]
     return [(tree.ids(o[0]), -value(o)) for o in sorted(live, key=value)]
 
-# %% ../nbs/10c_lm.ipynb #7e1c26c8
+# %% ../nbs/10c_lm.ipynb #7645be1d
 def _path(log_probs, ids):
     "State of each frame on the best path of `ids`: 2i+1 is unit i, 2i the blank before it; int (T,)"
     ext = np.zeros(2*len(ids)+1, int); ext[1::2] = ids; n = len(ext)
@@ -290,7 +290,7 @@ def _path(log_probs, ids):
     s = n-1 if n == 1 or v[-1] >= v[-2] else n-2
     if v[s] == none: raise KhmerOCRError(f'{len(ids)} units do not fit on {len(log_probs)} frames')
     out = [s]
-    for t in range(len(p)-1, 0, -1): out.append(s := s - back[t, s])
+    for t in range(len(p)-1, 0, -1): out.append(s := s - int(back[t, s]))
     return np.array(out[::-1])
 
 def align_frames(
