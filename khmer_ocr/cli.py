@@ -174,7 +174,7 @@ def _page_outputs(reader, paths, fmt, problems):
         try: yield p, _page_output(reader, p, fmt)
         except KhmerOCRError as e: next(_noted([(p, e)], problems))
 
-# %% ../nbs/32_cli.ipynb #12ad6316
+# %% ../nbs/32_cli.ipynb #d852cbed
 @app.command()
 def read(
     inputs: list[str] = typer.Argument(..., metavar='IMAGE|PDF|DIR', help='Images, PDF files, or folders of images.'),
@@ -182,7 +182,7 @@ def read(
     model: str = typer.Option(None, '--model', metavar='NAME|PATH', help='Weights by name or file; the best that ships by default.'),
     format: str = typer.Option('text', '--format', metavar='text|json', callback=_one_of('text', 'json'), help='What to print.'),
     decoder: str = typer.Option(None, '--decoder', metavar='ctc|greedy|beam', callback=_one_of('ctc', 'greedy', 'beam'), help='How scores become text: best path of CTC, simplest way of the model (default), or search.'),
-    lm: str = typer.Option(None, '--lm', metavar='NAME|PATH', help='Language model that advises the beam of a CTC reader; ngram ships.'),
+    lm: str = typer.Option(None, '--lm', metavar='ngram|PATH', help='A language model for the decoder beam of a CTC reader.'),
     out: str = typer.Option(None, '--out', metavar='DIR', help='Write one file per input here and print nothing.'),
     batch_size: int = typer.Option(32, '--batch-size', callback=_positive, help='Lines read at once.')):
     "Read Khmer text from images, PDF files or folders."

@@ -4,9 +4,13 @@ import numpy as np, pytest, torch
 from PIL import Image
 from khmer_ocr import reader as reader_module
 from khmer_ocr.ctc import CTCConfig, CTCNet, Units, header, load_ctc
-from khmer_ocr.data import prepare
+from khmer_ocr.data import collate, prepare
+from khmer_ocr.fonts import find_fonts
 from khmer_ocr.learner import load_weights, save_checkpoint
-from khmer_ocr.reader import Reader, Reading, _checkpoint, models, open_model, read_files, working
+from khmer_ocr.lm import NGram
+from khmer_ocr.reader import DECODERS, Reader, Reading, _checkpoint, choose_decoder, models, open_model, read_files, working
+from khmer_ocr.render import render
+from khmer_ocr.seq2seq import Seq2Seq, Seq2SeqConfig, make_units, read_lines
 from khmer_ocr.text import KhmerOCRError, charset
 
 @pytest.fixture(scope='module')
@@ -114,16 +118,95 @@ def test_padding_does_not_matter(kind):
     with torch.inference_mode(): (a, p), (b, q) = (kind.decoder.look(*kind._input([line], w))[0] for w in (320, 960))
     assert (a == b).mean() > .99 and np.abs(p-q).max() < .05
 
-def test_wide_memory(weights, tmp_path):
+# ways from scores to text
+
+def strong(net, std=.5):
+    "Random weights large enough that the network says many things"
+    for n, p in net.named_parameters():
+        if p.ndim > 1: torch.nn.init.normal_(p, std=std)
+    return net.eval()
+
+@pytest.fixture(scope='module', params=['buoy2022', 'buoy2022 with CTC', 'on a CTC encoder'])
+def writer(request, tmp_path_factory):
+    "Checkpoint of a reader with attention"
+    torch.manual_seed(2); small = dict(hidden=16, attention=16)
+    config = Seq2SeqConfig(**small, encoder='ctc', ctc=CTCConfig(channels=(8, 8, 16, 16, 32), hidden=16, layers=1), ctc_weight=.3) if 'encoder' in request.param else Seq2SeqConfig(**small, frames=16, ctc_weight=.3 if 'with' in request.param else 0)
+    units = make_units(config); net = strong(Seq2Seq(len(units), config), .3); path = tmp_path_factory.mktemp('writer')/'toy.safetensors'
+    save_checkpoint(path, net.state_dict(), header(config, units, model='seq2seq'))
+    return path
+
+def test_readers_that_write(writer, lines):
+    "Each decoder: the same alone and in company, characters on the line, and the texts of training's own reading"
+    net, units, head = open_model(writer)
+    some = [scribble(w, i) for i, w in enumerate((200, 90, 201, 20))]
+    for decoder in DECODERS:
+        if decoder == 'ctc' and not net.hears: continue
+        reader = Reader.load(writer, decoder=decoder); whole = reader.read(some)
+        assert [r.text for r in whole] == [reader.read([im])[0].text for im in some] == [r.text for r in reader.read(some[::-1], 2)[::-1]]
+        assert (decoder == 'beam' or whole[0].text) and all(0 <= r.confidence <= 1 for r in whole)
+        for im, r in zip(some, whole):
+            xs = [x for *_, a, b in r.chars for x in (a, b)]
+            assert xs == sorted(xs) and all(0 <= x <= im.shape[1] for x in xs)
+        line = np.ascontiguousarray(prepare(scribble(900), reader.height)[:, :320])         # as wide as its bucket: both sides pad nothing
+        with torch.inference_mode(): (_, said), = reader._said([line], 1)
+        assert units.decode(reader.decoder.text(*said)[0]) == read_lines(net, units, [collate([(line, '')])], decoder)[0][0]
+
+def test_wide_lines_of_readers_that_write(writer):
+    "Windows are joined where the decoder looked: no unit of one that is believed is lost, none comes twice"
+    reader = Reader.load(writer); line = np.ascontiguousarray(np.hstack([prepare(scribble(1500, i), reader.height) for i in range(4)])[:, :3500])
+    with torch.inference_mode():
+        (_, (ids, conf, at, _)), = reader._said([line], 32)
+        pieces = [reader.decoder.look(*reader._input([np.ascontiguousarray(line[:, x0:x1])], -(-(x1-x0)//64)*64))[0] for x0, x1 in ((0, 2048), (1536, 3500))]
+    left, right = (p[2] + f for p, f in zip(pieces, (0, 1536//reader.stride)))
+    cut = 1792//reader.stride
+    assert list(at) == [*left[left < cut], *right[right >= cut]] and len(ids) == len(conf) == len(at)
+
+def test_decoders_of_a_ctc_reader(weights, lines):
+    a, b, c = (Reader.load(weights, decoder=d).read(lines) for d in (None, 'ctc', 'greedy')); assert a == b == c
+    beam = Reader.load(weights, decoder='beam'); whole = beam.read(lines)
+    assert all(map(same, whole, [beam.read([im])[0] for im in lines]))
+    if 'fast' in models():
+        text = 'ព្រះរាជាណាចក្រកម្ពុជា'; line = 255-np.pad(render(text, find_fonts(split='train')[0], 32).ink, 8)
+        assert beam.read([line])[0].text == text
+    for im, r in zip(lines, whole):
+        xs = [x for *_, p, q in r.chars for x in (p, q)]
+        assert xs == sorted(xs) and all(0 <= x <= im.shape[1] for x in xs) and 0 <= r.confidence <= 1
+    assert beam.read([np.full((40, 300), 255, np.uint8)]) == [Reading('', 1.)]
+
+def test_a_language_model_advises(weights, tmp_path):
+    "The model is asked: one that knows a single word pulls the reading towards it"
+    units = open_model(weights)[1]; lm = NGram.train(['កម្ពុជា']*50, units, order=4, cuts=(1,)); lm.save(tmp_path/'lm.safetensors')
+    asked = []
+    class Spy:
+        n, order = lm.n, lm.order
+        def p(self, h): asked.append(h); return lm.p(h)
+        def shorten(self, h): return lm.shorten(h)
+    reader = Reader.load(weights, lm=tmp_path/'lm.safetensors'); assert reader.decoder.lm.n == len(units)
+    reader.decoder.lm = Spy(); reader.read([scribble(400)]); assert len(asked) > 3
+    other = NGram.train(['ab'], Units(type(units.charset)(('a', 'b'))), order=2, cuts=(1,)); other.save(tmp_path/'other.safetensors')
+    with pytest.raises(KhmerOCRError, match='units'): Reader.load(weights, decoder='beam', lm=tmp_path/'other.safetensors')
+    with pytest.raises(KhmerOCRError, match='not a language model'): Reader.load(weights, lm=weights)
+    with pytest.raises(KhmerOCRError, match='not found'): Reader.load(weights, lm='no_such_model')
+
+def test_combinations_that_do_not_exist(weights, writer):
+    net, units, _ = open_model(writer)
+    for call, says in ((lambda: Reader.load(weights, decoder='baem'), 'did you mean beam'), (lambda: Reader.load(weights, decoder='ctc', lm='x'), 'not decoder ctc'), (lambda: Reader.load(writer, lm='x'), 'not a seq2seq reader')):
+        with pytest.raises(KhmerOCRError, match=says) as e: call()
+        assert '\n' not in str(e.value)
+    if not net.hears:
+        with pytest.raises(KhmerOCRError, match='no CTC head'): Reader.load(writer, decoder='ctc')
+
+@pytest.mark.parametrize('decoder', ['greedy', 'beam'])
+def test_wide_memory(weights, tmp_path, decoder):
     "A line 20,000 px wide takes hardly more memory than one of 2,000"
     code = textwrap.dedent('''
         import sys, resource, numpy as np
         from khmer_ocr.reader import Reader
-        r, rng = Reader.load(sys.argv[1]), np.random.default_rng(0)
+        r, rng = Reader.load(sys.argv[1], decoder=sys.argv[2]), np.random.default_rng(0)
         line = np.where(rng.random((40, 20000)) < .2, 30, 235).astype(np.uint8)
         r.read([line[:, :2000]]*4); a = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         r.read([line]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - a)''')
-    out = subprocess.run([sys.executable, '-c', code, str(weights)], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, '-c', code, str(weights), decoder], capture_output=True, text=True, check=True).stdout
     assert int(out)/1024 < 400   # MB
 
 def test_precisions(weights):
