@@ -195,14 +195,15 @@ def judge(
             out += reader.read(images, batch_size=batch_size); bar.update(len(images))
     return Judged(lines, out)
 
-# %% ../nbs/16_battery.ipynb #7fd9d50b
+# %% ../nbs/16_battery.ipynb #7faed243
 def open_readers(
     names: list,  # weights by name or path; '' for the best that ships
     decoder: str|None = None,  # how scores become text; None or '': as the model likes
+    lm: str|None = None,  # a language model to listen to, by name or path; None or '': none
     load=Reader.load
 ) -> dict:  # short name -> reader, in the order given
     "Readers by the names of their weights; two files of one name keep their paths"
-    out, options = {}, dict(decoder=decoder) if decoder else {}
+    out, options = {}, {k: v for k, v in dict(decoder=decoder, lm=lm).items() if v}
     for n in map(str, names):
         reader = load(n or None, **options)
         short = Path(n).stem if Path(n).suffix else n or reader.header.get('name', 'best')
