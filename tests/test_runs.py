@@ -29,10 +29,12 @@ def parameters(name, t, d):
         generate=dict(corpus=str(t/'corpus'), out=str(d/'set'), max_lines=4, shown=2),
         validation_set=dict(corpus=str(t/'corpus'), out=str(d/'fixed'), num_samples=5, shown=2),
         train_ocr=dict(corpus=str(t/'corpus'), validation=str(t/'set/val'), validation_samples=2, model_dir=str(d/'model'), steps=2, batch_size=2, channels=[8, 8, 8, 8, 16], hidden=8, layers=1),
+        seq2seq_curves=dict(corpus=str(t/'corpus'), model_dir=str(d/'curves'), steps=2, batch_size=2, judged=2, evaluations=1, families=[], lengths=[1., 0., 0., 0.], channels=[4]*7, hidden=8),
         benchmark=dict(data=str(t/'set/val'), models=str(t/'model/best.safetensors'), limit=3, rendered=5, peer_lines=2, rounds=1),
         evaluate=dict(model=str(t/'model/best.safetensors'), data=str(t/'set'), lines=3, peers=[]),
         language_model=dict(corpus=str(t/'corpus'), model=str(t/'model/best.safetensors'), order=3, cuts=[1], beam=2, alphas=[.3], betas=[.5], real=str(t/'set/val'), clean_set=str(t/'set/val'), hard_set=str(t/'set/test'), limit=2, odd=1, texts=10),
         release=dict(plan=str(d/'plan.json'), corpus=str(t/'corpus'), validation=str(t/'set/val'), validation_samples=2, model_dir=str(d/'models'), lines=2),
+        candidates=dict(candidates={'a': dict(channels=[8, 8, 8, 8, 16], hidden=8, layers=1), 'b': dict(channels=[8, 8, 8, 8, 16], hidden=8, layers=0)}, trunk='', corpus=str(t/'corpus'), model_dir=str(d/'models'), steps=2, batch_size=2, lines=2, precision='32-true'),
         gallery=dict(texts=['ឆ្នាំ២០២៥', 'ព្រះរាជាណាចក្រកម្ពុជា'], size=18., fates=1, shown=2, model=str(t/'model/best.safetensors')),
         demo=dict(samples=str(t/'set/train'), training=str(t/'model'), evaluation='', page=str(d/'page.png'), truth=str(d/'page.txt'), model=str(t/'model/best.safetensors'), shown=2))[name]
 
