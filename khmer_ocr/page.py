@@ -6,13 +6,13 @@
 __all__ = ['dark_on_light', 'binarise', 'deskew_angle', 'rotate', 'Box', 'Page', 'straighten', 'find_lines', 'crop_line',
            'read_page', 'page_text', 'open_pages']
 
-# %% ../nbs/13_page.ipynb #808c3e8b
+# %% ../nbs/13_page.ipynb #32704218
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 import cv2
 import numpy as np
-from PIL import Image, ImageSequence
+from PIL import Image
 from .text import KhmerOCRError
 from .data import read_image, to_grey
 
@@ -422,12 +422,13 @@ def _pdf_pages(path, dpi):
             except pypdfium2.PdfiumError as e: raise KhmerOCRError(f'{path}: page {i+1} cannot be drawn ({e})') from None
     finally: pdf.close()
 
-# %% ../nbs/13_page.ipynb #af8167d3
+# %% ../nbs/13_page.ipynb #26010ef2
 def _tiff_pages(path):
-    read_image(path)   # one place for the errors of a first look
+    first = read_image(path)   # one place for the errors of a first look, and for pages that lie on their side
     try:
         with Image.open(path) as im:
-            for i, frame in enumerate(ImageSequence.Iterator(im)): yield (f'{path}#{i+1}' if im.n_frames > 1 else str(path)), to_grey(frame)
+            yield (f'{path}#1' if im.n_frames > 1 else str(path)), first
+            for i in range(1, im.n_frames): im.seek(i); yield f'{path}#{i+1}', to_grey(im)
     except (OSError, ValueError, SyntaxError, EOFError) as e: raise KhmerOCRError(f'{path}: a page cannot be read ({e})') from e
 
 # %% ../nbs/13_page.ipynb #7b52b14f

@@ -5,11 +5,13 @@ from typing import Callable
 import cv2, numpy as np, pytest, torch
 from PIL import Image, features
 from khmer_ocr.ctc import CTCConfig, CTCLoss, CTCNet, Units, header, load_ctc, read_batches
-from khmer_ocr.data import OnTheFlyDataset, as_input, collate, open_lines, prepare
+from khmer_ocr.data import OnTheFlyDataset, as_input, collate, open_lines, prepare, read_image
 from khmer_ocr.fonts import find_fonts
 from khmer_ocr.learner import save_checkpoint
+from khmer_ocr.page import open_pages
 from khmer_ocr.reader import Reader, models, read_files
 from khmer_ocr.render import render
+from khmer_ocr.seq2seq import Seq2Seq, Seq2SeqConfig, make_units, read_lines
 from khmer_ocr.sets import generate_set
 from khmer_ocr.synth import Recipe
 from khmer_ocr.text import charset
@@ -132,6 +134,13 @@ def test_same_text_from_the_command(folder, pair, weights):
     assert got == dict(zip(folder, wanted))
     if weights == models().get('fast'): assert {n for n, t in got.items() if t != text} <= {'one_bit', 'pbm', 'tif_group4', 'inverted_one_bit'}     # dithered to black and white, it is a hard line
 
+def test_pages_too(folder):
+    "A page is opened as a line is, on its side or not, and the second page of a file is another"
+    for name, f in folder.items():
+        pages = list(open_pages(line_of(f)))
+        assert np.array_equal(pages[0][1], read_image(line_of(f))) and len(pages) == (2 if name == 'tif_pages' else 1)
+        assert abs(pages[0][1].shape[1]/pages[0][1].shape[0] - drawn().shape[1]/drawn().shape[0]) < .01, name
+
 @pytest.mark.parametrize('kw', [dict(stride=2), dict(stride=8, height=48), dict(reading='attention', height=32), dict(reading='conv', blocks=(0, 1, 1), block='large')], ids=str)
 def test_other_networks_get_the_same(kw, folder):
     "Height and stride come from the checkpoint, not from a constant"
@@ -142,6 +151,20 @@ def test_other_networks_get_the_same(kw, folder):
         with Seen(net) as evaluating: wanted, _ = read_batches(net, units, [batch])
         with Seen(reader.net) as reading: (_, got), = read_files(reader, [line_of(folder[name])])
         same_input(evaluating.calls[0], reading.calls[0])
+
+@pytest.mark.parametrize('kw', [dict(frames=16, ctc_weight=.3), dict(encoder='ctc', ctc=CTCConfig(channels=(8, 8, 8, 8, 16), hidden=8, layers=1, height=48))], ids=['buoy2022', 'ctc'])
+def test_readers_that_write_get_the_same(kw, folder):
+    torch.manual_seed(0); config = Seq2SeqConfig(hidden=16, attention=16, **kw); units = make_units(config); net = Seq2Seq(len(units), config).eval()
+    reader = Reader(net, units, header(config, units, model='seq2seq'), decoder='greedy'); assert reader.dtype == torch.float32
+    for name in ('png', 'sixteen_bits', 'exif6_tif', 'inverted_rgb', 'alpha_la'):
+        batch, = open_lines(folder[name], config.height).batches()
+        seen = []
+        for n, read in ((net, lambda: read_lines(net, units, [batch])), (reader.net, lambda: list(read_files(reader, [line_of(folder[name])])))):
+            real = n.encode
+            n.encode = lambda x, widths, real=real: (seen.append((x.clone(), widths.clone())), real(x, widths))[1]
+            try: read()
+            finally: del n.encode
+        same_input(*seen)
 
 def test_lines_made_on_the_fly_and_lines_of_sets(pair, tmp_path):
     "What the training stream makes, what it reads from a set and from shards, and what the reader makes of the same images"

@@ -260,3 +260,18 @@ def test_files(reader, tmp_path):
     assert [p for p, _ in got] == paths
     assert [isinstance(r, KhmerOCRError) for _, r in got] == [False, False, True, True, False, True]
     assert same(got[4][1], reader.read([scribble(260, 4)])[0])
+
+def test_the_command_takes_a_decoder(weights, writer, tmp_path):
+    "`read --decoder` and `--lm`: one line an image, one line of complaint"
+    from typer.testing import CliRunner
+    from khmer_ocr.cli import app
+    call = lambda *args: CliRunner().invoke(app, ['read', '--line', *map(str, args)])
+    for i in range(2): Image.fromarray(scribble(100 + 40*i, i)).save(tmp_path/f'{i}.png')
+    files = [tmp_path/'0.png', tmp_path/'1.png']; said = {}
+    for decoder in DECODERS:
+        r = call('--model', weights, '--decoder', decoder, *files); said[decoder] = r.stdout
+        assert r.exit_code == 0 and r.stdout == ''.join(x.text+'\n' for x in Reader.load(weights, decoder=decoder).read([scribble(100), scribble(140, 1)]))
+    assert said['ctc'] == said['greedy'] == call('--model', weights, *files).stdout
+    assert call('--model', writer, *files).stdout.count('\n') == 2
+    for args, says in ((('--model', writer, '--lm', 'ngram'), 'not a seq2seq reader'), (('--model', weights, '--decoder', 'greedy', '--lm', 'ngram'), 'not decoder greedy'), (('--model', weights, '--lm', tmp_path/'none.safetensors'), 'not found'), (('--decoder', 'bema'), 'did you mean beam')):
+        r = call(*args, *files); assert r.exit_code == 1 and says in r.stderr and r.stderr.count('\n') == 1 and not r.stdout, r.stderr
