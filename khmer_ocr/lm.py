@@ -254,8 +254,8 @@ def _advance(live, step, tree):
             new = tree.child(node, k); unit[new] = _logadd(unit.get(new, none), before + l)
     return [(k, blank.get(k, none), unit.get(k, none)) for k in blank | unit]
 
-# %% ../nbs/10c_lm.ipynb #f2106d83
-ALPHA, BETA = .3, .6
+# %% ../nbs/10c_lm.ipynb #6539305f
+ALPHA, BETA = .4, 1.      # chosen by the run `language_model`
 
 def beams(
     log_probs: np.ndarray,  # float (T, n units): of each frame, nats

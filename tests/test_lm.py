@@ -1,7 +1,9 @@
 "The language model against a model that counts in dictionaries, the search against all paths, files that are the same bytes."
 import itertools, math
 from collections import Counter, defaultdict
+from pathlib import Path
 import numpy as np, pytest, torch
+import khmer_ocr
 from khmer_ocr.corpus import rule_line
 from khmer_ocr.ctc import CTCConfig, CTCNet, Units, greedy
 from khmer_ocr.data import collate
@@ -182,3 +184,8 @@ def test_odd_lines_can_be_written_and_are_not_guessed(lines):
     odd = odd_lines(30, units, 3); lm = NGram.train(lines, units, 4, (1,))
     assert all(not units.charset.unknown(s) and s for v in odd.values() for s in v) and {len(v) for v in odd.values()} == {30}
     assert min(lm.perplexity(v) for v in odd.values()) > 2*lm.perplexity(lines)
+
+def test_the_model_that_ships():
+    lm = NGram.load(units=units); prose, odd = ['ព្រះរាជាណាចក្រកម្ពុជា', 'ជាតិ សាសនា ព្រះមហាក្សត្រ'], odd_lines(20, units, 9)
+    assert lm.order == 6 and lm.perplexity(prose) < 6 and min(lm.perplexity(v) for v in odd.values()) > 12
+    assert (Path(khmer_ocr.__file__).parent/'language_model/ngram.safetensors').stat().st_size < 3e6
