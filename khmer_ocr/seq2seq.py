@@ -452,12 +452,12 @@ def read_lines(net: Seq2Seq, units, batches,
         out += _read(net, units, x, b['widths'].to(device), decoder, guarded, beam, alpha, weight)
     return [t for t, _ in out], [c for _, c in out]
 
-# %% ../nbs/10b_seq2seq.ipynb #b4daea99
+# %% ../nbs/10b_seq2seq.ipynb #ff35e0bb
 @torch.inference_mode()
 def nats(net, units, batches) -> float:
     "Mean cross-entropy per unit of the lines in `batches`, each unit before given"
-    loss = Seq2SeqLoss(units, replace(net.config, ctc_weight=0., forcing_start=1.))
-    return sum(float(loss(net, b))*len(b['texts']) for b in batches)/sum(len(b['texts']) for b in batches)
+    loss, device = Seq2SeqLoss(units, replace(net.config, ctc_weight=0., forcing_start=1.)), next(net.parameters()).device
+    return sum(float(loss(net, b | dict(images=b['images'].to(device))))*len(b['texts']) for b in batches)/sum(len(b['texts']) for b in batches)
 
 def evaluate_seq2seq(net, units, batches, name='') -> dict[str, float]:
     "cer (folded, without spaces), cer_raw and exact of the lines in `batches` as the decoder writes them, nats per unit; ctc_cer where there is a CTC head"
