@@ -50,10 +50,7 @@ def end_id(units) -> int:
     "The id that ends a text: 1 in `Symbols`; 0, which starts it too, in `Units`"
     return getattr(units, 'eos', 0)
 
-# %% ../nbs/10b_seq2seq.ipynb #ad85de12
-_ranges = dict(narrow=(1, 2048), frames=(1, 2048), hidden=(1, 4096), attention=(1, 4096), embedding=(0, 4096), location=(0, 255), dropout=(0, .99),
-    ctc_weight=(0, 1), forcing_start=(0, 1), forcing_end=(0, 1))
-
+# %% ../nbs/10b_seq2seq.ipynb #2bb3af44
 @dataclass(frozen=True)
 class Seq2SeqConfig:
     "Shape of the reader and of its loss; the defaults are Buoy 2022"
@@ -73,26 +70,30 @@ class Seq2SeqConfig:
     forcing_start: float = 1.     # share of the steps that are given the true unit before, in the first step of training
     forcing_end: float = 1.       # the same in the last
 
-    def __post_init__(self):
-        for k, ok in dict(encoder=('buoy2022', 'ctc'), units=('symbols', 'subscripts')).items():
-            if getattr(self, k) not in ok: raise KhmerOCRError(f"Setting '{k}' is {getattr(self, k)!r}: it must be one of {', '.join(ok)}")
-        for k, (a, b) in _ranges.items():
-            if not a <= getattr(self, k) <= b: raise KhmerOCRError(f"Setting '{k}' is {getattr(self, k)!r}: it must be from {a} to {b}")
-        object.__setattr__(self, 'channels', tuple(self.channels))
-        if len(self.channels) != 7 or min(self.channels) < 1: raise KhmerOCRError(f"Setting 'channels' is {list(self.channels)!r}: it must be seven numbers from 1 up")
-        if self.location and not self.location % 2: raise KhmerOCRError(f"Setting 'location' is {self.location}: it must be odd, or 0")
-        if self.encoder == 'ctc': _settle_encoder(self)
-
+    def __post_init__(self): _check(self)
     @property
     def height(self): return self.ctc.height if self.encoder == 'ctc' else 32
     @property
     def stride(self): return self.ctc.stride if self.encoder == 'ctc' else 4
 
-def _settle_encoder(config):
-    "With an encoder of `ctc`, its settings decide"
-    c = config.ctc or {}
-    if isinstance(c, dict): c = CTCConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()})
-    for k, v in dict(ctc=c, charset=c.charset, units='subscripts').items(): object.__setattr__(config, k, v)
+# %% ../nbs/10b_seq2seq.ipynb #cfbbfa50
+_ranges = dict(narrow=(1, 2048), frames=(1, 2048), hidden=(1, 4096), attention=(1, 4096), embedding=(0, 4096), location=(0, 255), dropout=(0, .99),
+    ctc_weight=(0, 1), forcing_start=(0, 1), forcing_end=(0, 1))
+
+def _check(config):
+    "Refuse what makes no sense; with an encoder of `ctc`, its settings decide"
+    for k, ok in dict(encoder=('buoy2022', 'ctc'), units=('symbols', 'subscripts')).items():
+        if (v := getattr(config, k)) not in ok: raise KhmerOCRError(f"Setting '{k}' is {v!r}: it must be one of {', '.join(ok)}")
+    for k, (a, b) in _ranges.items():
+        if not a <= (v := getattr(config, k)) <= b: raise KhmerOCRError(f"Setting '{k}' is {v!r}: it must be from {a} to {b}")
+    put = lambda **kw: [object.__setattr__(config, k, v) for k, v in kw.items()]
+    put(channels=tuple(config.channels))
+    if len(config.channels) != 7 or min(config.channels) < 1: raise KhmerOCRError(f"Setting 'channels' is {list(config.channels)!r}: it must be seven numbers from 1 up")
+    if config.location and not config.location % 2: raise KhmerOCRError(f"Setting 'location' is {config.location}: it must be odd, or 0")
+    if config.encoder == 'ctc':
+        c = config.ctc or {}
+        if isinstance(c, dict): c = CTCConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()})
+        put(ctc=c, charset=c.charset, units='subscripts')
 
 def make_units(config: Seq2SeqConfig):
     "The output units of a reader"
