@@ -81,9 +81,9 @@ def open_set(
     if not rows: raise KhmerOCRError(f'{path} has no labelled lines')
     return LineSet(name, [p for p, *_ in rows], [t for _, t, _ in rows], [{k: f[k] for k in _known if k in f} for *_, f in rows], **more)
 
-# %% ../nbs/16_battery.ipynb #66700f0a
-FIXED = dict(fixed=('the fixed validation set', dict(seed=42)),
-    augmented=('the same, augmented as buoy2022', dict(seed=42, augment_val=True, preset='buoy2022')),
+# %% ../nbs/16_battery.ipynb #d16b2813
+FIXED = dict(fixed=('fixed validation set', dict(seed=42)),
+    augmented=('fixed set, augmented', dict(seed=42, augment_val=True, preset='buoy2022')),
     heldout=('held-out fonts, clean', dict(seed=43, held_out=True)))
 DAMAGES = ('clean', 'light', 'document', 'scan', 'photo', 'hard', 'buoy2022')
 

@@ -83,7 +83,7 @@ class Worst:
 
     def _repr_html_(self): return '<div>' + (''.join(self._card(*o) for o in self.rows) or 'none to show') + '</div>'
 
-# %% ../nbs/30b_errors.ipynb #615f8bca
+# %% ../nbs/30b_errors.ipynb #0e7995af
 def cluster_places(
     reading  # a `Reading`
 ) -> list[tuple[str, float, float]]:  # (cluster with look-alikes folded, x0, x1 in px of the image); [] where the symbols do not spell the text
@@ -95,13 +95,15 @@ def cluster_places(
     return out
 
 def confusion_spots(
-    judged: list[Judged]
+    judged: list[Judged],
+    most: float = .3  # lines with a higher error rate are left out
 ) -> dict:  # (cluster of the truth, cluster that was read) -> list of (set, line, x0, x1), x in px or None; '' where one side has none
     "Every confusion of clusters with its places, without spaces and with look-alikes folded; only of sets that may be shown"
     spots = defaultdict(list)
     for j in visible(judged):
+        edits, totals = line_edits(j.texts, j.lines.truths)
         for i, (r, true) in enumerate(zip(j.readings, j.lines.truths)):
-            if r.text == true: continue
+            if not 0 < edits[i] <= most*totals[i]: continue
             found, at, last = cluster_places(r), 0, 0.
             read = [c for c, *_ in found] or [fold(c) or c for c in clusters(strip_spaces(r.text))]
             for t, c in align([fold(c) or c for c in clusters(strip_spaces(true))], read):
@@ -202,16 +204,16 @@ def class_figure(
     ax.invert_yaxis(); ax.margins(x=.25); ax.set_xticks([]); ax.spines[:].set_visible(False); ax.tick_params(left=False, labelsize=9); ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
     return fig
 
-# %% ../nbs/30b_errors.ipynb #950ed8df
+# %% ../nbs/30b_errors.ipynb #cb6fbb42
 def reliability_figure(
     curves: dict  # name -> as `metrics.calibration` gives it
 ):  # a matplotlib figure
     "Claimed against true accuracy; the area of a point goes with the share of the readings"
-    fig, ax = new_figure(4.6, 3); ax.plot([0, 1], [0, 1], ':', color='#999')
+    fig, ax = new_figure(6, 3); ax.plot([0, 1], [0, 1], ':', color='#999')
     for (name, c), colour in zip(curves.items(), _colours):
         size = np.maximum(120*np.array(c['count'])/sum(c['count']), 6)
         ax.plot(c['confidence'], c['accuracy'], color=colour, lw=1, label=f'{name}, ECE {c["ece"]:.3f}'); ax.scatter(c['confidence'], c['accuracy'], size, color=colour)
-    ax.set(xlabel='claimed', ylabel='came true', xlim=(0, 1.02), ylim=(0, 1.02)); ax.spines[['top', 'right']].set_visible(False); ax.legend(frameon=False, fontsize=8)
+    ax.set(xlabel='claimed', ylabel='came true', xlim=(0, 1.02), ylim=(0, 1.02)); ax.spines[['top', 'right']].set_visible(False); ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1.02, .5))
     return fig
 
 def rejection_figure(

@@ -192,7 +192,7 @@ def error_bars(
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
-# %% ../nbs/30_report.ipynb #a93f18d1
+# %% ../nbs/30_report.ipynb #db7cd4b6
 class Table:
     "Rows with a head; shows itself as HTML in a notebook and as aligned text elsewhere"
     def __init__(self, rows, head): self.rows, self.head = [tuple(r) for r in rows], tuple(head)
@@ -209,7 +209,8 @@ class Table:
         th = ''.join(f'<th{" class=n" if n else ""}>{html.escape(h)}</th>' for h,n in zip(self.head, number or [False]*len(self.head)))
         td = lambda x, n: f'<td class={"n" if n or isinstance(x, (int, float)) else "s" if len(self._text(x)) < 24 else "t"}>{html.escape(self._text(x))}</td>'
         body = ''.join('<tr>' + ''.join(map(td, r, number)) + '</tr>' for r in self.rows)
-        return f'<table><thead><tr>{th}</tr></thead><tbody>{body}</tbody></table>'
+        small = ' style="font-size:.76rem"' if len(self.head) > 9 else ''      # so that a wide table fits the page
+        return f'<table{small}><thead><tr>{th}</tr></thead><tbody>{body}</tbody></table>'
 
 # %% ../nbs/30_report.ipynb #3d701079
 def _letter(s: str) -> str:
