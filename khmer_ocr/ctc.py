@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRIDE', 'Units', 'conv', 'Pair', 'Block', 'Attend', 'CTCConfig', 'n_frames', 'CTCNet', 'Frames', 'grow', 'CTCLoss',
-           'greedy', 'read_batches', 'evaluate_net', 'header', 'load_ctc', 'Padding', 'started', 'train_ctc', 'release']
+           'thinned', 'TaughtLoss', 'greedy', 'read_batches', 'evaluate_net', 'header', 'load_ctc', 'Padding',
+           'started', 'train_ctc', 'release']
 
 # %% ../nbs/10_ctc.ipynb #2cbb600a
 import re, time
@@ -214,6 +215,27 @@ class CTCLoss:
         log_probs = logits.log_softmax(-1).transpose(0, 1)
         return smooth_ctc(F.ctc_loss(log_probs, targets, frames.cpu(), lengths, zero_infinity=True), log_probs, frames, self.smoothing)
 
+# %% ../nbs/10_ctc.ipynb #ca6677f8
+def thinned(p: torch.Tensor, frames: int) -> torch.Tensor:
+    "Probabilities (B, T, n) on fewer frames (B, frames, n): of those that fall together, the one with the least blank"
+    k = -(-p.shape[1]//frames)
+    p = F.pad(p, (0, 0, 0, k*frames-p.shape[1]), value=1.).unflatten(1, (frames, k))          # padding claims the blank
+    return p.gather(2, p[..., :1].argmin(2, keepdim=True).expand(-1, -1, 1, p.shape[-1])).squeeze(2)
+
+class TaughtLoss:
+    "(1-share)*CTC + share*cross-entropy with the frames of a `teacher` of the same units; mean over the frames of the lines, in nats"
+    def __init__(self, loss: CTCLoss, teacher: CTCNet, share=.5): self.loss, self.teacher, self.share = loss, teacher.requires_grad_(False).eval(), share
+    def __call__(self, model, batch):
+        kept, said = model, []
+        heard = self.loss(lambda x, widths: said.append(kept(x, widths)) or said[0], batch)
+        x = as_input(batch['images']); h = self.teacher.config.height
+        self.teacher.to(x.device)
+        if x.shape[2] != h: x = F.interpolate(x, (h, round(x.shape[3]*h/x.shape[2])), mode='area')
+        with torch.no_grad(): p = thinned(self.teacher(x.contiguous(memory_format=torch.channels_last)).float().softmax(-1), said[0].shape[1])
+        inside = torch.arange(p.shape[1])[None] < n_frames(batch['widths'], self.loss.stride).cpu()[:, None]
+        shown = -(p*said[0].float().log_softmax(-1)).sum(-1)[inside.to(p.device)].mean()
+        return (1-self.share)*heard + self.share*shown
+
 # %% ../nbs/10_ctc.ipynb #0a6a1535
 def greedy(
     logits: torch.Tensor,  # (B, T, n_units), any float type
@@ -286,7 +308,7 @@ def started(net: CTCNet, init, parts=()) -> CTCNet:
     net.load_state_dict(own | some)
     return net
 
-# %% ../nbs/10_ctc.ipynb #baea54bb
+# %% ../nbs/10_ctc.ipynb #139dbc74
 def train_ctc(
     out_dir,  # checkpoints, history and logs
     recipe: Recipe = Recipe(random_text=True),  # of the on-the-fly stream
@@ -301,7 +323,9 @@ def train_ctc(
     texts=None,  # lines in place of the corpus
     pool=POOL,  # batches a pool (see `data.Pools`)
     callbacks=(),
-    verbose=True
+    verbose=True,
+    teacher=None,  # checkpoint of a reader that shows the frames, see `TaughtLoss`
+    share=.5  # of the teacher in the loss
 ) -> Learner:
     "Train a CTC reader"
     torch.manual_seed(train.seed)
@@ -312,7 +336,9 @@ def train_ctc(
     batches = lambda n: lines.stream(train.batch_size, seed, pool, n, workers)
     val = validation if validation is None or isinstance(validation, list) else open_lines(validation, config.height).batches()
     about = header(config, units, recipe=asdict(recipe) | dict(data=str(getattr(data, 'path', data))), train=asdict(train), init=str(init) if init else None)
-    learn = Learner(net, CTCLoss(units, config.stride, train.label_smoothing), batches, train, out_dir, [Padding(), *callbacks], (lambda m: evaluate_net(m, units, val)) if val else None, about, verbose=verbose)
+    loss = CTCLoss(units, config.stride, train.label_smoothing)
+    if teacher: loss = TaughtLoss(loss, load_ctc(teacher)[0], share)
+    learn = Learner(net, loss, batches, train, out_dir, [Padding(), *callbacks], (lambda m: evaluate_net(m, units, val)) if val else None, about, verbose=verbose)
     return learn.fit(resume)
 
 # %% ../nbs/10_ctc.ipynb #83de39ee
