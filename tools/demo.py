@@ -154,7 +154,7 @@ def read_it(data, models, reports, model):
 def main():
     p = argparse.ArgumentParser(description='Watch the whole project work, on this machine.')
     p.add_argument('--quick', action='store_true', help='a very small scale, for tests')
-    p.add_argument('--model', default='fast', help='weights that read: a name or a checkpoint')
+    p.add_argument('--model', default='best', help='weights that read: a name or a checkpoint')
     p.add_argument('--folder', default=str(root), help='where data/, models/ and reports/ go')
     a = p.parse_args()
     os.chdir(root)
