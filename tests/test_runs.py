@@ -53,7 +53,7 @@ def check_validation(m, facts, page):
     assert m['images'] == 5 == sum(m['fonts'].values()) and m['problems'] == 0 and m['fingerprint'] in page and m['also_in_training'] == 0 and not m['augmented']
 
 def check_release(m, facts, page):
-    assert m['samples'] == 6 and sum(n > 0 for n in m['files'].values()) == 3 and {'fixed', 'heldout', 'photo_heldout'} <= set(m['scores']) and 'What it was measured at' in page
+    assert m['samples'] == 6 and sum(n > 0 for n in m['files'].values()) == 3 and {'fixed', 'photo'} <= set(m['scores']) and 'What it was measured at' in page
 
 checks = dict(release=check_release, corpus=check_corpus, generate=check_generate, validation_set=check_validation)
 
