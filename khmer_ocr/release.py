@@ -96,7 +96,7 @@ class Clock(Callback):
         if self.last is not None: self.seconds += now-self.last
         self.last, learn.shown['hours'] = now, self.seconds/3600
 
-# %% ../nbs/17_release.ipynb #f42f599c
+# %% ../nbs/17_release.ipynb #a434a856
 def _finished(folder: Path, steps: int) -> bool:
     "Has the run in `folder` made all its steps?"
     latest = folder/'latest.safetensors'
@@ -108,6 +108,7 @@ def carry_out(
     validation=None,  # labelled lines to evaluate on while training
     workers: int = 0,  # processes that make lines
     texts=None,  # lines in place of the corpus
+    callbacks=(),  # beside the clock
     verbose: bool = True,
     **more  # to the training function
 ) -> list[Path]:  # the last checkpoint of each stage
@@ -117,7 +118,7 @@ def carry_out(
         out = Path(folder)/f'{i+1}_{s.name}'; latest = out/'latest.safetensors'
         if not _finished(out, s.train.steps):
             learn = kinds[plan.model][1](out, s.recipe, s.train, s.settings, validation=validation, workers=workers, texts=texts, verbose=verbose,
-                resume='latest' if latest.exists() else None, init=start, callbacks=[Clock()], **more)
+                resume='latest' if latest.exists() else None, init=start, callbacks=[Clock(), *callbacks], **more)
             if learn.step < s.train.steps: raise KhmerOCRError(f'Stage {s.name!r} stopped at step {learn.step} ({learn.stopping}): the same command goes on from there')
         start = latest; done.append(latest)
     return done
