@@ -122,7 +122,7 @@ def held_out_fonts(fonts=None) -> bool:
     try: return bool(find_fonts(fonts, 'heldout'))
     except KhmerOCRError: return False
 
-# %% ../nbs/16_battery.ipynb #208c4115
+# %% ../nbs/16_battery.ipynb #1d583d2f
 def battery(
     folder,  # for the images
     lines: int = 500,  # of each set
@@ -134,13 +134,13 @@ def battery(
     "The standard sets: fixed, augmented, heldout; each of `DAMAGES` in fonts of training, and as PRESET_heldout in others"
     if min(lines, fixed_lines or lines) < 1: raise KhmerOCRError(f'The battery wants a number of lines from 1 up, not {min(lines, fixed_lines or lines)}')
     out, others = [], held_out_fonts(fonts)
-    if not others: print('Sets in held-out fonts are left out, for none is installed: run `khmer-ocr fonts install`', file=sys.stderr)
     for name, (title, how) in FIXED.items():
         if how.get('held_out') and not others: continue
         synth = fixed_synth(name, corpus, fonts)
         out.append(draw_set(synth, 'val', min(fixed_lines or lines, len(synth.lines('val'))), folder, name, progress, title=title))
     for preset, held_out in [(d, h) for h in (False, True)[:1+others] for d in DAMAGES]:
         out.append(draw_set(damaged_synth(preset, held_out, corpus, fonts), 'test', lines, folder, preset + '_heldout'*held_out, progress, title=f'{preset}, {"held-out" if held_out else "training"} fonts'))
+    if not others: print('Sets in held-out fonts were left out, for none is installed: run `khmer-ocr fonts install`', file=sys.stderr)
     return out
 
 # %% ../nbs/16_battery.ipynb #fd4270b9
