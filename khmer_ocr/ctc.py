@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRIDE', 'Units', 'conv', 'Pair', 'Block', 'Attend', 'CTCConfig', 'n_frames', 'CTCNet', 'Frames', 'grow', 'CTCLoss',
-           'thinned', 'TaughtLoss', 'greedy', 'read_batches', 'evaluate_net', 'header', 'load_ctc', 'Padding',
+           'matched', 'TaughtLoss', 'greedy', 'read_batches', 'evaluate_net', 'header', 'load_ctc', 'Padding',
            'started', 'train_ctc', 'release']
 
 # %% ../nbs/10_ctc.ipynb #2cbb600a
@@ -90,7 +90,7 @@ class Attend(nn.Module):
         x = x + self.drop(self.out(a.transpose(1, 2).flatten(2)))
         return x + self.drop(self.mix(self.norms[2](x)))
 
-# %% ../nbs/10_ctc.ipynb #2490b79f
+# %% ../nbs/10_ctc.ipynb #0224c89e
 _range = dict(hidden=(1, 4096), layers=(0, 32), dropout=(0, .99))
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ class CTCConfig:
             if not a <= getattr(self, k) <= b: raise KhmerOCRError(f"Setting '{k}' is {getattr(self, k)!r}: it must be from {a} to {b}")
         for k, ok in dict(block=('conv', 'large'), reading=('lstm', 'attention', 'conv'), stride=(2, 4, 8)).items():
             if getattr(self, k) not in ok: raise KhmerOCRError(f"Setting '{k}' is {getattr(self, k)!r}: it must be one of {', '.join(map(str, ok))}")
+
+        if self.reading == 'attention' and self.hidden % 2: raise KhmerOCRError(f"Setting 'hidden' is {self.hidden!r}: with attention it must be even, for its four heads")
 
 STRIDE = 4          # px a frame, of the readers that ship
 
@@ -174,7 +176,7 @@ def _place(old, new, ins=None):
 
 def _both(h, H): return torch.cat([torch.arange(h), H+torch.arange(h)])      # where the two directions of an LSTM lie in a wider one
 
-# %% ../nbs/10_ctc.ipynb #c37bcda0
+# %% ../nbs/10_ctc.ipynb #5e76ee53
 def _grow_lstm(old: nn.LSTM, new: nn.LSTM):
     "Each gate has its own rows; layers above the first see two directions"
     h, H = old.hidden_size, new.hidden_size
@@ -190,7 +192,7 @@ def grow(
     "Put a trained reader into a larger one"
     a, n = old.config, old.name.out_features
     same = ('height', 'stride', 'charset', 'reading', 'layers') + (('block',) if any(a.blocks) else ())
-    if any(getattr(a, k) != getattr(config, k) for k in same) or any(x > y for x, y in zip((*a.channels, *a.blocks, a.hidden), (*config.channels, *config.blocks, config.hidden))) or a.reading != 'lstm':
+    if any(getattr(a, k) != getattr(config, k) for k in same) or any(x > y for x, y in zip((*a.channels, *a.blocks, a.hidden), (*config.channels, *config.blocks, config.hidden))) or a.reading != 'lstm' or not a.layers:
         raise KhmerOCRError(f'A reader can only grow: {config} is not a larger {a}')
     new = CTCNet(n, config); own = dict(new.state_dict())
     for name, w in old.state_dict().items():
@@ -201,13 +203,17 @@ def grow(
     _grow_lstm(old.read, new.read)
     return new.eval()
 
-# %% ../nbs/10_ctc.ipynb #d0721234
+# %% ../nbs/10_ctc.ipynb #9163c9ad
 class CTCLoss:
     "loss(model, batch) of `collate`'s batches: mean CTC loss per unit (nats), in float32; `smoothing` as in `training.smooth_ctc`"
     def __init__(self, units: Units, stride=STRIDE, smoothing=0.): self.units, self.stride, self.smoothing = units, stride, smoothing
-    def __call__(self, model, batch):
-        x = as_input(batch['images']).contiguous(memory_format=torch.channels_last)
-        logits = model(x, batch['widths']).float()
+    def __call__(self, model, batch): return self.of(self.logits(model, batch), batch)
+    def logits(self, model, batch):
+        "What the network says: float32 (B, T, n_units)"
+        return model(as_input(batch['images']).contiguous(memory_format=torch.channels_last), batch['widths']).float()
+
+    def of(self, logits, batch):
+        "The loss of what was said"
         ids = [self.units.encode(t) for t in batch['texts']]
         lengths = torch.tensor([len(i) for i in ids])
         targets = torch.tensor([i for s in ids for i in s], device=logits.device)
@@ -215,26 +221,35 @@ class CTCLoss:
         log_probs = logits.log_softmax(-1).transpose(0, 1)
         return smooth_ctc(F.ctc_loss(log_probs, targets, frames.cpu(), lengths, zero_infinity=True), log_probs, frames, self.smoothing)
 
-# %% ../nbs/10_ctc.ipynb #ca6677f8
-def thinned(p: torch.Tensor, frames: int) -> torch.Tensor:
-    "Probabilities (B, T, n) on fewer frames (B, frames, n): of those that fall together, the one with the least blank"
-    k = -(-p.shape[1]//frames)
-    p = F.pad(p, (0, 0, 0, k*frames-p.shape[1]), value=1.).unflatten(1, (frames, k))          # padding claims the blank
-    return p.gather(2, p[..., :1].argmin(2, keepdim=True).expand(-1, -1, 1, p.shape[-1])).squeeze(2)
+# %% ../nbs/10_ctc.ipynb #3afd6d9e
+def matched(
+    p: torch.Tensor,  # probabilities (B, T, n) in the teacher's frames
+    frames: int,  # of the pupil
+    ratio: float  # teacher's frames in one of the pupil's
+) -> torch.Tensor:  # (B, frames, n)
+    "Probabilities in the pupil's frames: of the teacher's frames that fall into one, that with the least blank"
+    edges = (torch.arange(frames+1, device=p.device)*ratio).long().clamp(max=p.shape[1]-1)
+    start, end = edges[:-1], torch.maximum(edges[1:], edges[:-1]+1)
+    inside = torch.minimum(start[:, None]+torch.arange(int((end-start).max()), device=p.device), end[:, None]-1).clamp(max=p.shape[1]-1)
+    some = p[:, inside]                                                   # (B, frames, candidates, n)
+    return some.gather(2, some[..., :1].argmin(2, keepdim=True).expand(-1, -1, 1, p.shape[-1])).squeeze(2)
 
+# %% ../nbs/10_ctc.ipynb #8295fb24
 class TaughtLoss:
     "(1-share)*CTC + share*cross-entropy with the frames of a `teacher` of the same units; mean over the frames of the lines, in nats"
     def __init__(self, loss: CTCLoss, teacher: CTCNet, share=.5): self.loss, self.teacher, self.share = loss, teacher.requires_grad_(False).eval(), share
+
+    def heard(self, batch, frames):
+        "What the teacher says, in `frames` frames of the pupil: probabilities (B, frames, n)"
+        x, c = as_input(batch['images']), self.teacher.config; k = c.height/x.shape[2]
+        if k != 1: x = F.interpolate(x, (c.height, round(x.shape[3]*k)), mode='area')
+        with torch.no_grad(): p = self.teacher.to(x.device)(x.contiguous(memory_format=torch.channels_last)).float().softmax(-1)
+        return matched(p, frames, self.loss.stride*k/c.stride)
+
     def __call__(self, model, batch):
-        kept, said = model, []
-        heard = self.loss(lambda x, widths: said.append(kept(x, widths)) or said[0], batch)
-        x = as_input(batch['images']); h = self.teacher.config.height
-        self.teacher.to(x.device)
-        if x.shape[2] != h: x = F.interpolate(x, (h, round(x.shape[3]*h/x.shape[2])), mode='area')
-        with torch.no_grad(): p = thinned(self.teacher(x.contiguous(memory_format=torch.channels_last)).float().softmax(-1), said[0].shape[1])
-        inside = torch.arange(p.shape[1])[None] < n_frames(batch['widths'], self.loss.stride).cpu()[:, None]
-        shown = -(p*said[0].float().log_softmax(-1)).sum(-1)[inside.to(p.device)].mean()
-        return (1-self.share)*heard + self.share*shown
+        logits = self.loss.logits(model, batch); p = self.heard(batch, logits.shape[1])
+        inside = torch.arange(p.shape[1], device=p.device)[None] < n_frames(batch['widths'], self.loss.stride).to(p.device)[:, None]
+        return (1-self.share)*self.loss.of(logits, batch) + self.share*-(p*logits.log_softmax(-1)).sum(-1)[inside].mean()
 
 # %% ../nbs/10_ctc.ipynb #0a6a1535
 def greedy(
@@ -308,7 +323,7 @@ def started(net: CTCNet, init, parts=()) -> CTCNet:
     net.load_state_dict(own | some)
     return net
 
-# %% ../nbs/10_ctc.ipynb #139dbc74
+# %% ../nbs/10_ctc.ipynb #e209b135
 def train_ctc(
     out_dir,  # checkpoints, history and logs
     recipe: Recipe = Recipe(random_text=True),  # of the on-the-fly stream
@@ -335,13 +350,13 @@ def train_ctc(
     else: lines, seed = data if isinstance(data, LineSource) else open_lines(data, config.height), train.seed
     batches = lambda n: lines.stream(train.batch_size, seed, pool, n, workers)
     val = validation if validation is None or isinstance(validation, list) else open_lines(validation, config.height).batches()
-    about = header(config, units, recipe=asdict(recipe) | dict(data=str(getattr(data, 'path', data))), train=asdict(train), init=str(init) if init else None)
+    about = header(config, units, recipe=asdict(recipe) | dict(data=str(getattr(data, 'path', data))), train=asdict(train), init=str(init) if init else None, parts=list(parts), teacher=str(teacher) if teacher else None)
     loss = CTCLoss(units, config.stride, train.label_smoothing)
     if teacher: loss = TaughtLoss(loss, load_ctc(teacher)[0], share)
     learn = Learner(net, loss, batches, train, out_dir, [Padding(), *callbacks], (lambda m: evaluate_net(m, units, val)) if val else None, about, verbose=verbose)
     return learn.fit(resume)
 
-# %% ../nbs/10_ctc.ipynb #83de39ee
+# %% ../nbs/10_ctc.ipynb #1b5bd40b
 def release(
     checkpoint,  # of a training run
     path,  # .safetensors to write
@@ -351,6 +366,6 @@ def release(
     weights, head = load_weights(checkpoint)
     if 'charset' not in head: raise KhmerOCRError(f'{checkpoint} holds no reader')
     half = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in weights.items()}
-    keep = {k: v for k, v in head.items() if k in ('model', 'config', 'charset', 'height', 'stride', 'preprocess', 'normal_form', 'recipe', 'train', 'init', 'step', 'decoder')}
+    keep = {k: v for k, v in head.items() if k in ('model', 'config', 'charset', 'height', 'stride', 'preprocess', 'normal_form', 'recipe', 'train', 'step')}
     save_checkpoint(path, half, keep | about)
     return Path(path).stat().st_size
