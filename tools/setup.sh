@@ -17,7 +17,7 @@ if ! good .venv/bin/python; then
 fi
 
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
-wanted() { .venv/bin/python -c "from configparser import ConfigParser as C; c = C(delimiters=['=']); c.read('settings.ini', encoding='utf-8'); d = c['DEFAULT']; print(d['requirements'], d['dev_requirements'])"; }
+wanted() { .venv/bin/python -c "from configparser import ConfigParser as C; c = C(delimiters=['=']); c.read('settings.ini', encoding='utf-8'); d = c['DEFAULT']; print(d['requirements'], d['dev_requirements'], d['onnx_requirements'])"; }
 pin() { sed -n "s/^$1==//p" constraints.txt; }
 echo "set-up: installing the packages of constraints.txt (some minutes the first time)"
 pip install -qq -c constraints.txt --upgrade pip setuptools wheel   # older pips misread some constraints
