@@ -234,16 +234,16 @@ def matched(
     some = p[:, inside]                                                   # (B, frames, candidates, n)
     return some.gather(2, some[..., :1].argmin(2, keepdim=True).expand(-1, -1, 1, p.shape[-1])).squeeze(2)
 
-# %% ../nbs/10_ctc.ipynb #8295fb24
+# %% ../nbs/10_ctc.ipynb #786b1228
 class TaughtLoss:
     "(1-share)*CTC + share*cross-entropy with the frames of a `teacher` of the same units; mean over the frames of the lines, in nats"
     def __init__(self, loss: CTCLoss, teacher: CTCNet, share=.5): self.loss, self.teacher, self.share = loss, teacher.requires_grad_(False).eval(), share
 
     def heard(self, batch, frames):
         "What the teacher says, in `frames` frames of the pupil: probabilities (B, frames, n)"
-        x, c = as_input(batch['images']), self.teacher.config; k = c.height/x.shape[2]
-        if k != 1: x = F.interpolate(x, (c.height, round(x.shape[3]*k)), mode='area')
-        with torch.no_grad(): p = self.teacher.to(x.device)(x.contiguous(memory_format=torch.channels_last)).float().softmax(-1)
+        x, widths, c = as_input(batch['images']), batch['widths'], self.teacher.config; k = c.height/x.shape[2]
+        if k != 1: x, widths = F.interpolate(x, (c.height, round(x.shape[3]*k)), mode='area'), (widths*k).round().long().clamp(min=1)
+        with torch.no_grad(): p = self.teacher.to(x.device)(x.contiguous(memory_format=torch.channels_last), widths).float().softmax(-1)
         return matched(p, frames, self.loss.stride*k/c.stride)
 
     def __call__(self, model, batch):
@@ -323,7 +323,7 @@ def started(net: CTCNet, init, parts=()) -> CTCNet:
     net.load_state_dict(own | some)
     return net
 
-# %% ../nbs/10_ctc.ipynb #e209b135
+# %% ../nbs/10_ctc.ipynb #0884adc8
 def train_ctc(
     out_dir,  # checkpoints, history and logs
     recipe: Recipe = Recipe(random_text=True),  # of the on-the-fly stream
@@ -339,7 +339,7 @@ def train_ctc(
     pool=POOL,  # batches a pool (see `data.Pools`)
     callbacks=(),
     verbose=True,
-    teacher=None,  # checkpoint of a reader that shows the frames, see `TaughtLoss`
+    teacher=None,  # checkpoint of a reader that shows the frames, see `TaughtLoss`; or what makes the loss out of the plain one, see `distil.Teaching`
     share=.5  # of the teacher in the loss
 ) -> Learner:
     "Train a CTC reader"
@@ -352,7 +352,7 @@ def train_ctc(
     val = validation if validation is None or isinstance(validation, list) else open_lines(validation, config.height).batches()
     about = header(config, units, recipe=asdict(recipe) | dict(data=str(getattr(data, 'path', data))), train=asdict(train), init=str(init) if init else None, parts=list(parts), teacher=str(teacher) if teacher else None)
     loss = CTCLoss(units, config.stride, train.label_smoothing)
-    if teacher: loss = TaughtLoss(loss, load_ctc(teacher)[0], share)
+    if teacher: loss = teacher(loss) if callable(teacher) else TaughtLoss(loss, load_ctc(teacher)[0], share)
     learn = Learner(net, loss, batches, train, out_dir, [Padding(), *callbacks], (lambda m: evaluate_net(m, units, val)) if val else None, about, verbose=verbose)
     return learn.fit(resume)
 
