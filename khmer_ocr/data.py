@@ -272,22 +272,24 @@ class OnTheFly(Pools):
     def __init__(self, recipe: Recipe, batch_size=64, pool=POOL, height=HEIGHT, pools=1_000_000, texts=None):
         super().__init__(OnTheFlyDataset(recipe, height=height, texts=texts), batch_size, pool, recipe.seed, pools)
 
-# %% ../nbs/06_data.ipynb #835c64b8
+# %% ../nbs/06_data.ipynb #97b6a4e5
 def read_labels(
-    path  # a labels.tsv, its folder, or a folder with images/ and labels/ (a split, or a fixed validation set)
+    path  # a labels.tsv, or a train.json, val.json or test.json; its folder; or a folder with images/ and labels/ (a split, or a fixed validation set)
 ) -> list[tuple[Path, str, dict]]:  # image, label in normal form, other columns
     "The list of labelled images at `path`; KhmerOCRError if there is none"
     path = Path(path)
     if path.is_dir() and (path/'labels').is_dir():
         rows = [(path/'images'/f'{p.stem}.png', normalise(p.read_text(encoding='utf-8')), {}) for p in sorted((path/'labels').glob('*.txt'))]
-    else: rows = _read_tsv(path/'labels.tsv' if path.is_dir() else path)
+    else:
+        if path.is_dir(): path = next((f for n in ('labels.tsv', *(f'{s}.json' for s in SPLITS)) if (f := path/n).is_file()), path/'labels.tsv')
+        rows = _read_json(path) if path.suffix == '.json' else _read_tsv(path)
     if not rows: raise KhmerOCRError(f'{path} has no labelled lines')
     return rows
 
-# %% ../nbs/06_data.ipynb #caad5e56
+# %% ../nbs/06_data.ipynb #b7d35cec
 def _read_tsv(path) -> list[tuple[Path, str, dict]]:
     "Rows of a labels.tsv; the header is optional"
-    if not path.exists(): raise KhmerOCRError(f'{path}: no labelled lines there (wanted labels.tsv, or folders images/ and labels/)')
+    if not path.exists(): raise KhmerOCRError(f'{path}: no labelled lines there (wanted labels.tsv, folders images/ and labels/, or images/ and train.json)')
     try: rows = [(i, l.split('\t')) for i, l in enumerate(path.read_text(encoding='utf-8-sig').split('\n'), 1) if l.strip(' ')]
     except UnicodeDecodeError: raise KhmerOCRError(f'{path} is not UTF-8 text: save it as UTF-8') from None
     names = [c.strip().lower() for c in rows[0][1]] if rows else []
@@ -298,6 +300,38 @@ def _read_tsv(path) -> list[tuple[Path, str, dict]]:
     for i, r in rows:
         if len(r) <= max(p, t): raise KhmerOCRError(f'{path} line {i}: wanted {"<TAB>".join(names[:max(p, t)+1])}, found {r[0][:40]!r}')
     return [(path.parent/r[p], normalise(r[t]), {k: v for k, v in zip(names, r) if k not in ('path', 'text')}) for _, r in rows]
+
+# %% ../nbs/06_data.ipynb #0b4d0545
+def _read_json(path) -> list[tuple[Path, str, dict]]:
+    "Rows of a list of {image, text}; the images lie in images/ beside it"
+    rows, seen = [], {}
+    for i, d in enumerate(_json_list(path), 1):
+        lacks = [k for k in ('image', 'text') if not isinstance(d, dict) or not isinstance(d.get(k), str)]
+        if lacks: raise KhmerOCRError(f'{path} entry {i} has no "{lacks[0]}": wanted {{"image": "a.png", "text": "..."}}, found {json.dumps(d, ensure_ascii=False)[:60]}')
+        name = os.path.normpath(d['image'])
+        if os.path.isabs(name) or name.split(os.sep)[0] == '..': raise KhmerOCRError(f'{path} entry {i}: the image {d["image"]} lies outside images/: copy it there and name it from there')
+        image = _beside(path.parent, name)
+        if image in seen: raise KhmerOCRError(f'{path} entry {i} names the image of entry {seen[image]} again ({d["image"]}): keep one of them')
+        seen[image] = i
+        rows.append((image, normalise(d['text']), {k: v for k, v in d.items() if k not in ('image', 'text')}))
+    gone = [im for im, *_ in rows if not im.is_file()]
+    if gone: raise KhmerOCRError(f'{path}: {len(gone)} of {len(rows)} images are missing, the first is {gone[0]} (entry {seen[gone[0]]}): copy them there or take their entries out')
+    return rows
+
+def _beside(folder, name) -> Path:
+    "The image `name` of a list in `folder`; some lists say images/ themselves"
+    image = folder/'images'/name
+    return folder/name if name.split(os.sep)[0] == 'images' and not image.is_file() else image
+
+# %% ../nbs/06_data.ipynb #3df29413
+def _json_list(path) -> list:
+    "A file that holds a list"
+    try: got = json.loads(path.read_text(encoding='utf-8-sig'))
+    except OSError as e: raise KhmerOCRError(f'{path}: no list of labelled lines there ({e.strerror})') from None
+    except json.JSONDecodeError as e: raise KhmerOCRError(f'{path} is not valid JSON, line {e.lineno}, column {e.colno}: {e.msg}') from None
+    except (UnicodeDecodeError, RecursionError): raise KhmerOCRError(f'{path} is not JSON in UTF-8: save it as UTF-8') from None
+    if not isinstance(got, list): raise KhmerOCRError(f'{path} holds one {type(got).__name__} where a list is wanted: write [{{"image": "a.png", "text": "..."}}, ...]')
+    return got
 
 # %% ../nbs/06_data.ipynb #7ca83ab4
 class LineFolder(LineSource):
