@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Symbols', 'end_id', 'Seq2SeqConfig', 'make_units', 'visible', 'BuoyEncoder', 'Memory', 'State', 'Seq2Seq',
-           'as_targets', 'Seq2SeqLoss', 'Forcing', 'Written', 'write_greedy', 'ctc_frames', 'ctc_begin',
-           'ctc_prefix_scores', 'ctc_extend', 'ctc_whole', 'length_penalty', 'beam_search', 'slipped', 'guard',
-           'read_lines', 'nats', 'evaluate_seq2seq', 'load_seq2seq', 'start_from', 'known_lines', 'drawn_batches',
-           'Preset', 'seq2seq_preset', 'train_seq2seq']
+           'ctc_frames', 'ctc_align', 'guidance', 'as_targets', 'Seq2SeqLoss', 'Forcing', 'Written', 'write_greedy',
+           'ctc_begin', 'ctc_prefix_scores', 'ctc_extend', 'ctc_whole', 'length_penalty', 'beam_search', 'slipped',
+           'guard', 'read_lines', 'nats', 'evaluate_seq2seq', 'load_seq2seq', 'start_from', 'known_lines',
+           'drawn_batches', 'Preset', 'seq2seq_preset', 'train_seq2seq']
 
 # %% ../nbs/10b_seq2seq.ipynb #b9d293c4
 import math
@@ -50,7 +50,7 @@ def end_id(units) -> int:
     "The id that ends a text: 1 in `Symbols`; 0, which starts it too, in `Units`"
     return getattr(units, 'eos', 0)
 
-# %% ../nbs/10b_seq2seq.ipynb #2bb3af44
+# %% ../nbs/10b_seq2seq.ipynb #e7d0554a
 @dataclass(frozen=True)
 class Seq2SeqConfig:
     "Shape of the reader and of its loss; the defaults are Buoy 2022"
@@ -67,6 +67,7 @@ class Seq2SeqConfig:
     location: int = 0             # frames around the last look that a step is told about, odd; 0: none
     dropout: float = 0.           # before the units are named
     ctc_weight: float = 0.        # share of CTC in the loss, and in beam search; 0: no CTC head
+    guide: float = 0.             # weight in the loss of looking where CTC hears the unit; 0: the eye is free
     forcing_start: float = 1.     # share of the steps that are given the true unit before, in the first step of training
     forcing_end: float = 1.       # the same in the last
 
@@ -76,9 +77,9 @@ class Seq2SeqConfig:
     @property
     def stride(self): return self.ctc.stride if self.encoder == 'ctc' else 4
 
-# %% ../nbs/10b_seq2seq.ipynb #cfbbfa50
+# %% ../nbs/10b_seq2seq.ipynb #7d30ae18
 _ranges = dict(narrow=(1, 2048), frames=(1, 2048), hidden=(1, 4096), attention=(1, 4096), embedding=(0, 4096), location=(0, 255), dropout=(0, .99),
-    ctc_weight=(0, 1), forcing_start=(0, 1), forcing_end=(0, 1))
+    ctc_weight=(0, 1), guide=(0, 10), forcing_start=(0, 1), forcing_end=(0, 1))
 
 def _check(config):
     "Refuse what makes no sense; with an encoder of `ctc`, its settings decide"
@@ -90,6 +91,7 @@ def _check(config):
     put(channels=tuple(config.channels))
     if len(config.channels) != 7 or min(config.channels) < 1: raise KhmerOCRError(f"Setting 'channels' is {list(config.channels)!r}: it must be seven numbers from 1 up")
     if config.location and not config.location % 2: raise KhmerOCRError(f"Setting 'location' is {config.location}: it must be odd, or 0")
+    if config.guide and config.encoder != 'ctc' and not config.ctc_weight: raise KhmerOCRError("Setting 'guide' wants a CTC head to follow: set ctc_weight as well")
     if config.encoder == 'ctc':
         c = config.ctc or {}
         if isinstance(c, dict): c = CTCConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()})
@@ -224,19 +226,62 @@ def step(self: Seq2Seq, memory: Memory, state: State):
     s = self.cell(torch.cat([unit, seen], -1).flatten(0, 1), state.s.flatten(0, 1)).view(B, K, -1)
     return State(s, look, state.prev), torch.cat([s.to(seen.dtype), seen, unit], -1)
 
-# %% ../nbs/10b_seq2seq.ipynb #85868223
+# %% ../nbs/10b_seq2seq.ipynb #b300167c
 @patch
 def forward(self: Seq2Seq, x, widths, ids,
     forced=None  # bool (U,): is the true unit before given in this step? None: in all
-):  # logits (B, U, n_units); CTC's logits (B, T, n_units) or None; frames of each line (B,)
+):  # logits (B, U, n_units); CTC's logits (B, T, n_units) or None; frames of each line (B,); looks (B, U, T)
     "Logits of each next unit of texts that are known"
     memory = self.encode(x, widths); state = self.begin(memory)
-    B, U = ids.shape; outs = []
+    B, U = ids.shape; outs, looks = [], []
     for u in range(U):
-        state, out = self.step(memory, state); outs.append(out)
+        state, out = self.step(memory, state); outs.append(out); looks.append(state.look)
         given = forced is None or u+1 == U or forced[u+1]
         state = state._replace(prev=ids[:, u:u+1] if given else self.name(out.detach()).argmax(-1))
-    return self.name(self.drop(torch.cat(outs, 1))), self.ctc_logits(memory), memory.lengths
+    return self.name(self.drop(torch.cat(outs, 1))), self.ctc_logits(memory), memory.lengths, torch.cat(looks, 1)
+
+# %% ../nbs/10b_seq2seq.ipynb #449de3c9
+_none = -1e10        # log of a probability of nothing
+
+def ctc_frames(logits, lengths) -> torch.Tensor:
+    "Log probabilities (B, T, n_units) float64 of CTC's logits; frames behind the line's end are sure to be blank"
+    p = logits.double().log_softmax(-1); behind = ~visible(p.shape[1], lengths.to(p.device))
+    sure = torch.full_like(p[0, 0], -1e4); sure[0] = 0
+    return torch.where(behind[..., None], sure, p)
+
+# %% ../nbs/10b_seq2seq.ipynb #5d7eaac4
+def _viterbi(y, jump, last):
+    "The best path (B, T) through states with log probabilities y (B, T, S); `jump` (B, S): a state may follow the one two before; it ends in state `last` (B,) or the one before"
+    none, back = torch.full_like(y[:, 0, :2], _none), []
+    a = torch.cat([y[:, 0, :2], torch.full_like(y[:, 0, 2:], _none)], 1)
+    for t in range(1, y.shape[1]):
+        two = torch.cat([none, a[:, :-2]], 1).masked_fill(~jump, _none)
+        a, came = torch.stack([a, torch.cat([none[:, :1], a[:, :-1]], 1), two]).max(0)
+        a = a + y[:, t]; back.append(came)
+    ends = a.gather(1, torch.stack([last, (last-1).clamp(min=0)], 1)); path = [last - ends.argmax(1)]
+    for came in back[::-1]: path.append(path[-1] - came.gather(1, path[-1][:, None])[:, 0])
+    return torch.stack(path[::-1], 1)
+
+@torch.no_grad()
+def ctc_align(
+    logp,  # (B, T, n_units) float64, of `ctc_frames`
+    ids,   # true units (B, U), filled up with anything
+    n      # how many of them each line has (B,)
+) -> torch.Tensor:  # int64 (B, U)
+    "The frame in which CTC hears each unit best, on the best path of the true text (Viterbi); frame 0 for what is filled up"
+    B, U = ids.shape; states = ids.new_zeros(B, 2*U+1); states[:, 1::2] = ids
+    jump = (states != 0) & (states != F.pad(states, (2, 0))[:, :-2]); jump[:, :2] = False
+    y = logp.gather(2, states[:, None].expand(-1, logp.shape[1], -1)); path = _viterbi(y, jump, 2*n)
+    said = path[:, None] == 2*torch.arange(U, device=ids.device)[:, None] + 1
+    return torch.where(said, y[..., 1::2].transpose(1, 2), -math.inf).argmax(-1)
+
+# %% ../nbs/10b_seq2seq.ipynb #6a4c83f0
+def guidance(looks, at, n, reach=2) -> torch.Tensor:
+    "Mean over the units of -log(share of the look (B, U, T) within `reach` frames of where CTC hears the unit, `at` (B, U)); nats, 0: all of it"
+    T, U = looks.shape[-1], at.shape[1]
+    near = (torch.arange(T, device=at.device) - at[..., None]).abs() <= reach
+    share = (looks[:, :U]*near).sum(-1).clamp(min=1e-6)
+    return -share.log()[visible(U, n)].mean()
 
 # %% ../nbs/10b_seq2seq.ipynb #c94cb0b4
 def as_targets(units, texts: list[str]):  # int64 (B, U) ids, ended and filled up with the end; int64 (B,) lengths without the end
@@ -246,9 +291,9 @@ def as_targets(units, texts: list[str]):  # int64 (B, U) ids, ended and filled u
     for row, i in zip(out, ids): row[:len(i)] = torch.tensor(i, dtype=torch.long)
     return out, n
 
-# %% ../nbs/10b_seq2seq.ipynb #0e757336
+# %% ../nbs/10b_seq2seq.ipynb #6eeeeec7
 class Seq2SeqLoss:
-    "loss(model, batch) of `collate`'s batches: (1-w)*cross-entropy per unit + w*CTC per unit (nats), in float32"
+    "loss(model, batch) of `collate`'s batches: (1-w)*(cross-entropy per unit + guide*`guidance`) + w*CTC per unit (nats), in float32"
     def __init__(self, units, config: Seq2SeqConfig, smoothing=0., seed=42):
         self.units, self.config, self.smoothing, self.seed, self.step, self.ratio = units, config, smoothing, seed, 0, config.forcing_start
 
@@ -260,9 +305,10 @@ class Seq2SeqLoss:
     def __call__(self, model, batch):
         c, (ids, n) = self.config, as_targets(self.units, batch['texts'])
         x = as_input(batch['images']).contiguous(memory_format=torch.channels_last); ids, n = ids.to(x.device), n.to(x.device)
-        logits, heard, frames = model(x, batch['widths'], ids, self.forced(ids.shape[1]))
+        logits, heard, frames, looks = model(x, batch['widths'], ids, self.forced(ids.shape[1]))
         wanted = ids.masked_fill(~visible(ids.shape[1], n+1), -100)
         loss = F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), label_smoothing=self.smoothing)
+        if c.guide and n.max(): loss = loss + c.guide*guidance(looks, ctc_align(ctc_frames(heard.detach(), frames), ids[:, :-1], n), n)
         if not c.ctc_weight or not heard.requires_grad: return loss          # without a CTC head, or with one that is frozen
         ctc = F.ctc_loss(heard.float().log_softmax(-1).transpose(0, 1), ids, frames.cpu(), n.cpu(), zero_infinity=True)
         return (1-c.ctc_weight)*loss + c.ctc_weight*ctc
@@ -301,15 +347,7 @@ def write_greedy(net: Seq2Seq, memory: Memory, eos: int, limit=None) -> list[Wri
     i, p, a = torch.cat(ids, 1).tolist(), torch.cat(probs, 1).tolist(), torch.cat(looks, 1).float()
     return [_cut(i[b], p[b], a[b], eos, int(n)) for b, n in enumerate(memory.lengths)]
 
-# %% ../nbs/10b_seq2seq.ipynb #8300af72
-_none = -1e10        # log of a probability of nothing
-
-def ctc_frames(logits, lengths) -> torch.Tensor:
-    "Log probabilities (B, T, n_units) float64 of CTC's logits; frames behind the line's end are sure to be blank"
-    p = logits.double().log_softmax(-1); behind = ~visible(p.shape[1], lengths.to(p.device))
-    sure = torch.full_like(p[0, 0], -1e4); sure[0] = 0
-    return torch.where(behind[..., None], sure, p)
-
+# %% ../nbs/10b_seq2seq.ipynb #e9dc3309
 def ctc_begin(logp) -> torch.Tensor:
     "State (B, 1, T, 2) of the empty text: log probability that so far nothing was said, ending in a unit (never) or in a blank"
     blank = logp[:, None, :, 0].cumsum(-1)
@@ -453,11 +491,11 @@ def read_lines(net: Seq2Seq, units, batches,
         out += _read(net, units, x, b['widths'].to(device), decoder, guarded, beam, alpha, weight)
     return [t for t, _ in out], [c for _, c in out]
 
-# %% ../nbs/10b_seq2seq.ipynb #ff35e0bb
+# %% ../nbs/10b_seq2seq.ipynb #71a9eaad
 @torch.inference_mode()
 def nats(net, units, batches) -> float:
     "Mean cross-entropy per unit of the lines in `batches`, each unit before given"
-    loss, device = Seq2SeqLoss(units, replace(net.config, ctc_weight=0., forcing_start=1.)), next(net.parameters()).device
+    loss, device = Seq2SeqLoss(units, replace(net.config, ctc_weight=0., guide=0., forcing_start=1.)), next(net.parameters()).device
     return sum(float(loss(net, b | dict(images=b['images'].to(device))))*len(b['texts']) for b in batches)/sum(len(b['texts']) for b in batches)
 
 def evaluate_seq2seq(net, units, batches, name='') -> dict[str, float]:
@@ -503,7 +541,7 @@ def drawn_batches(recipe: Recipe, config: Seq2SeqConfig, n: int, batch_size=64, 
     samples = [synth(split, i) for i in range(n)]
     return bucket_batches([(prepare(s.image, config.height), s.text) for s in samples], batch_size)
 
-# %% ../nbs/10b_seq2seq.ipynb #20d11a70
+# %% ../nbs/10b_seq2seq.ipynb #69f6c19e
 class Preset(NamedTuple):
     "What `train_seq2seq` wants to know"
     config: Seq2SeqConfig
@@ -520,7 +558,7 @@ def seq2seq_preset(name='recommended', steps=None, encoder=None) -> Preset:
     if name == 'recommended': return Preset(Seq2SeqConfig(charset='khmer-latin', units='subscripts', ctc_weight=.3), TrainConfig(steps=steps or 20_000, lr=1e-3, warmup=.1, **better), recipe)
     if name != 'joint': raise KhmerOCRError(f'Unknown preset {name!r}{suggest(name, ["buoy2022", "recommended", "joint"])}: choose buoy2022, recommended or joint')
     if encoder is None: raise KhmerOCRError('Preset joint wants a CTC reader to build on: give encoder=<checkpoint>')
-    small = dict(hidden=256, attention=128, embedding=64, location=15, dropout=.1, ctc_weight=.3)
+    small = dict(hidden=256, attention=128, embedding=64, location=41, dropout=.1, ctc_weight=.3, guide=.5)
     return Preset(Seq2SeqConfig(encoder='ctc', ctc=load_ctc(encoder)[0].config, **small), TrainConfig(steps=steps or 5000, lr=2e-3, warmup=.1, freeze=('encoder',), **better), recipe)
 
 # %% ../nbs/10b_seq2seq.ipynb #3ed64762

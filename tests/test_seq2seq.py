@@ -8,7 +8,7 @@ from khmer_ocr.ctc import CTCConfig, CTCNet, Units, header, train_ctc
 from khmer_ocr.data import as_input, collate
 from khmer_ocr.learner import Callback, CancelFit, TrainConfig, save_checkpoint
 from khmer_ocr.metrics import lost_runs
-from khmer_ocr.seq2seq import (Seq2Seq, Seq2SeqConfig, Seq2SeqLoss, Symbols, beam_search, ctc_begin, ctc_extend, ctc_frames, ctc_prefix_scores, ctc_whole,
+from khmer_ocr.seq2seq import (Seq2Seq, Seq2SeqConfig, Seq2SeqLoss, Symbols, as_targets, beam_search, ctc_align, ctc_begin, ctc_extend, ctc_frames, ctc_prefix_scores, ctc_whole, guidance,
     end_id, guard, load_seq2seq, make_units, read_lines, seq2seq_preset, slipped, train_seq2seq, visible, write_greedy)
 from khmer_ocr.synth import Recipe
 from khmer_ocr.text import KhmerOCRError, charset, normalise
@@ -46,11 +46,11 @@ def test_padding_changes_nothing(more):
         if hasattr(n, 'running_mean'): n.running_mean.normal_(); n.bias.data.normal_()      # norms that turn white into something
     items = lines(32, 37, 90, 161); many = collate(items); ids = torch.randint(2, 20, (3, 6))
     with torch.inference_mode():
-        x = as_input(many['images']); logits, heard, _ = net(x, many['widths'], ids)
+        x = as_input(many['images']); logits, heard, _, looks = net(x, many['widths'], ids)
         memory = net.encode(x, many['widths']); wrote = write_greedy(net, memory, 1, 9); found = beam_search(net, memory, 1, limit=9)
         for i, item in enumerate(items):
-            one = collate([item]); y = as_input(one['images']); a, b, _ = net(y, one['widths'], ids[i:i+1])
-            assert torch.allclose(a[0], logits[i], atol=1e-5)
+            one = collate([item]); y = as_input(one['images']); a, b, _, seen = net(y, one['widths'], ids[i:i+1])
+            assert torch.allclose(a[0], logits[i], atol=1e-5) and torch.allclose(seen[0], looks[i, :, :seen.shape[-1]], atol=1e-5)
             m = net.encode(y, one['widths']); n = int(m.lengths[0])
             if heard is not None: assert torch.allclose(b[0, :n], heard[i, :n], atol=1e-5)
             w = write_greedy(net, m, 1, 9)[0]
@@ -190,3 +190,17 @@ def test_lines_that_the_charset_cannot_write_are_left_out(tmp_path):
     assert learn.step == 3
     (tmp_path/'train.txt').write_text('OCR\n', encoding='utf-8')
     with pytest.raises(KhmerOCRError, match='No line'): train_seq2seq(tmp_path/'n', recipe, loop(1), buoy, pool=2, verbose=False)
+
+def test_guide_pulls_the_eye_to_where_ctc_hears():
+    "With a frozen encoder, only the guide's gradient says where to look; and the loss of the guide alone falls"
+    torch.manual_seed(0); config = replace(joint, guide=1., ctc_weight=.5); units = make_units(config); net = Seq2Seq(len(units), config); net.encoder.requires_grad_(False)
+    batch = collate([(i, t) for (i, _), t in zip(lines(40, 120, 160), ('កខគ', 'ខកខក'))])
+    def strays():
+        ids, n = as_targets(units, batch['texts']); _, heard, frames, looks = net(as_input(batch['images']), batch['widths'], ids)
+        return guidance(looks, ctc_align(ctc_frames(heard, frames), ids[:, :-1], n), n)
+    opt = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 1e-2); first = strays().item()
+    for _ in range(40): opt.zero_grad(); strays().backward(); opt.step()
+    assert strays().item() < .6*first
+    assert Seq2SeqLoss(units, config)(net, batch).item() > Seq2SeqLoss(units, replace(config, guide=0.))(net, batch).item()
+    empty = collate([(np.zeros((40, 60), np.uint8), '')])
+    assert torch.isfinite(Seq2SeqLoss(units, config)(net, empty))
