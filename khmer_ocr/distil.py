@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['columns', 'Teacher', 'open_teacher', 'soften', 'DistilLoss', 'Teaching', 'read_teaching']
 
-# %% ../nbs/14c_distil.ipynb #82b09d07
+# %% ../nbs/14c_distil.ipynb #11003469
 import torch
 from dataclasses import dataclass
+from pathlib import Path
 from torch import nn
 from .text import KhmerOCRError
 from .training import configure
@@ -73,7 +74,7 @@ class DistilLoss:
             if part and self.share < 1: out = out + (1-self.share)*part*self.loss.of(logits, batch | dict(texts=list(texts)))
         return out
 
-# %% ../nbs/14c_distil.ipynb #4b0ff012
+# %% ../nbs/14c_distil.ipynb #6a94c9e8
 @dataclass(frozen=True)
 class Teaching:
     "Who teaches, and how: make it the `teacher` of `train_ctc`"
@@ -87,6 +88,8 @@ class Teaching:
         if not self.teachers or not all(isinstance(t, str) and t for t in self.teachers): raise KhmerOCRError(f"Setting 'teachers' is {list(self.teachers)!r}: it must be a list of model names or paths, such as ['best']")
         for k, (a, b) in dict(share=(0, 1), temperature=(.1, 20), words=(0, 1)).items():
             if not a <= getattr(self, k) <= b: raise KhmerOCRError(f"Setting '{k}' is {getattr(self, k)!r}: it must be from {a} to {b}")
+
+    def __str__(self): return f'{", ".join("/".join(Path(t).parts[-2:]) for t in self.teachers)}: share {self.share:g}, temperature {self.temperature:g}, words {self.words:g}'
 
     def __call__(self, loss: CTCLoss) -> DistilLoss:
         "The plain loss, taught"

@@ -6,7 +6,7 @@
 __all__ = ['kinds', 'Stage', 'Plan', 'joined', 'plans', 'read_plan', 'Clock', 'carry_out', 'hardware', 'ran', 'make_card',
            'card_text', 'ship']
 
-# %% ../nbs/17_release.ipynb #9286e937
+# %% ../nbs/17_release.ipynb #c5ce39d4
 import json, platform, time
 import torch
 from dataclasses import dataclass
@@ -19,8 +19,9 @@ from .learner import Callback, load_checkpoint, load_weights
 from .ctc import CTCConfig, release, train_ctc
 from .seq2seq import Seq2SeqConfig, train_seq2seq
 from .reader import models
+from .distil import Teaching, read_teaching
 
-# %% ../nbs/17_release.ipynb #f02e0dec
+# %% ../nbs/17_release.ipynb #86140800
 @dataclass(frozen=True)
 class Stage:
     "One training run of a plan"
@@ -28,6 +29,7 @@ class Stage:
     train: TrainConfig
     recipe: Recipe
     settings: object      # of the network: `CTCConfig` or `Seq2SeqConfig`
+    distil: Teaching|None = None  # who teaches, and how
 
 @dataclass(frozen=True)
 class Plan:
@@ -45,20 +47,20 @@ def joined(a: dict, b: dict) -> dict:
     "`a` with the values of `b`; tables within are joined, too"
     return a | {k: joined(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k, v in b.items()}
 
-# %% ../nbs/17_release.ipynb #48882c69
+# %% ../nbs/17_release.ipynb #d8008342
 kinds = dict(ctc=(CTCConfig, train_ctc), seq2seq=(Seq2SeqConfig, train_seq2seq))      # model -> its settings, and what trains it
 
 def plans() -> dict[str, Path]:  # name -> file
     "The plans that ship with the package, beside the weights they make"
     return {p.stem: p for p in sorted((Path(khmer_ocr.__file__).parent/'weights').glob('*.toml'))}
 
-_top, _each = ('name', 'model', 'start', 'summary', 'limits', 'licence', 'settings', 'train', 'recipe', 'stage'), ('name', 'train', 'recipe', 'settings')
+_top, _each = ('name', 'model', 'start', 'summary', 'limits', 'licence', 'settings', 'train', 'recipe', 'distil', 'stage'), ('name', 'train', 'recipe', 'settings', 'distil')
 
 def _known(table, names, where):
     for k in table:
         if k not in names: raise KhmerOCRError(f'{where}: {k!r} is not known here{suggest(k, names)}: use {", ".join(names)}')
 
-# %% ../nbs/17_release.ipynb #607d0bcb
+# %% ../nbs/17_release.ipynb #f99cd664
 def read_plan(
     plan  # name of a plan that ships, or a TOML or JSON file
 ) -> Plan:
@@ -69,10 +71,11 @@ def read_plan(
     if t.get('model') not in kinds: raise KhmerOCRError(f'{path}: model is {t.get("model")!r}: it must be one of {", ".join(kinds)}')
     if not t.get('stage'): raise KhmerOCRError(f'{path}: a plan needs at least one [[stage]]')
     for s in t['stage']: _known(s, _each, f'{path}, stage {s.get("name", "?")!r}')
+    if t['model'] != 'ctc' and any('distil' in x for x in (t, *t['stage'])): raise KhmerOCRError(f'{path}: only CTC readers can be taught (distil), and this model is {t["model"]}')
     about = {k: t[k] for k in ('start', 'summary', 'limits', 'licence') if k in t}
     return Plan(t.get('name', path.stem), t['model'], tuple(_stage(t, s, i) for i, s in enumerate(t['stage'])), **about)
 
-# %% ../nbs/17_release.ipynb #b55ababd
+# %% ../nbs/17_release.ipynb #45397631
 def _settings(kind, given):
     "Settings of a network from a table; lists become tuples"
     cls = kinds[kind][0]
@@ -81,7 +84,7 @@ def _settings(kind, given):
 def _stage(t, s, i) -> Stage:
     "A stage out of what all share and what it says itself"
     of = lambda k: joined(t.get(k, {}), s.get(k, {}))
-    return Stage(s.get('name', str(i+1)), configure(TrainConfig, of('train')), Recipe.from_dict(of('recipe')), _settings(t['model'], of('settings')))
+    return Stage(s.get('name', str(i+1)), configure(TrainConfig, of('train')), Recipe.from_dict(of('recipe')), _settings(t['model'], of('settings')), read_teaching(d) if (d := of('distil')) else None)
 
 # %% ../nbs/17_release.ipynb #27f84dda
 class Clock(Callback):
@@ -96,7 +99,7 @@ class Clock(Callback):
         if self.last is not None: self.seconds += now-self.last
         self.last, learn.shown['hours'] = now, self.seconds/3600
 
-# %% ../nbs/17_release.ipynb #a434a856
+# %% ../nbs/17_release.ipynb #ba697429
 def _finished(folder: Path, steps: int) -> bool:
     "Has the run in `folder` made all its steps?"
     latest = folder/'latest.safetensors'
@@ -118,14 +121,14 @@ def carry_out(
         out = Path(folder)/f'{i+1}_{s.name}'; latest = out/'latest.safetensors'
         if not _finished(out, s.train.steps):
             learn = kinds[plan.model][1](out, s.recipe, s.train, s.settings, validation=validation, workers=workers, texts=texts, verbose=verbose,
-                resume='latest' if latest.exists() else None, init=start, callbacks=[Clock(), *callbacks], **more)
+                resume='latest' if latest.exists() else None, init=start, callbacks=[Clock(), *callbacks], **(dict(teacher=s.distil) if s.distil else {}), **more)
             if learn.step < s.train.steps: raise KhmerOCRError(f'Stage {s.name!r} stopped at step {learn.step} ({learn.stopping}): the same command goes on from there')
         start = latest; done.append(latest)
     return done
 
 def _start(plan): return models().get(plan.start, plan.start) if plan.start else None
 
-# %% ../nbs/17_release.ipynb #cb53d13a
+# %% ../nbs/17_release.ipynb #08c3de48
 def hardware() -> str:
     "What this machine computes with, in a line"
     if torch.cuda.is_available(): return f'{torch.cuda.get_device_name()}, torch {torch.__version__}'
@@ -133,13 +136,13 @@ def hardware() -> str:
     except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
     return f'CPU ({cpu}), torch {torch.__version__}'
 
-def ran(checkpoint) -> dict:  # stage, steps, samples, seconds (None where they were not counted), seed, recipe, train
+def ran(checkpoint) -> dict:  # stage, steps, samples, seconds (None where they were not counted), seed, recipe, train; teacher, if it had one
     "What the run behind a checkpoint did"
     _, h = load_checkpoint(checkpoint)
     seconds = h.get('run', {}).get('callbacks', {}).get('Clock', {}).get('seconds')
     train = h.get('train') or h.get('settings', {})
     return dict(stage=Path(checkpoint).parent.name, steps=h['step'], samples=h['step']*train.get('batch_size', 0)*train.get('accumulate', 1), seconds=seconds,
-        seed=h.get('recipe', {}).get('seed'), recipe=h.get('recipe'), train=train)
+        seed=h.get('recipe', {}).get('seed'), recipe=h.get('recipe'), train=train) | (dict(teacher=h['teacher']) if h.get('teacher') else {})
 
 # %% ../nbs/17_release.ipynb #86210b7e
 def make_card(
@@ -159,7 +162,7 @@ def make_card(
         parameters=sum(v.numel() for k, v in tensors.items() if 'running_' not in k and 'num_batches' not in k), stages=stages, samples=sum(s['samples'] for s in stages),
         seconds=sum(seconds) if None not in seconds else None, hardware=hardware(), text=text or {}, scores=scores) | more
 
-# %% ../nbs/17_release.ipynb #5eb98e9b
+# %% ../nbs/17_release.ipynb #9248b03d
 def _row(*cells): return '| ' + ' | '.join(str(c) for c in cells) + ' |'
 
 def _percent(x): return '' if x is None else f'{100*x:.2f}'
@@ -170,6 +173,7 @@ def card_text(card: dict) -> str:
         f'{card["parameters"]:,} parameters, {card["symbols"]} symbols, {card["height"]} px high, {card["stride"]} px a frame. Licence: {card.get("licence") or "none given"}.', '']
     made = ['## How it was made', '', f'`khmer-ocr run release -p plan {card["name"]}` makes such a reader' + (f', starting from `{card["start"]}`.' if card.get('start') else '.') + f' {card["samples"]:,} lines in all' + (f', {card["seconds"]/3600:.1f} hours' if card.get('seconds') else '') + f', {card["hardware"]}.', '']
     made += [_row('stage', 'steps', 'lines', 'damage', 'seed'), _row(*['---']*5)] + [_row(s['stage'], s['steps'], f'{s["samples"]:,}', (s['recipe'] or {}).get('preset', ''), s['seed']) for s in card['stages']]
+    made += ['', *(f'Stage {s["stage"]} was taught by {s["teacher"]}.' for s in card['stages'] if s.get('teacher'))]
     text = ['', 'Text: ' + ', '.join(f'{s["name"]} {s["version"]} ({s["licence"]})' for s in card['text'].get('sources', [])) + '.'] if card.get('text') else []
     rows = [_row(k, _percent(v.get('cer_folded')), _percent(v.get('cluster')), _percent(v.get('exact')), v.get('lines', '')) for k, v in card['scores'].items()]
     scores = ['', '## What it was measured at', '', 'CER folded and without spaces, wrong clusters, and lines without any error, in %.', '', _row('set', 'CER', 'clusters', 'exact', 'lines'), _row(*['---']*5), *rows]
