@@ -31,7 +31,7 @@ def configure(
         if want and (not isinstance(v, want) or isinstance(v, bool) and want is not bool): raise KhmerOCRError(f"Setting '{k}' must be {name}, not {v!r}")
     return cls(**given)
 
-# %% ../nbs/07b_training.ipynb #fa8885af
+# %% ../nbs/07b_training.ipynb #e76aec27
 @dataclass
 class TrainConfig:
     "How to train: lengths are in optimiser steps; fractions are 0..1"
@@ -41,7 +41,8 @@ class TrainConfig:
     optimizer: str = 'adamw'  # adamw | adam
     weight_decay: float = 0.01  # of adamw, on matrices and kernels, not on biases and norms
     warmup: float = 0.1       # fraction of the steps in which the rate rises
-    schedule: str = 'cosine'  # cosine | onecycle | constant
+    schedule: str = 'cosine'  # cosine | onecycle | noam | constant
+    d_model: int = 512        # width of a transformer, for noam
     clip: float = 1.0         # largest norm of the gradient; 0 = no limit
     label_smoothing: float = 0.  # how much of the target is spread over all classes
     precision: str = 'auto'   # auto | bf16-mixed | 16-mixed | 32-true
@@ -66,10 +67,10 @@ class TrainConfig:
 
     def __post_init__(self): self.freeze = tuple(self.freeze); _check(self)
 
-# %% ../nbs/07b_training.ipynb #1b04ca2a
-_choices = dict(schedule=('cosine', 'onecycle', 'constant'), precision=('auto', 'bf16-mixed', '16-mixed', '32-true'), mode=('min', 'max'),
+# %% ../nbs/07b_training.ipynb #b2cf5c9f
+_choices = dict(schedule=('cosine', 'onecycle', 'noam', 'constant'), precision=('auto', 'bf16-mixed', '16-mixed', '32-true'), mode=('min', 'max'),
     device=('auto', 'cpu', 'cuda'), optimizer=('adamw', 'adam'), weigh=('batch', 'sample'))
-_at_least = dict(steps=1, batch_size=1, accumulate=1, eval_every=1, save_every=1, log_every=1) | dict.fromkeys(
+_at_least = dict(steps=1, d_model=1, batch_size=1, accumulate=1, eval_every=1, save_every=1, log_every=1) | dict.fromkeys(
     ('lr', 'weight_decay', 'warmup', 'clip', 'ema', 'seed', 'patience', 'threads', 'label_smoothing', 'keep_best', 'stop_at'), 0)
 
 def _check(config):
@@ -81,7 +82,7 @@ def _check(config):
         if (v := getattr(config, k)) >= 1: raise KhmerOCRError(f"Setting '{k}' is {v!r}: it must be below 1")
     if not all(isinstance(n, str) and n for n in config.freeze): raise KhmerOCRError(f"Setting 'freeze' is {list(config.freeze)!r}: it must be a list of names, such as ['look']")
 
-# %% ../nbs/07b_training.ipynb #4be54b57
+# %% ../nbs/07b_training.ipynb #b11af4fb
 def lr_at(
     step: int,  # 0-based
     config: TrainConfig,
@@ -89,6 +90,7 @@ def lr_at(
     "The learning rate for `step` of `config.steps`"
     if config.schedule == 'constant': return config.lr
     rise = max(1, round(config.warmup*config.steps))
+    if config.schedule == 'noam': return config.lr * config.d_model**-.5 * min((step+1)**-.5, (step+1)*rise**-1.5)
     first = 1/25 if config.schedule == 'onecycle' else 0.
     bend = (lambda t: (1-math.cos(math.pi*t))/2) if config.schedule == 'onecycle' else (lambda t: t)
     if config.warmup and step < rise: return config.lr * (first + (1-first)*bend((step+1)/rise))

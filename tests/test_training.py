@@ -7,7 +7,7 @@ from torch import nn
 from khmer_ocr import learner as learner_module
 from khmer_ocr.learner import Callback, CancelFit, KeepBest, Learner, Progress, load_checkpoint, load_weights, read_history
 from khmer_ocr.text import KhmerOCRError
-from khmer_ocr.training import TrainConfig, auto_batch_size, configure, is_out_of_memory, kept_bytes, split_batch
+from khmer_ocr.training import TrainConfig, auto_batch_size, configure, is_out_of_memory, kept_bytes, lr_at, split_batch
 
 class Net(nn.Module):
     "Convolution, norm and recurrence; `norm=False` for sums that must come out equal"
@@ -221,3 +221,10 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
         for k in x: assert x[k] == pytest.approx(y[k], rel=1e-4, abs=1e-6), (x['step'], k)
     two = load_weights(tmp_path/'two/latest.safetensors')[0]
     assert all(torch.allclose(v, two[k], atol=1e-5) for k, v in one.ema.state_dict().items())
+
+@pytest.mark.parametrize('d', (128, 768))
+def test_the_transformer_s_rate_is_tied_to_its_width(d):
+    "Vaswani et al. 2017, formula 3: d_model^-0.5 * min(step^-0.5, step * warmup^-1.5), steps from 1"
+    c = TrainConfig(steps=1000, warmup=.2, schedule='noam', lr=2., d_model=d)
+    for step in (1, 50, 200, 201, 1000): assert lr_at(step-1, c) == pytest.approx(2*d**-.5*min(step**-.5, step*200**-1.5))
+    with pytest.raises(KhmerOCRError, match='d_model'): TrainConfig(d_model=0)
