@@ -313,12 +313,12 @@ def _lengths(steps, epochs, per_epoch, per_step) -> dict:
     often = min(each*-(-50//each), steps)
     return dict(steps=steps, eval_every=often, save_every=often)
 
-# %% ../nbs/32_cli.ipynb #ab3b7379
+# %% ../nbs/32_cli.ipynb #16a69122
 def _tables(config: str|None) -> dict:
     "The tables of a settings file"
-    settings, known = _merged(config), ('train', 'recipe', 'data', 'model', 'curriculum')
+    settings, known = _merged(config), ('train', 'recipe', 'data', 'model', 'distil', 'curriculum')
     for k,v in settings.items():
-        if k not in known: raise KhmerOCRError(f'{config}: {k!r} is not one of the tables [train], [recipe], [data], [model], [[curriculum]]{suggest(k, known)}')
+        if k not in known: raise KhmerOCRError(f'{config}: {k!r} is not one of the tables [train], [recipe], [data], [model], [distil], [[curriculum]]{suggest(k, known)}')
         rows = v if k == 'curriculum' and isinstance(v, list) else [v]
         if not all(isinstance(r, dict) for r in rows) or k == 'curriculum' and rows is not v: raise KhmerOCRError(f'{config}: {k} must be ' + ('a list of tables: write [[curriculum]] before each' if k == 'curriculum' else f'a table: write [{k}] before its settings'))
     return {k: dict(settings.get(k, {})) for k in known[:-1]} | dict(curriculum=[dict(r) for r in settings.get('curriculum', [])])
@@ -444,7 +444,7 @@ def _fresh(out, resume):
     if not resume and (Path(out)/'latest.safetensors').exists(): raise KhmerOCRError(f'{out} holds a training run: go on with --resume latest, or choose another --out')
     if resume == 'latest' and not (Path(out)/'latest.safetensors').exists(): raise KhmerOCRError(f'No training run in {out} to resume: leave --resume away, or check --out')
 
-# %% ../nbs/32_cli.ipynb #60129622
+# %% ../nbs/32_cli.ipynb #f38c214a
 @app.command()
 def train(
     model: str = typer.Option('ctc', '--model', metavar='ctc|seq2seq', callback=_one_of('ctc', 'seq2seq'), help='Which kind of recogniser.'),
@@ -452,7 +452,7 @@ def train(
     data: str = typer.Option('onthefly', '--data', metavar='onthefly|DIR', help='Images made while training, or a set on disk: a split, its set, shards or labels.tsv.'),
     mix: float = typer.Option(None, '--mix', metavar='SHARE', help='With a set: this share of the lines is made on the fly.'),
     skip_unknown: bool = typer.Option(False, '--skip-unknown', help='Leave out lines whose labels have characters that the reader lacks.'),
-    config: str = typer.Option(None, '--config', help='Settings as TOML or JSON: [train], [recipe], [data], [model], [[curriculum]].'),
+    config: str = typer.Option(None, '--config', help='Settings as TOML or JSON: [train], [recipe], [data], [model], [distil], [[curriculum]].'),
     num_epochs: int = typer.Option(None, '--num-epochs', callback=_positive, help='Epochs; default 150.'),
     train_samples_per_epoch: int = typer.Option(None, '--train-samples-per-epoch', callback=_positive, help='Images per epoch; default 10,000 or the set.'),
     batch_size: str = typer.Option(None, '--batch-size', metavar='N|auto', help='Lines per step; default 64; auto: what fits into memory.'),
@@ -483,17 +483,25 @@ def train(
     _fresh(o.out, resume)
     _train(o)
 
-# %% ../nbs/32_cli.ipynb #87fcf2bc
+# %% ../nbs/32_cli.ipynb #cbefb674
+def _teaching(o) -> dict:
+    "The teachers of the table [distil], for the training function; {} without it"
+    table = _tables(o.config)['distil']
+    if not table: return {}
+    if o.model != 'ctc': raise KhmerOCRError(f'{o.config}: only a CTC reader can be taught ([distil]), not --model {o.model}')
+    from khmer_ocr.distil import read_teaching
+    return dict(teacher=read_teaching(table))
+
 def _train(o):
     "The run that the options `o` describe"
     if o.init:
         from khmer_ocr.reader import _checkpoint
         o.init = _checkpoint(o.init)
     kind, shape, loop, recipe, feed, stages = _train_settings(o)
-    data, texts = _lines(o, shape, loop, recipe, feed, stages)
+    lesson = _teaching(o); data, texts = _lines(o, shape, loop, recipe, feed, stages)
     first = not int(os.environ.get('RANK', 0))
     if (n := getattr(data, 'left_out', 0)) and first: print(f'{n} lines are left out: their labels have characters that the reader has no letter for', file=sys.stderr)
-    learn = kind.train(o.out, recipe, loop, shape, data=data, validation=_validation(o.validation_dir, o.validation_samples, shape.height), workers=o.workers, resume=o.resume, init=o.init, texts=texts)
+    learn = kind.train(o.out, recipe, loop, shape, data=data, validation=_validation(o.validation_dir, o.validation_samples, shape.height), workers=o.workers, resume=o.resume, init=o.init, texts=texts, **lesson)
     if not first: return
     if learn.stopping in ('Ctrl-C', 'SIGTERM'): raise _Stopped(f'stopped at step {learn.step}: the same command with --resume latest goes on from there')
     print(f'{learn.step} steps done; weights in {o.out}/best.safetensors' + ''.join(f', {k} {v:.4f}' for k,v in learn.metrics.items()))
