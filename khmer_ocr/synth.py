@@ -52,8 +52,9 @@ def from_dict(cls: Recipe, d: dict):
     if 'wording' in d and not isinstance(d['wording'], Wording): d = d | dict(wording=_settings(Wording, d['wording'], 'wording'))
     return _checked(_settings(Recipe, d, 'recipe'))
 
-# %% ../nbs/05_synth.ipynb #107aabe8
-MIXES = dict(mixed=(('document', .65), ('scan', .15), ('light', .1), ('photo', .05), ('clean', .05)))
+# %% ../nbs/05_synth.ipynb #4e9e0f1d
+MIXES = dict(mixed=(('document', .65), ('scan', .15), ('light', .1), ('photo', .05), ('clean', .05)),
+    robust=(('document', .5), ('scan', .15), ('buoy2022', .15), ('light', .1), ('photo', .05), ('clean', .05)))
 
 def _fate(name, rng) -> str:
     "The preset for one line"
