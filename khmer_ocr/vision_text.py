@@ -377,7 +377,7 @@ class VisionTextLoss:
         ctc = F.ctc_loss(heard.float().log_softmax(-1).transpose(0, 1), ids, columns.cpu(), n.cpu(), zero_infinity=True)
         return (1-c.ctc_weight)*loss + c.ctc_weight*ctc
 
-# %% ../nbs/11_vision_text.ipynb #4e586dcd
+# %% ../nbs/11_vision_text.ipynb #bd68b6c2
 @torch.inference_mode()
 def unit_nats(net, units, batches) -> float:
     "Mean cross-entropy per unit of the lines in `batches`, each unit before given"
@@ -385,10 +385,10 @@ def unit_nats(net, units, batches) -> float:
     return sum(float(loss(net, b | dict(images=b['images'].to(device))))*len(b['texts']) for b in batches)/sum(len(b['texts']) for b in batches)
 
 def evaluate_vision_text(net, units, batches, name='') -> dict[str, float]:
-    "cer (folded, without spaces), cer_raw and exact of the lines in `batches` as the decoder writes them, nats per unit; ctc_cer where there is a CTC head"
+    "cer (folded, without spaces), cer_raw, exact, wer and bleu of the lines in `batches` as the decoder writes them, nats per unit; ctc_cer where there is a CTC head"
     true, net = [t for b in batches for t in b['texts']], getattr(net, 'module', net).eval()
-    s = score(read_lines(net, units, batches, guarded=False)[0], true, extras=False)
-    out = dict(cer=s['cer_folded'], cer_raw=s['cer'], exact=s['exact'], nats=unit_nats(net, units, batches))
+    s = score(read_lines(net, units, batches, guarded=False)[0], true)
+    out = dict(cer=s['cer_folded'], cer_raw=s['cer'], exact=s['exact'], wer=s['wer'], bleu=s['bleu'], nats=unit_nats(net, units, batches))
     if net.hears: out['ctc_cer'] = score(read_lines(net, units, batches, 'ctc')[0], true, extras=False)['cer_folded']
     return {name+k: v for k, v in out.items()}
 
