@@ -6,7 +6,7 @@
 __all__ = ['DECODERS', 'models', 'open_model', 'fold_norms', 'fast_dtype', 'working', 'Reading', 'BestPath', 'PrefixBeam',
            'Writing', 'choose_decoder', 'Reader', 'read_files']
 
-# %% ../nbs/12_reader.ipynb #d1010683
+# %% ../nbs/12_reader.ipynb #2b0894be
 import copy
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -22,22 +22,25 @@ from .data import as_input, prepare, read_image, stretch, trim, upright_polarity
 from .learner import load_checkpoint
 from .ctc import CTCNet, Units, _greedy_line, load_ctc
 from .seq2seq import Seq2Seq, beam_search, ctc_frames, end_id, guard, load_seq2seq, write_greedy
+from .vision_text import VisionText, load_vision_text
 from .lm import NGram, beam_line
 
-# %% ../nbs/12_reader.ipynb #969dff73
+# %% ../nbs/12_reader.ipynb #8b9b5fe6
 def models() -> dict[str, Path]:  # name -> checkpoint
     "The readers that ship with the package"
     return {p.stem: p for p in sorted((Path(khmer_ocr.__file__).parent/'weights').glob('*.safetensors'))}
 
 def _checkpoint(name_or_path=None) -> Path:
-    "The file meant by a model's name or a path; None: the best that ships"
+    "The file meant by a model's name, a path or the folder of a training run; None: the best that ships"
     known = models(); name_or_path = name_or_path or ('best' if 'best' in known else 'fast'); path = Path(name_or_path)
     if str(name_or_path) in known: return known[str(name_or_path)]
+    if (path/'best.safetensors').is_file(): return path/'best.safetensors'          # the folder of a training run
     if path.exists() or len(path.parts) > 1 or path.suffix: return path
     raise KhmerOCRError(f'Unknown model {str(name_or_path)!r}{suggest(str(name_or_path), known)}: known are {", ".join(known) or "none (no weights are installed)"}; or give the path of a checkpoint')
 
-# %% ../nbs/12_reader.ipynb #7c8a7e75
-_openers = dict(ctc=load_ctc, seq2seq=load_seq2seq)
+# %% ../nbs/12_reader.ipynb #14432b76
+_openers = dict(ctc=load_ctc, seq2seq=load_seq2seq, vision_text=load_vision_text)
+_writers = (Seq2Seq, VisionText)      # networks that write unit by unit
 _ways = dict(preprocess='khmer_ocr.data.prepare/2', normal_form='khmer_ocr.text.normalise/1')   # what this version does to a line and to a label
 
 def open_model(path) -> tuple[nn.Module, Units, dict]:  # network in eval mode, its units, the header
@@ -162,14 +165,14 @@ class PrefixBeam(BestPath):
     def text(self, log_probs):
         return *beam_line(log_probs, lm=self.lm), float(np.exp(log_probs[:, 0]).mean())
 
-# %% ../nbs/12_reader.ipynb #ebf8c508
-def _eyes(net, memory, ids):
-    "For each unit of known texts, the frame on which the decoder's look is largest"
-    state, at = net.begin(memory), []
+# %% ../nbs/12_reader.ipynb #ab3d5e39
+def _gazes(net, memory, ids):
+    "For each unit of known texts, the share of each frame in the decoder's look before it was written: (U, frames) for each line"
+    state, looks = net.begin(memory), []
     for u in range(max(map(len, ids), default=0)):
-        state, _ = net.step(memory, state); at.append(state.look[:, 0].argmax(-1))
+        state, _ = net.step(memory, state); looks.append(state.look[:, 0])
         state = state._replace(prev=torch.tensor([[i[u] if u < len(i) else 0] for i in ids], device=memory.mask.device))
-    return [[int(a[b]) for a in at[:len(i)]] for b, i in enumerate(ids)]
+    return [torch.stack([l[b, :n] for l in looks[:len(i)]]).float().cpu().numpy() if i else np.zeros((0, n), np.float32) for b, (i, n) in enumerate(zip(ids, memory.lengths.tolist()))]
 
 class Writing:
     "Attention: a decoder writes, greedily or the best of `beam` texts; CTC's best path where it slipped"
@@ -180,7 +183,7 @@ class Writing:
         memory, eos = self.net.encode(x, widths), end_id(self.units); heard, n = self.net.ctc_logits(memory), memory.lengths.tolist()
         if self.beam: wrote = beam_search(self.net, memory, eos, self.beam, ctc=None if heard is None else ctc_frames(heard, memory.lengths), weight=self.net.config.ctc_weight)
         else: wrote = write_greedy(self.net, memory, eos)
-        at = _eyes(self.net, memory, [o.ids for o in wrote]) if self.beam else [o.looks.argmax(-1).tolist()[:len(o.ids)] for o in wrote]
+        at = [g.argmax(-1).tolist() for g in _gazes(self.net, memory, [o.ids for o in wrote])] if self.beam else [o.looks.argmax(-1).tolist()[:len(o.ids)] for o in wrote]
         out = [(self.units.decode(o.ids), o.ids, o.probs[:len(o.ids)], np.maximum.accumulate(a or [0])[:len(a)], o.probs[-1]) for o, a in zip(wrote, at)]
         if heard is not None: out = guard(out, [self._heard(l[:k]) for l, k in zip(heard.float().softmax(-1).cpu().numpy(), n)])
         return [(np.array(i, int), np.array(c, np.float32), np.array(a, int), np.array([e], np.float32)) for _, i, c, a, e in out]
@@ -196,15 +199,15 @@ class Writing:
 
     def text(self, ids, conf, at, nothing): return ids.tolist(), conf.tolist(), at.tolist(), float(nothing.mean())
 
-# %% ../nbs/12_reader.ipynb #0998229d
+# %% ../nbs/12_reader.ipynb #0e8d90e8
 DECODERS = ('ctc', 'greedy', 'beam')
 
 def choose_decoder(net, units, name=None, lm=None):
     "`BestPath`, `PrefixBeam` or `Writing`. `ctc`: CTC's best path; `greedy`: the simplest way of this network; `beam`: search; None: `beam` with a language model, else `greedy`. `lm`: an `NGram`, its file, or 'ngram' for the one that ships"
-    attends = isinstance(net, Seq2Seq); name = name or ('beam' if lm is not None else 'greedy')
+    attends = isinstance(net, _writers); name = name or ('beam' if lm is not None else 'greedy')
     if name not in DECODERS: raise KhmerOCRError(f'Unknown decoder {name!r}{suggest(name, DECODERS)}: choose {", ".join(DECODERS)}')
     if name == 'ctc' and attends and not net.hears: raise KhmerOCRError('This reader has no CTC head: read with decoder greedy or beam')
-    if lm is not None and (attends or name != 'beam'): raise KhmerOCRError(f'A language model advises a CTC reader with decoder beam, not {"a seq2seq reader" if attends else f"decoder {name}"}: leave one of them away')
+    if lm is not None and (attends or name != 'beam'): raise KhmerOCRError(f'A language model advises a CTC reader with decoder beam, not {"a reader that writes" if attends else f"decoder {name}"}: leave one of them away')
     if attends and name != 'ctc': return Writing(net, units, 4 if name == 'beam' else 0)
     if name != 'beam': return BestPath(net, units)
     return PrefixBeam(net, units, lm if lm is None or isinstance(lm, NGram) else NGram.load(None if str(lm) == 'ngram' else lm, units))
@@ -224,11 +227,11 @@ def _check(image, i):
     if not ok: raise KhmerOCRError(f'image {i}: a line must be a grey uint8 array (H, W), not {getattr(image, "dtype", type(image).__name__)} {getattr(image, "shape", "")}: open files with read_image')
     return image
 
-# %% ../nbs/12_reader.ipynb #f0e314d0
+# %% ../nbs/12_reader.ipynb #6e58120e
 class Reader:
     "Reads line images: `Reader.load('fast').read(images)`"
     def __init__(self, net: nn.Module, units: Units, header: dict, device='cpu', dtype=None, threads: int|None = 1, decoder=None, lm=None):
-        self.dtype = dtype or (torch.float32 if isinstance(net, Seq2Seq) else fast_dtype(device))
+        self.dtype = dtype or (torch.float32 if isinstance(net, _writers) else fast_dtype(device))
         self.net, self.units, self.header, self.device, self.threads = working(net, self.dtype, device), units, header, device, threads
         self.height, self.stride = header['height'], net.config.stride
         self.decoder = choose_decoder(self.net, units, decoder, lm)
@@ -288,6 +291,39 @@ def _read(self: Reader,
         for i, said in self._said(lines, batch_size): out[i] = self._reading(images[i], lines[i].shape[1], said)
     return out
 Reader.read = _read
+
+# %% ../nbs/12_reader.ipynb #1b82d2b2
+def _voices(p, ids, at):
+    "Share of each frame in the saying of each unit (U, T): probabilities `p` (T, n_units), between where the units before and behind were surest"
+    out = np.zeros((len(ids), len(p)), np.float32); edge = [-1, *at, len(p)]
+    for row, u, a, b in zip(out, ids, edge, edge[2:]): row[a+1:b] = p[a+1:b, u]
+    return out
+
+def _piece_looks(self: Reader, piece):
+    "Units read on a prepared piece of a line, their frames, and the shares of the frames (U, T)"
+    x, widths = self._input([piece], -(-piece.shape[1]//_bucket)*_bucket)
+    said, = self.decoder.look(x, widths); ids, _, at, _ = self.decoder.text(*said)
+    if isinstance(self.decoder, Writing): return ids, at, _gazes(self.net, self.net.encode(x, widths), [ids])[0]
+    logits, n = _scores(self.net, x, widths)
+    return ids, at, _voices(logits[0, :int(n[0])].softmax(-1).cpu().numpy(), ids, at)
+Reader._piece_looks = _piece_looks
+
+# %% ../nbs/12_reader.ipynb #df1edb02
+def _looks(self: Reader,
+    image  # uint8 (H, W), a grey line image of any size and polarity
+) -> tuple[list[str], np.ndarray]:  # units, float32 (U, W): each row sums to 1
+    "What each unit of the text was read from: the share of each column of the image"
+    line = prepare(_check(image, 0), self.height); x0, scale = _place(image, line.shape[1]); frame = lambda x: -(-x//self.stride)
+    px = ((np.arange(image.shape[1]) + .5 - x0)/scale/self.stride).clip(0, frame(line.shape[1])-1).astype(int)   # the frame that each column belongs to
+    units, rows = [], [np.zeros((0, image.shape[1]), np.float32)]
+    with torch.inference_mode(), _threads(self.threads):
+        for a, b, start, end in _windows(line.shape[1]) if (line < 128).any() else ():
+            ids, at, looks = self._piece_looks(np.ascontiguousarray(line[:, a:b])); keep = [i for i, t in enumerate(at) if frame(start) <= t + frame(a) < frame(end)]
+            whole = np.zeros((len(keep), frame(line.shape[1])), np.float32); whole[:, frame(a):frame(a)+looks.shape[1]] = looks[keep]
+            units += [self.units.units[ids[i]] for i in keep]; rows.append(whole[:, px])
+    rows = np.concatenate(rows)
+    return units, rows/rows.sum(1, keepdims=True).clip(1e-9)
+Reader.looks = _looks
 
 # %% ../nbs/12_reader.ipynb #8aa92f50
 def _opened(path):

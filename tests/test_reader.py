@@ -12,6 +12,7 @@ from khmer_ocr.reader import DECODERS, Reader, Reading, _checkpoint, choose_deco
 from khmer_ocr.render import render
 from khmer_ocr.seq2seq import Seq2Seq, Seq2SeqConfig, make_units, read_lines
 from khmer_ocr.text import KhmerOCRError, charset
+from khmer_ocr.vision_text import VisionText, VisionTextConfig, vision_text_header
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
@@ -126,12 +127,15 @@ def strong(net, std=.5):
         if p.ndim > 1: torch.nn.init.normal_(p, std=std)
     return net.eval()
 
-@pytest.fixture(scope='module', params=['buoy2022', 'buoy2022 with CTC', 'on a CTC encoder'])
+@pytest.fixture(scope='module', params=['buoy2022', 'buoy2022 with CTC', 'on a CTC encoder', 'image to text', 'image to text in patches'])
 def writer(request, tmp_path_factory):
     "Checkpoint of a reader with attention"
-    torch.manual_seed(2); small = dict(hidden=16, attention=16)
+    torch.manual_seed(2); small = dict(hidden=16, attention=16); path = tmp_path_factory.mktemp('writer')/'toy.safetensors'
+    if 'text' in request.param:
+        config, units = VisionTextConfig(channels=(8, 8, 16, 16), encoder_depth=2, encoder_width=16, encoder_heads=2, decoder_depth=2, decoder_width=16, decoder_heads=2, stem='patches' if 'patches' in request.param else 'conv'), Units(charset())
+        save_checkpoint(path, strong(VisionText(len(units), config), .3).state_dict(), vision_text_header(config, units)); return path
     config = Seq2SeqConfig(**small, encoder='ctc', ctc=CTCConfig(channels=(8, 8, 16, 16, 32), hidden=16, layers=1), ctc_weight=.3) if 'encoder' in request.param else Seq2SeqConfig(**small, frames=16, ctc_weight=.3 if 'with' in request.param else 0)
-    units = make_units(config); net = strong(Seq2Seq(len(units), config), .3); path = tmp_path_factory.mktemp('writer')/'toy.safetensors'
+    units = make_units(config); net = strong(Seq2Seq(len(units), config), .3)
     save_checkpoint(path, net.state_dict(), header(config, units, model='seq2seq'))
     return path
 
@@ -190,7 +194,7 @@ def test_a_language_model_advises(weights, tmp_path):
 
 def test_combinations_that_do_not_exist(weights, writer):
     net, units, _ = open_model(writer)
-    for call, says in ((lambda: Reader.load(weights, decoder='baem'), 'did you mean beam'), (lambda: Reader.load(weights, decoder='ctc', lm='x'), 'not decoder ctc'), (lambda: Reader.load(writer, lm='x'), 'not a seq2seq reader')):
+    for call, says in ((lambda: Reader.load(weights, decoder='baem'), 'did you mean beam'), (lambda: Reader.load(weights, decoder='ctc', lm='x'), 'not decoder ctc'), (lambda: Reader.load(writer, lm='x'), 'not a reader that writes')):
         with pytest.raises(KhmerOCRError, match=says) as e: call()
         assert '\n' not in str(e.value)
     if not net.hears:
@@ -273,5 +277,24 @@ def test_the_command_takes_a_decoder(weights, writer, tmp_path):
         assert r.exit_code == 0 and r.stdout == ''.join(x.text+'\n' for x in Reader.load(weights, decoder=decoder).read([scribble(100), scribble(140, 1)]))
     assert said['ctc'] == said['greedy'] == call('--model', weights, *files).stdout
     assert call('--model', writer, *files).stdout.count('\n') == 2
-    for args, says in ((('--model', writer, '--lm', 'ngram'), 'not a seq2seq reader'), (('--model', weights, '--decoder', 'greedy', '--lm', 'ngram'), 'not decoder greedy'), (('--model', weights, '--lm', tmp_path/'none.safetensors'), 'not found'), (('--decoder', 'bema'), 'did you mean beam')):
+    for args, says in ((('--model', writer, '--lm', 'ngram'), 'not a reader that writes'), (('--model', weights, '--decoder', 'greedy', '--lm', 'ngram'), 'not decoder greedy'), (('--model', weights, '--lm', tmp_path/'none.safetensors'), 'not found'), (('--decoder', 'bema'), 'did you mean beam')):
         r = call(*args, *files); assert r.exit_code == 1 and says in r.stderr and r.stderr.count('\n') == 1 and not r.stdout, r.stderr
+
+def check_looks(reader, im):
+    units, looks = reader.looks(im); r, = reader.read([im])
+    assert looks.shape == (len(units), im.shape[1]) and units == [u for u, *_ in r.chars] and np.allclose(looks.sum(1), 1, atol=1e-3) and (looks >= 0).all()
+
+def test_where_it_looked(weights, lines):
+    "One row for each unit that is read, rows sum to 1, and what they mark lies where the unit is said to be; wide lines too"
+    reader = Reader.load(weights)
+    for im in (lines[0], lines[1], 255-lines[3]): check_looks(reader, im)
+    check_looks(Reader.load(weights, decoder='beam'), lines[1])
+    wide = np.hstack([scribble(1500, i) for i in range(3)]); units, looks = reader.looks(wide)
+    assert looks.shape[1] == wide.shape[1] and looks[-1].argmax() > 3000 and np.allclose(looks.sum(1), 1, atol=1e-3)
+    assert reader.looks(np.full((40, 300), 255, np.uint8))[0] == []
+    if 'fast' not in models(): return
+    line = 255-np.pad(render('ព្រះរាជាណាចក្រកម្ពុជា', find_fonts(split='train')[0], 32).ink, 8)          # a line that it can read
+    for row, (_, _, x0, x1) in zip(reader.looks(line)[1], reader.read([line])[0].chars): assert x0-8 <= row.argmax() <= x1+8
+
+@pytest.mark.parametrize('decoder', ('greedy', 'beam'))
+def test_where_a_decoder_looked(writer, decoder): check_looks(Reader.load(writer, decoder=decoder), scribble(100))
