@@ -37,7 +37,7 @@ def _usage(e) -> tuple[list[str], int]:
     if bad_value: return [f'{command}: {said}'], 1
     return [f'{command}: {said}', f"Try '{command} --help'."], 2
 
-# %% ../nbs/32_cli.ipynb #884199d1
+# %% ../nbs/32_cli.ipynb #a22187d6
 def _join_pairs(args: list[str]) -> list[str]:
     "`-p NAME VALUE` as `-p NAME=VALUE`"
     out, it = [], iter(args)
@@ -46,6 +46,17 @@ def _join_pairs(args: list[str]) -> list[str]:
         if a not in ('-p', '--parameter'): continue
         name = next(it, None)
         if name is not None: out.append(name if '=' in name else f'{name}={next(it, "")}')
+    return out
+
+_document_words = dict(train={'--data_folder': '--data', '--model_folder': '--out', '--resume_from_checkpoint': '--resume'}, read={'--model_folder': '--model', '--input_image': ''})
+
+def _our_words(args: list[str]) -> list[str]:
+    "Option names of founding document 003 as ours; what needs no name here loses it"
+    words, out = _document_words.get(args[0] if args else '', {}), []
+    for a in args:
+        name, eq, value = a.partition('=')
+        if name not in words: out.append(a)
+        elif words[name] or eq: out.append(words[name]+eq+value if words[name] else value)
     return out
 
 class _Group(TyperGroup):
@@ -57,7 +68,7 @@ class _Group(TyperGroup):
 
     def main(self, args=None, prog_name=None, standalone_mode=True, **kwargs):
         args = list(sys.argv[1:] if args is None else args)
-        debug, args = '--debug' in args, [a for a in args if a != '--debug']
+        debug, args = '--debug' in args, _our_words([a for a in args if a != '--debug'])
         if args[:1] == ['run']: args = _join_pairs(args)
         sys.exit(_guarded(lambda: super(_Group, self).main(args, prog_name='khmer-ocr', standalone_mode=False, **kwargs), debug))
 
@@ -255,17 +266,18 @@ def _max_lines(ctx: typer.Context, param: typer.CallbackParam, value: str|None):
     if min(ns) < 1 or len(ns) not in (1, 3): raise KhmerOCRError(f'{param.opts[0]} takes a whole number from 1 up, or three of them for train,val,test, not {value!r}')
     return ns[0] if len(ns) == 1 else dict(zip(('train', 'val', 'test'), ns))
 
-# %% ../nbs/32_cli.ipynb #84bb5943
+# %% ../nbs/32_cli.ipynb #22623651
 @app.command()
 def generate(
-    out: str = typer.Option('data/synthetic', '--out', help='Folder of the set.'),
+    out: str = typer.Option(None, '--out', help='Folder of the set; default data/synthetic, or i2t_dataset with --format i2t.'),
     max_lines: str = typer.Option(None, '--max-lines', metavar='N[,N,N]', callback=_max_lines, help='At most this many lines per split, or for train,val,test.'),
     workers: int = typer.Option(1, '--workers', callback=_positive, help='Processes; the bytes do not depend on it.'),
     seed: int = typer.Option(None, '--seed', callback=_seed, help='Decides everything; default 42.'),
     stats: bool = typer.Option(False, '--stats', help='Only count what is there.'),
     verify: bool = typer.Option(False, '--verify', help='Only check every file against the record.'),
     repair: bool = typer.Option(False, '--repair', help='Check every byte of what is there, not only sizes, and make again what has changed.'),
-    format: str = typer.Option('png', '--format', metavar='png|shards', callback=_one_of('png', 'shards'), help='A file per image, or tar files of 2,000 samples (WebDataset).'),
+    format: str = typer.Option('png', '--format', metavar='png|shards|i2t', callback=_one_of('png', 'shards', 'i2t'), help='A file per image, tar files of 2,000 samples (WebDataset), or train/train.json and val/val.json beside images/.'),
+    source: str = typer.Option(None, '--from', metavar='DIR', help='With --format i2t: labelled lines to write so, in place of drawn ones.'),
     random_text: bool = typer.Option(False, '--random-text', help='Texts drawn as in training, not line by line; --max-lines is then the number of images.'),
     preset: str = typer.Option(None, '--preset', help='How the training lines are damaged.'),
     corpus: str = typer.Option(None, '--corpus', help='Folder of the corpus; default data/processed.'),
@@ -274,10 +286,23 @@ def generate(
     "Make a set of labelled line images on disk, or go on with it."
     from khmer_ocr.synth import Recipe
     from khmer_ocr.sets import format_stats, generate_set, set_stats, verify_set
+    if source and format != 'i2t': raise KhmerOCRError(f'--from {source} writes lines that are there in another layout: it goes with --format i2t')
+    if format == 'i2t': return _generate_i2t(out or 'i2t_dataset', source, _merged(config, seed=seed, preset=preset, corpus=corpus, random_text=random_text or None), max_lines, workers, stats, verify, as_json)
+    out = out or 'data/synthetic'
     if verify: return _report_problems(verify_set(out, progress=True), out, 'generate it again with --repair', as_json)
     if stats: made = set_stats(out)
     else: made = generate_set(Recipe.from_dict(_merged(config, seed=seed, preset=preset, corpus=corpus, random_text=random_text or None)), out, max_lines=max_lines, workers=workers, format=format, repair=repair)
     _print_json(made) if as_json else print(format_stats(made))
+
+# %% ../nbs/32_cli.ipynb #f53f48d6
+def _generate_i2t(out, source, recipe, max_lines, workers, stats, verify, as_json):
+    "`generate --format i2t`"
+    from khmer_ocr.i2t import check_i2t, export_i2t, i2t_stats
+    from khmer_ocr.synth import Recipe
+    from khmer_ocr.text import charset
+    if verify: return _report_problems(check_i2t(out, charset()), out, 'correct them, or make the dataset again', as_json)
+    made = i2t_stats(out) if stats else export_i2t(source or Recipe.from_dict(recipe), out, max_lines, workers=workers)
+    _print_json(made) if as_json else print('\n'.join([out, *(f'  {s}: {n["lines"]} lines, {n["in_train"]} of them with a text of train' if s == 'val' else f'  {s}: {n["lines"]} lines' for s,n in made.items() if s != 'images_made')]))
 
 # %% ../nbs/32_cli.ipynb #6943249b
 @app.command('validation-set')
@@ -313,17 +338,39 @@ def _lengths(steps, epochs, per_epoch, per_step) -> dict:
     often = min(each*-(-50//each), steps)
     return dict(steps=steps, eval_every=often, save_every=often)
 
-# %% ../nbs/32_cli.ipynb #16a69122
+# %% ../nbs/32_cli.ipynb #c79750a9
+def _document(config: str|None):
+    "The settings of a file that has the names of founding document 003, as an I2TConfig; None for one with tables"
+    from dataclasses import fields
+    from khmer_ocr.i2t_train import I2TConfig, read_i2t_config
+    given, names = _merged(config), [f.name for f in fields(I2TConfig)]
+    if any(isinstance(v, (dict, list)) for v in given.values()) or not any(k in names or suggest(k, names) for k in given): return None
+    return read_i2t_config(given)
+
 def _tables(config: str|None) -> dict:
-    "The tables of a settings file"
+    "The tables of a settings file; empty ones for a file without tables"
     settings, known = _merged(config), ('train', 'recipe', 'data', 'model', 'distil', 'curriculum')
+    if config and _document(config): settings = {}
     for k,v in settings.items():
         if k not in known: raise KhmerOCRError(f'{config}: {k!r} is not one of the tables [train], [recipe], [data], [model], [distil], [[curriculum]]{suggest(k, known)}')
         rows = v if k == 'curriculum' and isinstance(v, list) else [v]
         if not all(isinstance(r, dict) for r in rows) or k == 'curriculum' and rows is not v: raise KhmerOCRError(f'{config}: {k} must be ' + ('a list of tables: write [[curriculum]] before each' if k == 'curriculum' else f'a table: write [{k}] before its settings'))
     return {k: dict(settings.get(k, {})) for k in known[:-1]} | dict(curriculum=[dict(r) for r in settings.get('curriculum', [])])
 
-# %% ../nbs/32_cli.ipynb #2ecfd775
+# %% ../nbs/32_cli.ipynb #e9eb0761
+def _use_document(o, tables: dict):
+    "Put the settings of the document's kind into the tables and options that are not given otherwise"
+    c = _document(o.config) if o.config else None
+    if c is None: return None
+    if o.model != 'vision-text': raise KhmerOCRError(f'{o.config} has the settings of an image-to-text transformer: add --model vision-text, or write tables such as [train]')
+    if o.settings: raise KhmerOCRError(f'--settings {o.settings} and {o.config} both say what the network looks like: give one of them')
+    from dataclasses import asdict
+    from khmer_ocr.i2t_train import loop_settings, network
+    tables.update(model=asdict(network(c)), train=loop_settings(c))
+    o.num_epochs, o.workers, o.seed = o.num_epochs or c.num_epochs or None, o.workers or c.num_workers, c.seed if o.seed is None else o.seed
+    return c
+
+# %% ../nbs/32_cli.ipynb #c1862df7
 def _recogniser(name):
     "Of a kind of reader: its settings, what trains it, what opens a checkpoint, and (settings) -> network and loss"
     from types import SimpleNamespace as Kind
@@ -331,19 +378,26 @@ def _recogniser(name):
     if name == 'ctc':
         def parts(c): units = ctc.Units(ctc.charset(c.charset)); return ctc.CTCNet(len(units), c), ctc.CTCLoss(units, c.stride)
         return Kind(name=name, shape=ctc.CTCConfig, train=ctc.train_ctc, load=ctc.load_ctc, parts=parts)
+    if name == 'vision-text':
+        from khmer_ocr import vision_text as vt
+        def parts(c): units = vt.targets_of(c); return vt.VisionText(len(units), c), vt.VisionTextLoss(units, c)
+        return Kind(name='vision_text', shape=vt.VisionTextConfig, train=vt.train_vision_text, load=vt.load_vision_text, parts=parts)
     from khmer_ocr import seq2seq
     def parts(c): units = seq2seq.make_units(c); return seq2seq.Seq2Seq(len(units), c), seq2seq.Seq2SeqLoss(units, c)
     return Kind(name=name, shape=seq2seq.Seq2SeqConfig, train=seq2seq.train_seq2seq, load=seq2seq.load_seq2seq, parts=parts)
 
-# %% ../nbs/32_cli.ipynb #9a582b68
+# %% ../nbs/32_cli.ipynb #312ae81f
 def _named_settings(o):
     "The preset of `--settings`; None for CTC readers, which have none"
     if o.model == 'ctc':
-        if o.settings: raise KhmerOCRError(f'--settings {o.settings} belongs to --model seq2seq; the settings of a CTC reader stand in a file (--config)')
+        if o.settings: raise KhmerOCRError(f'--settings {o.settings} belongs to --model seq2seq or vision-text; the settings of a CTC reader stand in a file (--config)')
         return None
     from khmer_ocr.learner import load_checkpoint
     from khmer_ocr.seq2seq import seq2seq_preset
     on = o.init if o.init and load_checkpoint(o.init)[1].get('model') == 'ctc' else None
+    if o.model == 'vision-text':
+        from khmer_ocr.vision_text import vision_text_preset
+        return vision_text_preset(o.settings or 'small', ctc=on)
     return seq2seq_preset(o.settings or ('joint' if on else 'recommended'), encoder=on)
 
 def _shape(kind, table: dict, init, preset):
@@ -373,15 +427,18 @@ def _auto_batch(kind, shape, out, resume) -> int:
     wide = collate([(np.full((shape.height, 1600), 255, np.uint8), 'កខគ'*30)]*2)
     return auto_batch_size(*kind.parts(shape), wide, free_memory(device), 256 if device == 'cuda' else 64)
 
-# %% ../nbs/32_cli.ipynb #aec2e07b
-def _loop_settings(t, o, per_epoch, batch) -> dict:
-    "The table [train] with the options over it; lengths in steps"
+# %% ../nbs/32_cli.ipynb #78ac01e2
+def _loop_settings(t, o, per_epoch, batch, document=None) -> dict:
+    "The table [train] with the options over it; lengths in steps. `document`: an I2TConfig, whose warm-up is counted in steps"
     from khmer_ocr.training import free_threads, world_size
     given = dict(batch_size=batch, lr=o.lr, seed=o.seed, patience=o.patience, stop_at=o.stop_at, precision=o.precision, keep_best=o.keep_best, logs=o.logs, freeze=o.freeze or None)
     t = dict(channels_last=True) | (dict(lr=5e-4) if o.init else {}) | t | {k: v for k,v in given.items() if v is not None}
     if o.threads is not None or 'threads' not in t: t['threads'] = free_threads(o.workers) if o.threads is None else o.threads
     steps = o.steps or (t.get('steps') if o.num_epochs is None else None)
-    return _lengths(steps, o.num_epochs or 150, per_epoch, batch*t.get('accumulate', 1)*world_size()) | {k: v for k,v in t.items() if k != 'steps'}
+    t = _lengths(steps, o.num_epochs or 150, per_epoch, batch*t.get('accumulate', 1)*world_size()) | {k: v for k,v in t.items() if k != 'steps'}
+    if not document: return t
+    from khmer_ocr.i2t_train import warmup_share
+    return t | dict(warmup=warmup_share(document, t['steps']))
 
 def _epoch(o, mix) -> int:
     "Lines of an epoch: of the set, with what is mixed in"
@@ -389,23 +446,24 @@ def _epoch(o, mix) -> int:
     if o.train_samples_per_epoch: return o.train_samples_per_epoch
     return 10_000 if o.data == 'onthefly' else round(len(open_lines(o.data, limit=o.max_samples))/(1-mix))
 
-# %% ../nbs/32_cli.ipynb #0129ea77
+# %% ../nbs/32_cli.ipynb #ef11172f
 def _train_settings(o):
     "Kind of reader, its shape, TrainConfig, Recipe, Feed and stages, from file and options"
     from khmer_ocr.data import Feed, read_stages
     from khmer_ocr.synth import Recipe
     from khmer_ocr.training import TrainConfig, configure
     t, given = _tables(o.config), lambda **kw: {k: v for k,v in kw.items() if v is not None}
+    document = _use_document(o, t)
     recipe = Recipe.from_dict(dict(random_text=True) | t['recipe'] | given(seed=o.seed, preset=o.preset, corpus=o.corpus))
     feed = configure(Feed, t['data'] | given(mix=o.mix, scale=o.scale, skip_unknown=o.skip_unknown or None))
     gentle = [dict(steps=o.gentle_start, **_gentle), {}] if o.gentle_start else t['curriculum']
     stages = read_stages(gentle, recipe)
-    kind, preset = _recogniser(o.model), _named_settings(o); shape = _shape(kind, t['model'], o.init, preset)
+    kind, preset = _recogniser(o.model), None if document else _named_settings(o); shape = _shape(kind, t['model'], o.init, preset)
     if preset: t['train'] = _unusual(preset.train) | t['train']
     batch = o.batch_size or t['train'].get('batch_size') or 64
     if batch == 'auto': batch = _auto_batch(kind, shape, o.out, o.resume)
     configure(TrainConfig, t['train'] | dict(batch_size=batch))          # wrong names and types are found before anything is reckoned with
-    return kind, shape, configure(TrainConfig, _loop_settings(t['train'], o, _epoch(o, feed.mix), batch)), recipe, feed, stages
+    return kind, shape, configure(TrainConfig, _loop_settings(t['train'], o, _epoch(o, feed.mix), batch, document)), recipe, feed, stages
 
 _gentle = dict(preset='light', wording=dict(lengths=[.7, .3, 0., 0.]))          # short lines, light damage
 
@@ -444,15 +502,15 @@ def _fresh(out, resume):
     if not resume and (Path(out)/'latest.safetensors').exists(): raise KhmerOCRError(f'{out} holds a training run: go on with --resume latest, or choose another --out')
     if resume == 'latest' and not (Path(out)/'latest.safetensors').exists(): raise KhmerOCRError(f'No training run in {out} to resume: leave --resume away, or check --out')
 
-# %% ../nbs/32_cli.ipynb #f38c214a
+# %% ../nbs/32_cli.ipynb #b9df2806
 @app.command()
 def train(
-    model: str = typer.Option('ctc', '--model', metavar='ctc|seq2seq', callback=_one_of('ctc', 'seq2seq'), help='Which kind of recogniser.'),
-    settings: str = typer.Option(None, '--settings', metavar='NAME', help='Of seq2seq: buoy2022, recommended (the default) or joint.'),
-    data: str = typer.Option('onthefly', '--data', metavar='onthefly|DIR', help='Images made while training, or a set on disk: a split, its set, shards or labels.tsv.'),
+    model: str = typer.Option('ctc', '--model', metavar='ctc|seq2seq|vision-text', callback=_one_of('ctc', 'seq2seq', 'vision-text'), help='Which kind of recogniser.'),
+    settings: str = typer.Option(None, '--settings', metavar='NAME', help='Of seq2seq: buoy2022, recommended (the default) or joint; of vision-text: tiny, small (the default), base or seed003.'),
+    data: str = typer.Option('onthefly', '--data', metavar='onthefly|DIR', help='Images made while training, or a set on disk: a split, its set, shards, labels.tsv or an i2t dataset.'),
     mix: float = typer.Option(None, '--mix', metavar='SHARE', help='With a set: this share of the lines is made on the fly.'),
     skip_unknown: bool = typer.Option(False, '--skip-unknown', help='Leave out lines whose labels have characters that the reader lacks.'),
-    config: str = typer.Option(None, '--config', help='Settings as TOML or JSON: [train], [recipe], [data], [model], [distil], [[curriculum]].'),
+    config: str = typer.Option(None, '--config', help='Settings as TOML or JSON: [train], [recipe], [data], [model], [distil], [[curriculum]]; or the names of an i2t config.json.'),
     num_epochs: int = typer.Option(None, '--num-epochs', callback=_positive, help='Epochs; default 150.'),
     train_samples_per_epoch: int = typer.Option(None, '--train-samples-per-epoch', callback=_positive, help='Images per epoch; default 10,000 or the set.'),
     batch_size: str = typer.Option(None, '--batch-size', metavar='N|auto', help='Lines per step; default 64; auto: what fits into memory.'),
@@ -464,7 +522,7 @@ def train(
     resume: str = typer.Option(None, '--resume', metavar='latest|PATH', help='Go on with a run.'),
     init: str = typer.Option(None, '--init', metavar='NAME|PATH', help='Start from the weights of a model.'),
     freeze: list[str] = typer.Option(None, '--freeze', metavar='PART', help='Do not train this part of the network, such as look (may be repeated).'),
-    validation_dir: str = typer.Option(None, '--validation-dir', metavar='DIR|none', help='Labelled lines to evaluate on; default data/validation_fixed.'),
+    validation_dir: str = typer.Option(None, '--validation-dir', metavar='DIR|none', help='Labelled lines to evaluate on; default data/validation_fixed, or val/ of an i2t dataset.'),
     validation_samples: int = typer.Option(None, '--validation-samples', callback=_positive, help='Only so many of them.'),
     patience: int = typer.Option(None, '--patience', callback=_seed, help='Stop after so many evaluations without fewer errors.'),
     stop_at: float = typer.Option(None, '--stop-at', metavar='CER', help='Stop at this share of wrong characters, such as 0.01.'),
@@ -480,10 +538,11 @@ def train(
     "Train a recogniser, on images made on the fly, on a set from disk, or on both."
     from types import SimpleNamespace
     o = SimpleNamespace(**locals()); o.out = out or f'models/{model}'; o.batch_size = _batch_size(batch_size)
+    if validation_dir is None and (Path(data)/'train/train.json').is_file(): o.validation_dir = f'{data}/val/val.json'
     _fresh(o.out, resume)
     _train(o)
 
-# %% ../nbs/32_cli.ipynb #cbefb674
+# %% ../nbs/32_cli.ipynb #b74fa1e4
 def _teaching(o) -> dict:
     "The teachers of the table [distil], for the training function; {} without it"
     table = _tables(o.config)['distil']
@@ -492,13 +551,20 @@ def _teaching(o) -> dict:
     from khmer_ocr.distil import read_teaching
     return dict(teacher=read_teaching(table))
 
+def _summary(o, loop, feed) -> dict:
+    "For the transformer: what founding document 003 prints after each epoch"
+    if o.model != 'vision-text': return {}
+    from khmer_ocr.i2t_train import EpochSummary
+    from khmer_ocr.training import world_size
+    return dict(callbacks=[EpochSummary(max(1, _epoch(o, feed.mix)//(loop.batch_size*loop.accumulate*world_size())))])
+
 def _train(o):
     "The run that the options `o` describe"
     if o.init:
         from khmer_ocr.reader import _checkpoint
         o.init = _checkpoint(o.init)
     kind, shape, loop, recipe, feed, stages = _train_settings(o)
-    lesson = _teaching(o); data, texts = _lines(o, shape, loop, recipe, feed, stages)
+    lesson = _teaching(o) | _summary(o, loop, feed); data, texts = _lines(o, shape, loop, recipe, feed, stages)
     first = not int(os.environ.get('RANK', 0))
     if (n := getattr(data, 'left_out', 0)) and first: print(f'{n} lines are left out: their labels have characters that the reader has no letter for', file=sys.stderr)
     learn = kind.train(o.out, recipe, loop, shape, data=data, validation=_validation(o.validation_dir, o.validation_samples, shape.height), workers=o.workers, resume=o.resume, init=o.init, texts=texts, **lesson)

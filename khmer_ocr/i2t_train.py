@@ -101,9 +101,9 @@ def network(c: I2TConfig) -> VisionTextConfig:
     return configure(VisionTextConfig, asdict(p) | dict(height=c.image_size, encoder_width=c.d_model, decoder_width=c.d_model, dropout=c.dropout, gate=c.gated_fusion,
         cross=p.cross if c.selective_cross_attention else tuple(range(depth)), checkpointing=c.gradient_checkpointing) | block)
 
-# %% ../nbs/11d_i2t_train.ipynb #504d1ef6
+# %% ../nbs/11d_i2t_train.ipynb #1419690d
 def memory_line(device='cpu') -> str:
-    "Memory in use, in GB of 2^30 bytes, and how busy the device is; '' before the name of what cannot be found out is left out"
+    "Memory in use, in GB of 2^30 bytes; of a GPU also how busy it is"
     device = torch.device(device); gb = lambda n: f'{n/2**30:.2f}GB'
     if device.type == 'cuda': return f'GPU Memory: {gb(torch.cuda.memory_allocated(device))} allocated, {gb(torch.cuda.memory_reserved(device))} reserved{_busy(device)}'
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
