@@ -3,7 +3,9 @@ import json
 import numpy as np, pytest, torch
 from khmer_ocr.ctc import CTCConfig, CTCLoss, CTCNet, Units, header, load_ctc, train_ctc
 from khmer_ocr.data import collate
-from khmer_ocr.distil import DistilLoss, Teacher, Teaching, columns, open_teacher
+from khmer_ocr.distil import DistilLoss, Teaching
+from khmer_ocr.ensemble import Member, columns
+from khmer_ocr.reader import Reader
 from khmer_ocr.learner import Callback, CancelFit, TrainConfig, save_checkpoint
 from khmer_ocr.release import carry_out, make_card, read_plan
 from khmer_ocr.seq2seq import Seq2Seq, make_units, seq2seq_preset
@@ -15,21 +17,22 @@ tiny = CTCConfig(channels=(4, 4, 4, 4, 8), hidden=8, layers=1)
 units = Units(charset(tiny.charset))
 def lines(): return collate([(np.random.default_rng(i).integers(0, 255, (40, 60+30*i)).astype(np.uint8), t) for i, t in enumerate(texts)])
 def net(seed, **kw): torch.manual_seed(seed); return CTCNet(len(units), CTCConfig(**(dict(channels=(4, 4, 4, 4, 8), hidden=8, layers=1) | kw))).eval()
+def Teacher(n, theirs=units, dtype=None): return Member(Reader(n, theirs, header(n.config, theirs) if isinstance(n, CTCNet) else dict(height=n.config.height), dtype=dtype), units)
 def checkpoint(path, seed=0, **kw): n = net(seed, **kw); save_checkpoint(path, n.state_dict(), header(n.config, units)); return str(path)
 
 @pytest.mark.parametrize('shape', [dict(), dict(height=48), dict(stride=2), dict(stride=8), dict(height=32, stride=8), dict(reading='attention')])
 def test_teachers_of_any_shape(shape):
-    pupil = net(1); loss = DistilLoss(CTCLoss(units), [Teacher(net(2, **shape), units, units)])(pupil, lines()); loss.backward()
+    pupil = net(1); loss = DistilLoss(CTCLoss(units), [Teacher(net(2, **shape))])(pupil, lines()); loss.backward()
     assert loss.isfinite() and loss > 0 and pupil.name.weight.grad.abs().sum() > 0
 
 def test_padding_teaches_nothing():
     "More white behind the lines changes the lesson of an attention reader by nothing: it sees the widths, and frames behind a line do not count"
     wide, plain = lines(), lines(); wide['images'] = torch.nn.functional.pad(wide['images'], (0, 64), value=255)
-    pupil, one = net(1, reading='conv', layers=0), DistilLoss(CTCLoss(units), [Teacher(net(2, reading='conv', layers=0), units, units, torch.float32)], share=1.)
+    pupil, one = net(1, reading='conv', layers=0), DistilLoss(CTCLoss(units), [Teacher(net(2, reading='conv', layers=0), dtype=torch.float32)], share=1.)
     with torch.no_grad(): assert torch.isclose(one(pupil, plain), one(pupil, wide), rtol=1e-4)
 
 def test_two_teachers_are_their_mean():
-    a, b = (Teacher(net(i), units, units, torch.float32) for i in (2, 3)); of = lambda *t: DistilLoss(CTCLoss(units), t).heard(lines(), 30)[0]
+    a, b = (Teacher(net(i), dtype=torch.float32) for i in (2, 3)); of = lambda *t: DistilLoss(CTCLoss(units), t).heard(lines(), 30)
     assert torch.allclose(of(a, b), (of(a)+of(b))/2, atol=1e-6) and torch.allclose(of(a, b).sum(-1), torch.ones(4, 30), atol=1e-4)
 
 def test_units_go_by_name():
@@ -41,7 +44,7 @@ def test_units_go_by_name():
 
 def test_a_teacher_that_does_not_hear():
     config = seq2seq_preset('buoy2022').config; theirs = make_units(config)
-    with pytest.raises(KhmerOCRError, match='no CTC head'): Teacher(Seq2Seq(len(theirs), config), theirs, units)
+    with pytest.raises(KhmerOCRError, match='without a CTC head'): Teacher(Seq2Seq(len(theirs), config), theirs)
 
 class StopAt(Callback):
     def __init__(self, n): self.n = n
