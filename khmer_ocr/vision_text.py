@@ -411,7 +411,7 @@ def load_vision_text(path) -> tuple[VisionText, Units, dict]:  # network in eval
     net = VisionText(len(units), config); _fit(net, weights, path)
     return net.eval(), units, head
 
-# %% ../nbs/11_vision_text.ipynb #f3fe8560
+# %% ../nbs/11_vision_text.ipynb #6be42923
 def _some(weights, parts, path):
     "The weights under `parts`; KhmerOCRError where there are none"
     some = {k: v for k, v in weights.items() if any(k == p or k.startswith(p+'.') for p in parts)}
@@ -426,7 +426,9 @@ def start_from(net: VisionText, path, parts=()):
     if kind == 'backbone': weights = {'encoder.'+k: v for k, v in weights.items()}
     elif kind != 'vision_text': raise KhmerOCRError(f'{path} holds a model of kind {kind!r}: an image-to-text transformer with stem {net.config.stem!r} cannot start from it')
     parts = parts or (('encoder',) if kind == 'backbone' else ())
-    _fit(net, net.state_dict() | _some(weights, parts, path) if parts else weights, path)
+    if not parts: return _fit(net, weights, path)
+    own, some = net.state_dict(), _some(weights, parts, path); lacking = [k for k in own if any(k.startswith(p+'.') for p in parts) and k not in some]
+    _fit(net, some if lacking else own | some, path)          # part of a part would be half a network
 
 # %% ../nbs/11_vision_text.ipynb #c3b4d247
 _sizes = dict(
