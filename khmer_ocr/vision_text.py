@@ -7,10 +7,11 @@ __all__ = ['VisionTextConfig', 'through', 'ConvStem', 'Patches', 'CTCStem', 'sin
            'attend', 'perceptron', 'EncoderLayer', 'run', 'ViT', 'DecoderLayer', 'VisionText', 'Said', 'shifted',
            'targets_of', 'VisionTextLoss', 'unit_nats', 'evaluate_vision_text', 'vision_text_header',
            'load_vision_text', 'start_from', 'Preset', 'vision_text_preset', 'configure_vision_text',
-           'train_vision_text', 'backbone_path']
+           'train_vision_text', 'backbone_path', 'Blocks']
 
-# %% ../nbs/11_vision_text.ipynb #68d8816b
+# %% ../nbs/11_vision_text.ipynb #7ff39657
 import math
+import numpy as np
 import torch
 import torch.nn.functional as F
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from typing import NamedTuple
 from .text import Charset, KhmerOCRError, charset, suggest
 from .corpus import load_lines
 from .synth import Recipe
-from .data import POOL, LineSource, OnTheFlyDataset, as_input, open_lines
+from .data import POOL, LineSource, OnTheFlyDataset, as_input, open_lines, prepare
 from .metrics import score
 from .learner import Learner, load_weights
 from .training import TrainConfig, configure
@@ -245,7 +246,7 @@ def deepen(self: ViT, features, n):
 @patch
 def forward(self: ViT, x, widths): return self.deepen(*self.stem(x, widths.to(x.device)))
 
-# %% ../nbs/11_vision_text.ipynb #1fcddff0
+# %% ../nbs/11_vision_text.ipynb #2c2d3952
 class DecoderLayer(nn.Module):
     "Hear the text so far, see the picture (if `sees`: size of its tokens), think"
     def __init__(self, d, heads, mix=4, dropout=.1, sees=0, gate=True):
@@ -273,7 +274,7 @@ class DecoderLayer(nn.Module):
         else:
             sight, look = self.see(self.norms[1](x + heard), seen, mask, show)
             if self.gate is not None: g = self.gate(torch.cat([x + heard, sight], -1)).sigmoid()
-            x = x + heard + sight if g is None else x + (1-g)*heard + g*sight
+            x = x + heard + sight if g is None else x + 2*((1-g)*heard + g*sight)
         return x + self.drop(self.mix(self.norms[-1](x))), kv, look, g
 
 # %% ../nbs/11_vision_text.ipynb #3cc9df44
@@ -496,3 +497,14 @@ def backbone_path(name) -> Path:
     if path.suffix != '.safetensors' and not path.exists(): path = Path('models/backbones')/f'{name}.safetensors'
     if not path.is_file(): raise KhmerOCRError(f"Backbone not found: {path}: make one with khmer_ocr.pretrain, or give the path of a .safetensors file")
     return path
+
+# %% ../nbs/11_vision_text.ipynb #e6b12f76
+class Blocks(LineSource):
+    "Blocks of 1 to `most` lines of another source, `height` px high, labels joined by a space"
+    def __init__(self, source: LineSource, most=8, height=384): self.source, self.most, self.height, self.seed, self.path = source, most, height, source.seed, getattr(source, 'path', '')
+    def block(self, n, seed=None):
+        rng = np.random.Generator(np.random.Philox(key=[self.seed if seed is None else seed, 14], counter=[0, 0, 0, n]))
+        some = self.source.take(n*self.most, n*self.most + int(rng.integers(1, self.most+1)), seed)
+        wide = max(im.shape[1] for im, _ in some); rows = [np.pad(im, ((6, 6), (8, 8+wide-im.shape[1])), constant_values=255) for im, _ in some]
+        return prepare(np.concatenate(rows), self.height), ' '.join(t for _, t in some)
+    def take(self, a, b, seed=None): return [self.block(n, seed) for n in range(a, b)]

@@ -12,7 +12,7 @@ from khmer_ocr.synth import Recipe
 from khmer_ocr.targets import make_targets
 from khmer_ocr.text import KhmerOCRError, charset, normalise
 from khmer_ocr.training import TrainConfig, configure, kept_bytes
-from khmer_ocr.vision_text import (CTCStem, VisionText, VisionTextConfig, VisionTextLoss, evaluate_vision_text, load_vision_text, shifted, start_from, targets_of,
+from khmer_ocr.vision_text import (Blocks, VisionText, VisionTextConfig, VisionTextLoss, evaluate_vision_text, load_vision_text, shifted, start_from, targets_of,
     train_vision_text, vision_text_header, vision_text_preset)
 
 texts = [normalise(t) for t in ('ព្រះរាជាណាចក្រ', 'ភ្នំពេញ', 'សុខសប្បាយទេ?', 'ឆ្នាំ២០២៥')]
@@ -80,7 +80,7 @@ def test_checkpointing_changes_nothing_but_memory(kind):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, again)) and less < .95*kept
 
 def test_the_gate():
-    "Shut: the picture has no say. Open: the units before have none but by where to look"
+    "Shut: the picture has no say. Open: the units before have none but by where to look. Half open: as without a gate"
     net = net_of('plain'); b = collate(lines(48, 64, 64)); x, w = as_input(b['images']), b['widths']; ids = torch.randint(1, 20, (1, 8)).expand(2, 8)
     def set_gates(v):
         for i in net.config.looking: torch.nn.init.zeros_(net.decoder[i].gate.weight); torch.nn.init.constant_(net.decoder[i].gate.bias, v)
@@ -94,8 +94,11 @@ def test_the_gate():
     with torch.inference_mode():
         layer, h, m = net.decoder[0], torch.randn(2, 1, 5, 16), net.encode(x, w); heard, _ = layer.hear(layer.norms[0](h), None)
         seen, _ = layer.see(layer.norms[1](h+heard), m.keys[0], m.mask, False)
-        got = layer(h, None, m.keys[0], m.mask)[0]; inside = h + seen
+        got = layer(h, None, m.keys[0], m.mask)[0]; inside = h + 2*seen
         assert torch.allclose(got, inside + layer.mix(layer.norms[-1](inside)), atol=1e-5)
+    set_gates(0.); half = net_of('plain'); half.load_state_dict(net.state_dict()); plain = VisionText(20, replace(tiny, gate=False)).eval()
+    plain.load_state_dict({k: v for k, v in half.state_dict().items() if '.gate.' not in k})
+    with torch.inference_mode(): assert torch.allclose(half(x, w, ids)[0], plain(x, w, ids)[0], atol=1e-5)          # half open: plain addition
     assert net_of('everywhere').decoder[0].gate is None and not hasattr(net_of('plain').decoder[1], 'query')          # layers that do not look have nothing to look with
 
 def test_beam_search_finds_the_best_text():
@@ -195,10 +198,21 @@ def test_settings():
 
 def test_evaluation_and_foreign_files(tmp_path):
     units = targets_of(tiny); net = net_of('plain', len(units)); batch = collate([(i, 'កខ') for i, _ in lines(48, 64, 90)])
-    assert set(evaluate_vision_text(net, units, [batch], 'x_')) == {'x_cer', 'x_cer_raw', 'x_exact', 'x_nats', 'x_ctc_cer'}
+    assert set(evaluate_vision_text(net, units, [batch], 'x_')) == {'x_cer', 'x_cer_raw', 'x_exact', 'x_wer', 'x_bleu', 'x_nats', 'x_ctc_cer'}
     silent = VisionText(len(units), replace(tiny, ctc_weight=0.)); assert 'ctc_cer' not in evaluate_vision_text(silent, units, [batch])
     with pytest.raises(KhmerOCRError, match='no CTC head'): read_lines(silent, units, [batch], 'ctc')
     save_checkpoint(tmp_path/'x.safetensors', net.state_dict(), vision_text_header(replace(tiny, decoder_depth=4), units))
     with pytest.raises(KhmerOCRError, match='does not fit'): load_vision_text(tmp_path/'x.safetensors')
     save_checkpoint(tmp_path/'y.safetensors', net.state_dict(), dict(model='dcgan'))
     with pytest.raises(KhmerOCRError, match='dcgan'): load_vision_text(tmp_path/'y.safetensors')
+
+def test_blocks(tmp_path):
+    "Lines below each other: the same from any start, as many labels as lines, and a network for blocks learns from them"
+    class Lines(LineSource):
+        path = 'here'
+        def take(self, a, b, seed=None): return [(lines(24, 60 + 20*(n % 3), seed=n)[0][0], texts[n % 4]) for n in range(a, b)]
+    blocks = Blocks(Lines(), 3, 64); some = blocks.take(0, 8)
+    assert all((a[0] == b[0]).all() and a[1] == b[1] for a, b in zip(some, blocks.take(0, 3) + blocks.take(3, 8))) and all(im.shape[0] == 64 for im, _ in some)
+    for n, (_, label) in enumerate(some): k = len(label.split()); assert label == ' '.join(texts[i % 4] for i in range(3*n, 3*n+k)) and 1 <= k <= 3
+    assert len({len(t.split()) for _, t in some}) > 1
+    learn = train(tmp_path, replace(tiny, height=64, stem='patches', patch=(16, 16), ctc_weight=0.), 2, data=blocks); assert learn.step == 2
