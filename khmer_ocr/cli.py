@@ -37,7 +37,7 @@ def _usage(e) -> tuple[list[str], int]:
     if bad_value: return [f'{command}: {said}'], 1
     return [f'{command}: {said}', f"Try '{command} --help'."], 2
 
-# %% ../nbs/32_cli.ipynb #a22187d6
+# %% ../nbs/32_cli.ipynb #7454f22b
 def _join_pairs(args: list[str]) -> list[str]:
     "`-p NAME VALUE` as `-p NAME=VALUE`"
     out, it = [], iter(args)
@@ -48,6 +48,7 @@ def _join_pairs(args: list[str]) -> list[str]:
         if name is not None: out.append(name if '=' in name else f'{name}={next(it, "")}')
     return out
 
+# %% ../nbs/32_cli.ipynb #ea5fedac
 _document_words = dict(train={'--data_folder': '--data', '--model_folder': '--out', '--resume_from_checkpoint': '--resume'}, read={'--model_folder': '--model', '--input_image': ''})
 
 def _our_words(args: list[str]) -> list[str]:
@@ -59,6 +60,7 @@ def _our_words(args: list[str]) -> list[str]:
         elif words[name] or eq: out.append(words[name]+eq+value if words[name] else value)
     return out
 
+# %% ../nbs/32_cli.ipynb #8b63fe20
 class _Group(TyperGroup):
     "Commands whose errors are one line"
     resumes = ('generate', 'validation-set', 'fonts', 'corpus')
