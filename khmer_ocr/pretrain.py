@@ -39,7 +39,7 @@ def hide_spans(
         while row.sum() < share*w: n = int(rng.integers(span[0], span[1]+1)); a = int(rng.integers(-n+1, w)); row[max(0, a):min(w, a+n)] = True
     return torch.from_numpy(out)
 
-# %% ../nbs/11b_pretrain.ipynb #95deda2b
+# %% ../nbs/11b_pretrain.ipynb #f79c806c
 class Filler(nn.Module):
     "Covered line images (B, 1, height, W), widths (B,) -> guessed pixels (B, 1, height, columns*stride), ink 1, paper 0"
     def __init__(self, config: VisionTextConfig):
@@ -52,7 +52,7 @@ class Filler(nn.Module):
         return p.permute(0, 1, 3, 2, 4).flatten(3, 4).flatten(1, 2).unsqueeze(1)
 
 class MaskedLoss:
-    "loss(model, batch): mean absolute error of the guessed pixels (0..1), in the hidden columns alone"
+    "loss(model, batch): mean squared error of the guessed pixels (ink 0..1), in the hidden columns alone"
     def __init__(self, share=.4, seed=42): self.share, self.seed, self.step = share, seed, 0
     def hidden(self, batch):
         "bool (B, W)"
@@ -62,7 +62,7 @@ class MaskedLoss:
     def __call__(self, model, batch):
         x, h = as_input(batch['images']), self.hidden(batch)
         guess = model(x.masked_fill(h[:, None, None], .5).contiguous(memory_format=torch.channels_last), batch['widths'])[..., :x.shape[-1]].float()
-        return (guess-x).abs().mean((1, 2))[h].mean()
+        return (guess-x).square().mean((1, 2))[h].mean()
 
 # %% ../nbs/11b_pretrain.ipynb #96efbbf1
 class Hearing(nn.Module):
@@ -78,12 +78,12 @@ class _Step(Callback):
     def __init__(self, loss): self.loss = loss
     def before_batch(self, learn): self.loss.step = learn.step
 
-# %% ../nbs/11b_pretrain.ipynb #0f3861f8
+# %% ../nbs/11b_pretrain.ipynb #5d91bee3
 WAYS = ('masked', 'ctc')
 
 @torch.no_grad()
 def evaluate_filler(net, batches, share=.4) -> dict[str, float]:
-    "`pixels`: mean absolute error in the hidden columns of `batches`, 0..1; the same columns each time"
+    "`pixels`: mean squared error in the hidden columns of `batches`, 0..1; the same columns each time"
     loss = MaskedLoss(share); net.eval(); device = next(net.parameters()).device
     return dict(pixels=sum(float(loss(net, b | dict(images=b['images'].to(device)))) for b in batches)/len(batches))
 

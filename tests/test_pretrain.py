@@ -35,7 +35,7 @@ def test_only_hidden_columns_are_judged():
     seen = []
     def model(x, widths): seen.append(x); return torch.full((2, 1, 48, 96), .25)
     got = loss(model, batch); x = as_input(batch['images'])
-    assert got == pytest.approx(float((x-.25).abs().mean((1, 2))[h].mean())) and (seen[0].permute(0, 3, 1, 2)[h] == .5).all() and torch.equal(seen[0].permute(0, 3, 1, 2)[~h], x.permute(0, 3, 1, 2)[~h])
+    assert got == pytest.approx(float((x-.25).square().mean((1, 2))[h].mean())) and (seen[0].permute(0, 3, 1, 2)[h] == .5).all() and torch.equal(seen[0].permute(0, 3, 1, 2)[~h], x.permute(0, 3, 1, 2)[~h])
     loss.step = 1; assert not loss.hidden(batch).equal(h)
 
 @pytest.mark.parametrize('way', ('masked', 'ctc'))
@@ -59,7 +59,7 @@ def test_filling_in_is_learned(stem, tmp_path):
         def take(self, a, b, seed=None): return [(lines[n % 4], '') for n in range(a, b)]
     config = replace(tiny, stem=stem, patch=(48, 4), dropout=0., encoder_width=32); batch = collate([(l, '') for l in lines])
     learn = pretrain(tmp_path, 'masked', train=loop(200, lr=4e-3, batch_size=4, eval_every=200, ema=.9), config=config, data=Stripes(), validation=[batch], pool=4, verbose=False)
-    assert learn.metrics['pixels'] < .25          # a guess of grey would be .5
+    assert learn.metrics['pixels'] < .1           # a guess of grey would be .25
 
 def test_faults(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path); run('a', 'masked', 1); save_backbone('a/latest.safetensors', 'mine')
