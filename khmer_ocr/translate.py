@@ -5,21 +5,28 @@
 # %% auto #0
 __all__ = ['TOP', 'RULES', 'ENGLISH', 'khmer_words', 'khmer_value', 'english_words', 'Pair', 'side', 'number_key', 'number_pair',
            'money_pair', 'date_pair', 'lunar_pair', 'address_pair', 'Pairs', 'KhmerSide', 'ParallelLines',
-           'parallel_batches', 'english_targets', 'translation_scores', 'translator_preset']
+           'parallel_batches', 'english_targets', 'translation_scores', 'translator_preset', 'Recalling', 'Looks',
+           'train_translator']
 
-# %% ../nbs/11c_translate.ipynb #feca828e
+# %% ../nbs/11c_translate.ipynb #0dd11da4
 import calendar, datetime
-from dataclasses import replace
+import numpy as np
+import torch
+import torch.nn.functional as F
+from copy import deepcopy
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import NamedTuple
 from torchmetrics.functional.text import sacre_bleu_score
 from .text import Charset, KhmerOCRError, suggest
 from .corpus import lunar_year, split_of
 from .synth import Recipe, Synth, sample_rng
-from .data import HEIGHT, OnTheFlyDataset, bucket_batches, prepare
-from .training import TrainConfig
+from .data import HEIGHT, OnTheFlyDataset, as_input, bucket_batches, collate, prepare
 from .metrics import CER, ExactLines
+from .learner import Learner, TrainConfig
 from .targets import make_targets
-from .vision_text import Preset, vision_text_preset
+from .seq2seq import Memory, as_targets, read_lines, visible
+from .vision_text import Preset, VisionText, shifted, start_from, vision_text_header, vision_text_preset
 
 # %% ../nbs/11c_translate.ipynb #3a52a0b1
 _units = 'សូន្យ មួយ ពីរ បី បួន ប្រាំ ប្រាំមួយ ប្រាំពីរ ប្រាំបី ប្រាំបួន'.split()
@@ -283,7 +290,7 @@ def translation_scores(
     exact, cer = ExactLines(), CER()
     return dict(exact=exact(read, true).item(), bleu=sacre_bleu_score(read, [[t] for t in true]).item(), cer=cer(read, true).item(), lines=len(true))
 
-# %% ../nbs/11c_translate.ipynb #0d782202
+# %% ../nbs/11c_translate.ipynb #a67ad357
 def translator_preset(
     eye,  # checkpoint of a CTC reader
     steps=3000,
@@ -292,5 +299,56 @@ def translator_preset(
     "A small transformer on a frozen CTC reader, which writes without CTC"
     shape = dict(ctc_weight=0., guide=0., encoder_depth=0, encoder_width=192, decoder_width=192, decoder_depth=2, cross='all')
     p = vision_text_preset('tiny', ctc=eye, **shape | changes)
-    train = TrainConfig(steps=steps, batch_size=16, lr=2e-3, warmup=.1, clip=1., label_smoothing=.05, freeze=('encoder.stem',), channels_last=True)
+    train = TrainConfig(steps=steps, batch_size=32, lr=2e-3, warmup=.1, clip=1., label_smoothing=.05, freeze=('encoder.stem',), channels_last=True)
     return Preset(p.config, train, Recipe())
+
+# %% ../nbs/11c_translate.ipynb #007b70b7
+class Recalling(VisionText):
+    "`VisionText` behind an eye that has looked: features (B, c, T), columns of each line (B,), true unit ids (B, U) -> logits of each next unit (B, U, n_units)"
+    def forward(self, features, n, ids):
+        values, n, mask = self.encoder.deepen(features[:, :, None].float(), n)
+        memory = Memory(values, tuple(self.decoder[i].keys(values) for i in self.config.looking), mask, n)
+        return self.name(self.drop(self.say(memory, shifted(ids)[:, None], keep=False).out[:, 0]))
+
+class Looks:
+    "What the stem of `net` says of lines 0..n-1 of a source, in batches of like width; looks when first asked"
+    def __init__(self, net, lines, n, batch_size=32): self.stem, self.lines, self.n, self.size, self.parts = deepcopy(net.encoder.stem).eval(), lines, n, batch_size, None
+
+    @torch.no_grad()
+    def look(self):
+        items = sorted(self.lines.take(0, self.n), key=lambda item: item[0].shape[1]); self.parts = []
+        for b in (collate(items[k:k+self.size]) for k in range(0, self.n, self.size)):
+            f, n = self.stem(as_input(b['images']), b['widths'])
+            self.parts.append(dict(features=f[:, :, 0].half(), columns=n, texts=b['texts']))
+
+    def batches(self, step=0, seed=42):
+        "Endless batches from number `step` on; each epoch in another order"
+        if self.parts is None: self.look()
+        while True:
+            epoch, k = divmod(step, len(self.parts)); step += 1
+            yield self.parts[np.random.default_rng((seed, epoch)).permutation(len(self.parts))[k]]
+
+# %% ../nbs/11c_translate.ipynb #23513d0f
+def train_translator(
+    out_dir,  # checkpoints and history
+    eye,  # checkpoint of the CTC reader that looks
+    targets,  # of `english_targets`
+    preset: Preset,  # of `translator_preset`
+    pairs,  # a sequence of `Pair`
+    lines=4000,  # pictures that are looked at
+    validation=None,  # batches of `parallel_batches`; None: no evaluation
+    resume=None,  # 'latest' or a checkpoint: go on with the same run
+    callbacks=(),
+    verbose=True
+) -> Learner:
+    "Train a reader that translates, its eye looking once at each picture"
+    config, train, recipe = preset; torch.manual_seed(train.seed)
+    net = Recalling(len(targets), config); start_from(net, eye)
+    source = ParallelLines(recipe, pairs, config.height); looks = Looks(net, source, lines, train.batch_size)
+    def loss(model, batch):
+        ids, n = as_targets(targets, batch['texts']); ids = ids.to(batch['features'].device)
+        logits = model(batch['features'], batch['columns'], ids)
+        return F.cross_entropy(logits.float().flatten(0, 1), ids.masked_fill(~visible(ids.shape[1], n.to(ids.device)+1), -100).flatten(), label_smoothing=train.label_smoothing)
+    def judge(m): s = translation_scores(read_lines(m, targets, validation, guarded=False)[0], [t for b in validation for t in b['texts']]); return {k: s[k] for k in ('cer', 'exact', 'bleu')}
+    about = vision_text_header(config, targets, recipe=asdict(recipe) | dict(data=source.path, lines=lines), train=asdict(train), init=Path(eye).name)
+    return Learner(net, loss, lambda n: looks.batches(n, train.seed), train, out_dir, callbacks, judge if validation else None, about, verbose=verbose).fit(resume)

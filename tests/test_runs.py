@@ -35,7 +35,7 @@ def parameters(name, t, d):
         language_model=dict(corpus=str(t/'corpus'), model=str(t/'model/best.safetensors'), order=3, cuts=[1], beam=2, alphas=[.3], betas=[.5], real=str(t/'set/val'), clean_set=str(t/'set/val'), hard_set=str(t/'set/test'), limit=2, odd=1, texts=10),
         release=dict(plan=str(d/'plan.json'), corpus=str(t/'corpus'), validation=str(t/'set/val'), validation_samples=2, model_dir=str(d/'models'), lines=2),
         candidates=dict(candidates={'a': dict(channels=[8, 8, 8, 8, 16], hidden=8, layers=1), 'b': dict(channels=[8, 8, 8, 8, 16], hidden=8, layers=0)}, trunk='', corpus=str(t/'corpus'), model_dir=str(d/'models'), steps=2, batch_size=2, lines=2, precision='32-true'),
-        translate=dict(rules=['dates', 'money'], model_dir=str(d/'translate'), steps=2, batch_size=2, judged=2, looks=1, width=16, depth=1, vocabulary=120, families=['Khmer OS Battambang'], precision='32-true'),
+        translate=dict(rules=['dates', 'money'], model_dir=str(d/'translate'), lines=4, steps=2, batch_size=2, judged=2, looks=1, width=16, depth=1, vocabulary=120, families=['Khmer OS Battambang'], precision='32-true'),
         seed_claims=dict(corpus=str(t/'corpus'), size='tiny', block=False, lines=2, width=64, rounds=1, workers=[0, 1], load_batches=1, pair_steps=1, number_steps=2, eyes=str(t/'model/best.safetensors'), families=[], judged=2, batch_size=2, width_of_model=16, model_dir=str(d/'models'), precision='32-true'),
         gallery=dict(texts=['ឆ្នាំ២០២៥', 'ព្រះរាជាណាចក្រកម្ពុជា'], size=18., fates=1, shown=2, model=str(t/'model/best.safetensors')),
         demo=dict(samples=str(t/'set/train'), training=str(t/'model'), evaluation='', page=str(d/'page.png'), truth=str(d/'page.txt'), model=str(t/'model/best.safetensors'), shown=2))[name]
