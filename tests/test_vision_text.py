@@ -173,7 +173,8 @@ def test_the_stem_of_a_shipped_reader_sees_what_it_saw(name):
     with torch.inference_mode(): assert torch.allclose(seeing.encoder.stem(x, w)[0].squeeze(2).transpose(1, 2), net.features(x), atol=1e-4)
 
 def test_starting_from_its_own_kind(tmp_path):
-    train(tmp_path/'a', steps=1); path = tmp_path/'a/latest.safetensors'; was = weights(path); net = VisionText(len(targets_of(tiny)), tiny)
+    train(tmp_path/'a', steps=1, more=dict(schedule='noam', lr=1.)); path = tmp_path/'a/latest.safetensors'; was = weights(path); net = VisionText(len(targets_of(tiny)), tiny)
+    assert load_vision_text(path)[2]['train']['d_model'] == 16          # the transformer's rate goes by the decoder's width
     start_from(net, path, ('encoder.layers', 'name')); now = net.state_dict()
     assert now['name.weight'].equal(was['name.weight']) and now['encoder.layers.1.out.weight'].equal(was['encoder.layers.1.out.weight']) and not now['embed.weight'].equal(was['embed.weight'])
     start_from(net, path); assert all(net.state_dict()[k].equal(was[k]) for k in was)
