@@ -67,10 +67,10 @@ def network(
         out = [(out[i] if i is not None else [NOTHING]*n) + [more[j] if j is not None else NOTHING] for i, j in path]
     return out
 
-# %% ../nbs/14b_ensemble.ipynb #4ce3be00
+# %% ../nbs/14b_ensemble.ipynb #beed8908
 def elect(
     column: list[Word],
-    alpha=.5,  # weight of the number of votes against that of confidence, 0..1
+    alpha=.9,  # weight of the number of votes against that of confidence, 0..1
     silence=.5  # confidence of saying nothing, 0..1
 ) -> Word:  # its confidence is the score it won with
     "The winner of a column (Fiscus 1997, equation 1, with mean confidences)"
