@@ -141,21 +141,24 @@ def smooth_ctc(
     distance = -log_probs.mean(-1) - math.log(log_probs.shape[-1])
     return (1-amount)*loss + amount*distance[inside].mean()
 
-# %% ../nbs/07b_training.ipynb #374fbd2f
+# %% ../nbs/07b_training.ipynb #1acea6fa
 _fixed_modes = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 
 def freeze(
     net: nn.Module,
     names,  # of modules or parameters; 'look' covers 'look.0.weight', but not 'looks'
 ) -> list[nn.Module]:  # norms and dropouts of the frozen parts: to be put into eval mode after every `net.train()`
-    "Take the parameters under `names` out of training"
+    "Take the parameters under `names` out of training, and the dropout between the layers of their LSTMs"
     known, ps = list(dict(net.named_modules())) + list(dict(net.named_parameters())), list(net.named_parameters())
     under = lambda name, part: name == part or name.startswith(part+'.')
     for part in names:
         if not any(under(k, part) for k, _ in ps): raise KhmerOCRError(f"Setting 'freeze': the network has no part {part!r} with parameters{suggest(part, known)}; its parts are {', '.join(k for k, _ in net.named_children())}")
         for k, p in ps: p.requires_grad_(p.requires_grad and not under(k, part))
     if names and not any(p.requires_grad for p in net.parameters()): raise KhmerOCRError(f"Setting 'freeze' is {list(names)}: that is the whole network, and leaves nothing to train")
-    return [m for k, m in net.named_modules() if isinstance(m, _fixed_modes) and any(under(k, part) for part in names)]
+    frozen = [m for k, m in net.named_modules() if any(under(k, part) for part in names)]
+    for m in frozen:
+        if isinstance(m, nn.RNNBase): m.dropout = 0.     # between its layers; not by eval mode, in which cuDNN gives no gradients to what lies before
+    return [m for m in frozen if isinstance(m, _fixed_modes)]
 
 # %% ../nbs/07b_training.ipynb #049597cf
 _memory_words = ('out of memory', "can't allocate memory", 'cannot allocate memory', 'DefaultCPUAllocator', 'ALLOC_FAILED', 'bad_alloc')
