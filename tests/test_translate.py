@@ -120,7 +120,7 @@ def test_pairs_by_seed_side_and_number():
     with pytest.raises(IndexError): Pairs(length=3)[3]
     assert len(KhmerSide(a)) == len(a) and side(Pair('', '')) == 'train'
 
-recipe = Recipe(families=('Khmer OS Battambang',), preset='document', seed=2)
+recipe = Recipe(families=('Noto Sans Khmer',), preset='document', seed=2)
 
 def test_pictures_of_khmer_with_english_labels():
     lines = ParallelLines(recipe, Pairs()); image, text = lines.sample(4)
