@@ -69,7 +69,7 @@ def test_a_foreign_file_and_an_old_one(tmp_path):
 
 def test_the_command(tmp_path):
     run = lambda *a: subprocess.run([sys.executable, '-c', 'from khmer_ocr.cli import app; app()', *map(str, a)], capture_output=True, text=True)
-    p = run('export', 'int8', 'fast', '--out', tmp_path/'fast.onnx', '--program'); assert p.returncode == 0 and '1.9 MB' in p.stdout and not p.stderr, p.stderr
+    p = run('export', 'int8', 'fast', '--out', tmp_path/'fast.onnx', '--program'); assert p.returncode == 0 and '1.9 MB' in p.stdout and all(l.startswith('warning: no fonts') for l in p.stderr.splitlines()), p.stderr
     cv2.imwrite(str(tmp_path/'a.png'), image(1, 200)); assert (tmp_path/'fast.py').exists()
     p = run('read', '--line', '--model', tmp_path/'fast.onnx', tmp_path/'a.png'); assert p.returncode == 0 and p.stdout.count('\n') == 1
     p = run('export', 'onnx', 'fast', '--out', tmp_path/'fast.bin'); assert p.returncode == 1 and 'end in .onnx' in p.stderr and p.stderr.count('\n') == 1
