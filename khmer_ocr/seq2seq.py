@@ -291,7 +291,7 @@ def as_targets(units, texts: list[str]):  # int64 (B, U) ids, ended and filled u
     for row, i in zip(out, ids): row[:len(i)] = torch.tensor(i, dtype=torch.long)
     return out, n
 
-# %% ../nbs/10b_seq2seq.ipynb #6eeeeec7
+# %% ../nbs/10b_seq2seq.ipynb #2ae0b55e
 class Seq2SeqLoss:
     "loss(model, batch) of `collate`'s batches: (1-w)*(cross-entropy per unit + guide*`guidance`) + w*CTC per unit (nats), in float32"
     def __init__(self, units, config: Seq2SeqConfig, smoothing=0., seed=42):
@@ -302,10 +302,14 @@ class Seq2SeqLoss:
         if self.ratio >= 1: return None
         return np.random.Generator(np.random.Philox(key=[self.seed, 12], counter=[0, 0, 0, self.step])).random(U) < self.ratio
 
+    def answer(self, model, x, widths, ids):
+        "What the network makes of lines whose unit ids (B, U) are known"
+        return model(x, widths, ids, self.forced(ids.shape[1]))
+
     def __call__(self, model, batch):
         c, (ids, n) = self.config, as_targets(self.units, batch['texts'])
         x = as_input(batch['images']).contiguous(memory_format=torch.channels_last); ids, n = ids.to(x.device), n.to(x.device)
-        logits, heard, frames, looks = model(x, batch['widths'], ids, self.forced(ids.shape[1]))
+        logits, heard, frames, looks = self.answer(model, x, batch['widths'], ids)
         wanted = ids.masked_fill(~visible(ids.shape[1], n+1), -100)
         loss = F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), label_smoothing=self.smoothing)
         if c.guide and n.max(): loss = loss + c.guide*guidance(looks, ctc_align(ctc_frames(heard.detach(), frames), ids[:, :-1], n), n)

@@ -9,7 +9,7 @@ __all__ = ['VisionTextConfig', 'through', 'ConvStem', 'Patches', 'CTCStem', 'sin
            'load_vision_text', 'start_from', 'Preset', 'vision_text_preset', 'configure_vision_text',
            'train_vision_text', 'backbone_path', 'Blocks']
 
-# %% ../nbs/11_vision_text.ipynb #7ff39657
+# %% ../nbs/11_vision_text.ipynb #44933320
 import math
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from .learner import Learner, load_weights
 from .training import TrainConfig, configure
 from .ctc import Block, CTCConfig, CTCNet, Padding, Pair, Units, conv, header, load_ctc
 from .targets import KINDS, make_targets, targets_from_dict
-from .seq2seq import Memory, State, as_targets, beam_search, ctc_align, ctc_frames, end_id, guidance, known_lines, read_lines, visible, write_greedy
+from .seq2seq import Memory, Seq2SeqLoss, State, _fit, as_targets, beam_search, ctc_frames, end_id, known_lines, read_lines, visible, write_greedy
 
 # %% ../nbs/11_vision_text.ipynb #4ad07f72
 @dataclass(frozen=True)
@@ -363,20 +363,11 @@ def targets_of(config: VisionTextConfig, texts=None):
     "The output units that the settings name; clusters and subwords are learned from `texts`, lines in normal form"
     return make_targets(config.targets, texts, config.charset, config.vocabulary)
 
-# %% ../nbs/11_vision_text.ipynb #045cac0a
-class VisionTextLoss:
-    "loss(model, batch) of `collate`'s batches: (1-w)*(cross-entropy per unit + guide*`guidance`) + w*CTC per unit (nats), in float32"
+# %% ../nbs/11_vision_text.ipynb #381d2036
+class VisionTextLoss(Seq2SeqLoss):
+    "loss(model, batch) of `collate`'s batches, as for `seq2seq`: (1-w)*(cross-entropy per unit + guide*`guidance`) + w*CTC per unit (nats), in float32; each unit before is given"
     def __init__(self, units, config: VisionTextConfig, smoothing=.1): self.units, self.config, self.smoothing = units, config, smoothing
-    def __call__(self, model, batch):
-        c, (ids, n), x = self.config, as_targets(self.units, batch['texts']), as_input(batch['images'])
-        ids, n = ids.to(x.device), n.to(x.device)
-        logits, heard, columns, looks = model(x.contiguous(memory_format=torch.channels_last), batch['widths'], ids)
-        wanted = ids.masked_fill(~visible(ids.shape[1], n+1), -100)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), label_smoothing=self.smoothing)
-        if c.guide and n.max(): loss = loss + c.guide*guidance(looks, ctc_align(ctc_frames(heard.detach(), columns), ids[:, :-1], n), n)
-        if not c.ctc_weight or not heard.requires_grad: return loss
-        ctc = F.ctc_loss(heard.float().log_softmax(-1).transpose(0, 1), ids, columns.cpu(), n.cpu(), zero_infinity=True)
-        return (1-c.ctc_weight)*loss + c.ctc_weight*ctc
+    def answer(self, model, x, widths, ids): return model(x, widths, ids)
 
 # %% ../nbs/11_vision_text.ipynb #bd68b6c2
 @torch.inference_mode()
@@ -393,11 +384,7 @@ def evaluate_vision_text(net, units, batches, name='') -> dict[str, float]:
     if net.hears: out['ctc_cer'] = score(read_lines(net, units, batches, 'ctc')[0], true, extras=False)['cer_folded']
     return {name+k: v for k, v in out.items()}
 
-# %% ../nbs/11_vision_text.ipynb #3198e189
-def _fit(net, weights, path):
-    try: net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
-    except RuntimeError: raise KhmerOCRError(f'{path} does not fit these settings of the reader: give the checkpoint of another, or its settings') from None
-
+# %% ../nbs/11_vision_text.ipynb #3f1274ab
 def vision_text_header(config: VisionTextConfig, units, **more) -> dict:
     "What a reader must know about a checkpoint, and what made it"
     own = dict(targets=units.to_dict()) if hasattr(units, 'to_dict') else {}
