@@ -99,12 +99,12 @@ class Callback:
     def state(self) -> dict: return {}
     def load_state(self, state: dict): pass
 
-# %% ../nbs/08_learner.ipynb #e7c02e13
+# %% ../nbs/08_learner.ipynb #747b7cfc
 class Learner:
     "Train `model`: `fit()` writes best.safetensors, latest.safetensors, history.csv and speed.csv into `out_dir`"
     def __init__(self,
         model: nn.Module,
-        loss_fn,  # loss_fn(model, batch) -> scalar tensor
+        loss_fn,  # loss_fn(model, batch) -> scalar tensor; or a list of those, the turns of a step (see below)
         batches,  # batches(n) -> iterator of batches from number n on; the same n gives the same batch
         config: TrainConfig,
         out_dir: str|Path,
@@ -138,7 +138,7 @@ def __call__(self: Learner, event: str):
         try: getattr(cb, event, lambda learn: None)(self)
         except CancelFit as e: self.stopping = str(e) or type(cb).__name__
 
-# %% ../nbs/08_learner.ipynb #18a33d90
+# %% ../nbs/08_learner.ipynb #6fb82e30
 @patch
 def setup(self: Learner):
     "Place model, average and optimiser on the device; called by `fit`"
@@ -153,6 +153,7 @@ def setup(self: Learner):
     if c.channels_last: self.net.to(memory_format=torch.channels_last)
     self.frozen = freeze(self.net, c.freeze)
     self.ema = deepcopy(self.net).requires_grad_(False).eval().to(self.fabric.device) if c.ema else None
+    if world > 1 and isinstance(self.loss_fn, (list, tuple)): raise KhmerOCRError('A model whose parts take turns trains in one process: start it without torchrun')
     self.model, self.opt = self.fabric.setup(self.net, self.opt_fn(self.net, c))
     torch.manual_seed(c.seed + self.fabric.global_rank)
 
@@ -205,30 +206,30 @@ def next_batch(self: Learner):
     if not self.config.channels_last: return batch
     return apply_to_collection(batch, torch.Tensor, lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
 
-# %% ../nbs/08_learner.ipynb #373a7a58
+# %% ../nbs/08_learner.ipynb #37255af4
 @patch
-def gradients(self: Learner, batches: list) -> list[torch.Tensor]:  # the loss of each batch
-    "Forward and backward through the batches of one step"
+def gradients(self: Learner, batches: list, loss_fn) -> list[torch.Tensor]:  # the loss of each batch
+    "Forward and backward through the batches of one turn"
     c, losses = self.config, []
     for i, batch in enumerate(batches):
         weight, total = batch_length(batch)/c.batch_size if c.weigh == 'sample' else 1., 0.
         for part, share in (parts := list(split_batch(batch, self.split))):
             last = i == len(batches)-1 and part is parts[-1][0]
             with self.fabric.no_backward_sync(self.model, enabled=not last):
-                loss = self.loss_fn(self.model, part)
+                loss = loss_fn(self.model, part)
                 self.fabric.backward(loss*(share*weight/c.accumulate))
             total = total + loss.detach().float()*share
         losses.append(total)
     return losses
 
-# %% ../nbs/08_learner.ipynb #be015577
+# %% ../nbs/08_learner.ipynb #e340ba4d
 @patch
-def gradients_in_memory(self: Learner, batches: list, kept: list) -> list[torch.Tensor]:
+def gradients_in_memory(self: Learner, batches: list, kept: list, loss_fn) -> list[torch.Tensor]:
     "`gradients`, with the batches cut into more parts each time that memory runs out"
     gpu = self.fabric.device if self.fabric.device.type == 'cuda' else None
     rng, gpu_rng = torch.get_rng_state(), torch.cuda.get_rng_state(gpu) if gpu else None
     while True:
-        try: return self.gradients(batches)
+        try: return self.gradients(batches, loss_fn)
         except (RuntimeError, MemoryError) as e:
             if not is_out_of_memory(e): raise
         self.opt.zero_grad()
@@ -246,23 +247,44 @@ def make_room(self: Learner, samples: int):
     self.split *= 2
     self('out_of_memory')
 
-# %% ../nbs/08_learner.ipynb #fe0f8129
+# %% ../nbs/08_learner.ipynb #36c5082a
 @patch
-def train_step(self: Learner, batches: list) -> bool:  # was the step taken?
-    "One step of the optimiser; skipped when loss or gradient is not finite"
+def update(self: Learner, batches: list, loss_fn) -> bool:  # was it made?
+    "One step of the optimiser down `loss_fn`; skipped when loss or gradient is not finite"
     kept = [(b, b.clone()) for b in self.net.buffers()]
-    losses = self.gradients_in_memory(batches, kept)
+    losses = self.gradients_in_memory(batches, kept, loss_fn)
     for self.batch, self.loss in zip(batches, losses): self('after_loss')
     loss = torch.stack(losses).mean()
     if self.fabric.world_size > 1: loss = self.fabric.all_reduce(loss)
     norm = self.fabric.clip_gradients(self.model, self.opt, max_norm=self.config.clip or math.inf, error_if_nonfinite=False)
-    self.loss_value, self.grad_norm = loss.item(), norm.item()
-    taken = math.isfinite(self.loss_value) and math.isfinite(self.grad_norm)
-    if taken: self.opt.step()
+    self.losses.append(loss.item()); self.norms.append(norm.item())
+    made = math.isfinite(self.losses[-1]) and math.isfinite(self.norms[-1])
+    if made: self.opt.step()
     else:
         for b, old in kept: b.copy_(old)
         if self.scaler: self.scaler.update()
     self.opt.zero_grad()
+    return made
+
+# %% ../nbs/08_learner.ipynb #4baaeeee
+@contextmanager
+def _turn(net, parts):
+    "Only `parts` of `net` take gradients; no parts: all that do anyway"
+    still = [p for n, p in net.named_parameters() if p.requires_grad and not any(n.startswith(f'{k}.') for k in parts)] if parts else []
+    for p in still: p.requires_grad_(False)
+    try: yield
+    finally:
+        for p in still: p.requires_grad_(True)
+
+@patch
+def train_step(self: Learner, batches: list) -> bool:  # was all of it taken?
+    "All turns of one step; it ends at the first that cannot be made"
+    self.losses, self.norms = [], []
+    turns = self.loss_fn if isinstance(self.loss_fn, (list, tuple)) else [self.loss_fn]
+    for self.turn, loss_fn in enumerate(turns):
+        with _turn(self.net, getattr(loss_fn, 'parts', ())): taken = self.update(batches, loss_fn)
+        if not taken: break
+    self.loss_value, self.grad_norm = sum(self.losses), max(self.norms)
     return taken
 
 # %% ../nbs/08_learner.ipynb #2dc3fba0
@@ -280,12 +302,12 @@ def count_skipped(self: Learner, taken: bool):
     if self.streak == 10: raise KhmerOCRError(f'Loss or gradient was not a finite number 10 steps in a row (up to step {self.step+1}): '
         f'lower lr (now {self.lr:.2g}), raise warmup, set precision to 32-true, or look at the data')
 
-# %% ../nbs/08_learner.ipynb #617cc451
+# %% ../nbs/08_learner.ipynb #ec5eabc0
 @patch
 def one_step(self: Learner) -> bool:  # False: stopped before it began
     "A step with everything that surrounds it"
     self.lr, before = lr_at(self.step, self.config), self.taken
-    for g in self.opt.param_groups: g['lr'] = self.lr
+    for g in self.opt.param_groups: g['lr'] = self.lr*g.get('scale', 1.)
     self('before_batch')
     try: batches = [self.next_batch() for _ in range(self.config.accumulate)]
     except RuntimeError:
@@ -455,7 +477,7 @@ def memory_mb(device) -> float:
     "Megabytes in use: of the GPU at its highest, or of this process"
     return (torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else psutil.Process().memory_info().rss) / 2**20
 
-# %% ../nbs/08_learner.ipynb #87d45a3a
+# %% ../nbs/08_learner.ipynb #eb86fd15
 class Timer(Callback):
     "Measures `learn.speed`: samples/s, waiting share, memory; `learn.first_batch`: seconds until the first batch"
     order = -20
@@ -464,7 +486,7 @@ class Timer(Callback):
         learn.speed = dict(samples_per_s=0., waiting=0., memory_mb=memory_mb(learn.fabric.device))
     def after_loss(self, learn):
         if learn.first_batch is None: learn.first_batch = time.perf_counter() - learn.started
-        self.n += batch_length(learn.batch)*learn.fabric.world_size
+        if not learn.turn: self.n += batch_length(learn.batch)*learn.fabric.world_size
     def after_step(self, learn):
         self.stepped = now = time.perf_counter()
         if learn.step % learn.config.log_every and learn.step != learn.config.steps: return
