@@ -397,13 +397,13 @@ def gan_learner(
     config = TrainConfig(**(dict(lr=2e-4, schedule='constant', warmup=0., clip=0., ema=0., optimizer='adam') | settings))
     return Learner(net, turns, batches, config, out_dir, [Clock(), *callbacks], evaluate, header, rival_adam(betas, scales), verbose)
 
-# %% ../nbs/19_gan.ipynb #e5fc1d9a
+# %% ../nbs/19_gan.ipynb #60b0d63f
 def balance(
     row: dict,  # of statistics.csv
-) -> str:  # 'balanced', 'discriminator ahead' or 'discriminator asleep'
+) -> str:  # 'balanced', 'discriminator ahead' or 'discriminator cannot tell'
     "Who is ahead, from what the discriminator believes of real and of made images"
     gap = row['D_x'] - row['D_G_z1']
-    return 'discriminator ahead' if gap > .9 else 'discriminator asleep' if abs(gap) < .02 else 'balanced'
+    return 'discriminator ahead' if gap > .9 else 'discriminator cannot tell' if abs(gap) < .02 else 'balanced'
 
 def plot_statistics(path):  # matplotlib figure
     "Losses, beliefs and (where it was measured) diversity of a statistics.csv"
