@@ -7,7 +7,7 @@ __all__ = ['STRIDE', 'Units', 'conv', 'Pair', 'Block', 'Attend', 'CTCConfig', 'n
            'matched', 'TaughtLoss', 'greedy', 'read_batches', 'evaluate_net', 'header', 'load_ctc', 'Padding',
            'started', 'train_ctc', 'release']
 
-# %% ../nbs/10_ctc.ipynb #2cbb600a
+# %% ../nbs/10_ctc.ipynb #60ea16e5
 import re, time
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import nn
 from .text import COENG, CONSONANTS, INDEPENDENT, Charset, KhmerOCRError, charset
 from .synth import Recipe
-from .data import HEIGHT, POOL, LineSource, OnTheFlyDataset, as_input, open_lines
+from .data import HEIGHT, POOL, as_input, training_batches
 from .training import TrainConfig, smooth_ctc
 from .metrics import score
 from .learner import Callback, Learner, load_weights, save_checkpoint
@@ -323,7 +323,7 @@ def started(net: CTCNet, init, parts=()) -> CTCNet:
     net.load_state_dict(own | some)
     return net
 
-# %% ../nbs/10_ctc.ipynb #0884adc8
+# %% ../nbs/10_ctc.ipynb #1a44a9f7
 def train_ctc(
     out_dir,  # checkpoints, history and logs
     recipe: Recipe = Recipe(random_text=True),  # of the on-the-fly stream
@@ -346,10 +346,7 @@ def train_ctc(
     torch.manual_seed(train.seed)
     units = Units(charset(config.charset)); net = CTCNet(len(units), config)
     if init: net = started(net, init, parts)
-    if data == 'onthefly': lines, seed = OnTheFlyDataset(recipe, height=config.height, texts=texts), recipe.seed
-    else: lines, seed = data if isinstance(data, LineSource) else open_lines(data, config.height), train.seed
-    batches = lambda n: lines.stream(train.batch_size, seed, pool, n, workers)
-    val = validation if validation is None or isinstance(validation, list) else open_lines(validation, config.height).batches()
+    batches, val = training_batches(data, recipe, train, config.height, validation, workers, pool, texts)
     about = header(config, units, recipe=asdict(recipe) | dict(data=str(getattr(data, 'path', data))), train=asdict(train), init=str(init) if init else None, parts=list(parts), teacher=str(teacher) if teacher else None)
     loss = CTCLoss(units, config.stride, train.label_smoothing)
     if teacher: loss = teacher(loss) if callable(teacher) else TaughtLoss(loss, load_ctc(teacher)[0], share)

@@ -7,7 +7,7 @@ __all__ = ['HEIGHT', 'POOL', 'read_image', 'to_grey', 'upright_polarity', 'stret
            'bucket_batches', 'padding', 'cut_widths', 'pool_batches', 'Pools', 'LineSource', 'OnTheFlyDataset',
            'OnTheFly', 'read_labels', 'LineFolder', 'FixedSet', 'SyntheticImageDataset', 'SyntheticImageGenerator',
            'ShardedDataset', 'open_lines', 'check_labels', 'MixedSource', 'Stage', 'read_stages', 'Curriculum',
-           'at_scale', 'MultiScale', 'Feed', 'training_source']
+           'at_scale', 'MultiScale', 'Feed', 'training_source', 'training_batches']
 
 # %% ../nbs/06_data.ipynb #474bed08
 import atexit, json, math, os, signal, threading
@@ -645,3 +645,20 @@ def training_source(
     if raw: source = MultiScale(source, feed.scale, height)
     source.left_out = gone
     return source
+
+# %% ../nbs/06_data.ipynb #6833fecc
+def training_batches(
+    data,  # 'onthefly', what `open_lines` takes, or a `LineSource`
+    recipe: Recipe,  # of the lines drawn on the fly; its seed orders them
+    train,  # `TrainConfig`: its batch_size; its seed orders the lines of a set
+    height=HEIGHT,  # px
+    validation=None,  # batches, or what `open_lines` takes
+    workers=0,  # processes that make batches
+    pool=POOL,  # batches a pool
+    texts=None  # lines in place of the corpus
+) -> tuple:  # batches(n): an iterator from the n-th batch on; list of validation batches, or None
+    "What a training draws from, and what it is measured on"
+    if data == 'onthefly': lines, seed = OnTheFlyDataset(recipe, height=height, texts=texts), recipe.seed
+    else: lines, seed = data if isinstance(data, LineSource) else open_lines(data, height), train.seed
+    batches = lambda n: lines.stream(train.batch_size, seed, pool, n, workers)
+    return batches, validation if validation is None or isinstance(validation, list) else open_lines(validation, height).batches()

@@ -7,7 +7,7 @@ __all__ = ['WAYS', 'hide_spans', 'Filler', 'MaskedLoss', 'Hearing', 'evaluate_fi
            'load_backbone', 'start_encoder', 'with_backbone', 'vit_tensors', 'grey_patches', 'stretch_places',
            'import_vit']
 
-# %% ../nbs/11b_pretrain.ipynb #a5439831
+# %% ../nbs/11b_pretrain.ipynb #2845b138
 import math, re
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from .text import KhmerOCRError, charset
 from .synth import Recipe
-from .data import POOL, LineSource, OnTheFlyDataset, as_input, open_lines
+from .data import POOL, as_input, training_batches
 from .training import TrainConfig
 from .learner import Callback, Learner, load_weights, save_checkpoint
 from .ctc import CTCLoss, Padding, Units, evaluate_net, header, n_frames
@@ -78,7 +78,7 @@ class _Step(Callback):
     def __init__(self, loss): self.loss = loss
     def before_batch(self, learn): self.loss.step = learn.step
 
-# %% ../nbs/11b_pretrain.ipynb #5d91bee3
+# %% ../nbs/11b_pretrain.ipynb #3b71883d
 WAYS = ('masked', 'ctc')
 
 @torch.no_grad()
@@ -106,12 +106,10 @@ def pretrain(
     net = Filler(config) if way == 'masked' else Hearing(len(units), config)
     if init: start_encoder(net.encoder, init)
     loss = MaskedLoss(share, train.seed) if way == 'masked' else CTCLoss(units, config.stride, train.label_smoothing)
-    if data == 'onthefly': lines, seed = OnTheFlyDataset(recipe, height=config.height, texts=texts), recipe.seed
-    else: lines, seed = data if isinstance(data, LineSource) else open_lines(data, config.height), train.seed
-    val = validation if validation is None or isinstance(validation, list) else open_lines(validation, config.height).batches()
+    batches, val = training_batches(data, recipe, train, config.height, validation, workers, pool, texts)
     judge = (lambda m: evaluate_filler(m, val, share)) if way == 'masked' else (lambda m: evaluate_net(m, units, val))
     about = header(config, units, model='pretraining', way=way, recipe=asdict(recipe) | dict(data=str(getattr(data, 'path', data))), train=asdict(train))
-    learn = Learner(net, loss, lambda n: lines.stream(train.batch_size, seed, pool, n, workers), train, out_dir, [Padding(), _Step(loss), *callbacks], judge if val else None, about, verbose=verbose)
+    learn = Learner(net, loss, batches, train, out_dir, [Padding(), _Step(loss), *callbacks], judge if val else None, about, verbose=verbose)
     return learn.fit(resume)
 
 # %% ../nbs/11b_pretrain.ipynb #9390bf02

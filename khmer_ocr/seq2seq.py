@@ -6,10 +6,10 @@
 __all__ = ['Symbols', 'end_id', 'Seq2SeqConfig', 'make_units', 'visible', 'BuoyEncoder', 'Memory', 'State', 'Seq2Seq',
            'ctc_frames', 'ctc_align', 'guidance', 'as_targets', 'Seq2SeqLoss', 'Forcing', 'Written', 'write_greedy',
            'ctc_begin', 'ctc_prefix_scores', 'ctc_extend', 'ctc_whole', 'length_penalty', 'beam_search', 'slipped',
-           'guard', 'read_lines', 'nats', 'evaluate_seq2seq', 'load_seq2seq', 'start_from', 'known_lines',
+           'guard', 'read_lines', 'mean_loss', 'nats', 'evaluate_seq2seq', 'load_seq2seq', 'start_from', 'known_lines',
            'drawn_batches', 'Preset', 'seq2seq_preset', 'train_seq2seq']
 
-# %% ../nbs/10b_seq2seq.ipynb #b9d293c4
+# %% ../nbs/10b_seq2seq.ipynb #a652e615
 import math
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from typing import NamedTuple
 from .text import Charset, KhmerOCRError, charset, suggest
 from .corpus import load_lines
 from .synth import Recipe, Synth
-from .data import POOL, LineSource, OnTheFlyDataset, as_input, bucket_batches, open_lines, prepare
+from .data import POOL, as_input, bucket_batches, prepare, training_batches
 from .metrics import lost_runs, score
 from .learner import Callback, Learner, TrainConfig, load_weights
 from .ctc import CTCConfig, CTCNet, Padding, Units, greedy, header, load_ctc
@@ -495,12 +495,16 @@ def read_lines(net: Seq2Seq, units, batches,
         out += _read(net, units, x, b['widths'].to(device), decoder, guarded, beam, alpha, weight)
     return [t for t, _ in out], [c for _, c in out]
 
-# %% ../nbs/10b_seq2seq.ipynb #71a9eaad
+# %% ../nbs/10b_seq2seq.ipynb #226d117d
 @torch.inference_mode()
+def mean_loss(net, loss, batches) -> float:
+    "Mean over the lines in `batches`, whatever batch they are in"
+    device = next(net.parameters()).device
+    return sum(float(loss(net, b | dict(images=b['images'].to(device))))*len(b['texts']) for b in batches)/sum(len(b['texts']) for b in batches)
+
 def nats(net, units, batches) -> float:
     "Mean cross-entropy per unit of the lines in `batches`, each unit before given"
-    loss, device = Seq2SeqLoss(units, replace(net.config, ctc_weight=0., guide=0., forcing_start=1.)), next(net.parameters()).device
-    return sum(float(loss(net, b | dict(images=b['images'].to(device))))*len(b['texts']) for b in batches)/sum(len(b['texts']) for b in batches)
+    return mean_loss(net, Seq2SeqLoss(units, replace(net.config, ctc_weight=0., guide=0., forcing_start=1.)), batches)
 
 def evaluate_seq2seq(net, units, batches, name='') -> dict[str, float]:
     "cer (folded, without spaces), cer_raw and exact of the lines in `batches` as the decoder writes them, nats per unit; ctc_cer where there is a CTC head"
@@ -565,7 +569,7 @@ def seq2seq_preset(name='recommended', steps=None, encoder=None) -> Preset:
     small = dict(hidden=256, attention=128, embedding=64, location=41, dropout=.1, ctc_weight=.3, guide=.5)
     return Preset(Seq2SeqConfig(encoder='ctc', ctc=load_ctc(encoder)[0].config, **small), TrainConfig(steps=steps or 5000, lr=2e-3, warmup=.1, freeze=('encoder',), **better), recipe)
 
-# %% ../nbs/10b_seq2seq.ipynb #3ed64762
+# %% ../nbs/10b_seq2seq.ipynb #f5874350
 def train_seq2seq(
     out_dir,  # checkpoints, history and logs
     recipe: Recipe = Recipe(random_text=True),  # of the on-the-fly stream
@@ -585,10 +589,8 @@ def train_seq2seq(
     torch.manual_seed(train.seed)
     units = make_units(config); net = Seq2Seq(len(units), config)
     if init: start_from(net, init)
-    if data == 'onthefly': lines, seed = OnTheFlyDataset(recipe, height=config.height, texts=texts or known_lines(recipe, units)), recipe.seed
-    else: lines, seed = data if isinstance(data, LineSource) else open_lines(data, config.height), train.seed
-    batches = lambda n: lines.stream(train.batch_size, seed, pool, n, workers)
-    val = validation if validation is None or isinstance(validation, list) else open_lines(validation, config.height).batches()
+    if data == 'onthefly': texts = texts or known_lines(recipe, units)
+    batches, val = training_batches(data, recipe, train, config.height, validation, workers, pool, texts)
     about = header(config, units, model='seq2seq', recipe=asdict(recipe) | dict(data=str(getattr(data, 'path', data))), train=asdict(train), init=str(init) if init else None)
     loss = Seq2SeqLoss(units, config, train.label_smoothing, train.seed)
     learn = Learner(net, loss, batches, train, out_dir, [Padding(), Forcing(loss), *callbacks], (lambda m: evaluate_seq2seq(m, units, val)) if val else None, about, verbose=verbose)

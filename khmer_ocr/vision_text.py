@@ -9,7 +9,7 @@ __all__ = ['VisionTextConfig', 'through', 'ConvStem', 'Patches', 'CTCStem', 'sin
            'load_vision_text', 'start_from', 'Preset', 'vision_text_preset', 'configure_vision_text',
            'train_vision_text', 'backbone_path', 'Blocks']
 
-# %% ../nbs/11_vision_text.ipynb #44933320
+# %% ../nbs/11_vision_text.ipynb #eae424e2
 import math
 import numpy as np
 import torch
@@ -24,13 +24,13 @@ from typing import NamedTuple
 from .text import Charset, KhmerOCRError, charset, suggest
 from .corpus import load_lines
 from .synth import Recipe
-from .data import POOL, LineSource, OnTheFlyDataset, as_input, open_lines, prepare
+from .data import POOL, LineSource, as_input, prepare, training_batches
 from .metrics import score
 from .learner import Learner, load_weights
 from .training import TrainConfig, configure
 from .ctc import Block, CTCConfig, CTCNet, Padding, Pair, Units, conv, header, load_ctc
 from .targets import KINDS, make_targets, targets_from_dict
-from .seq2seq import Memory, Seq2SeqLoss, State, _fit, as_targets, beam_search, ctc_frames, end_id, known_lines, read_lines, visible, write_greedy
+from .seq2seq import Memory, Seq2SeqLoss, State, _fit, as_targets, beam_search, ctc_frames, end_id, known_lines, mean_loss, read_lines, visible, write_greedy
 
 # %% ../nbs/11_vision_text.ipynb #4ad07f72
 @dataclass(frozen=True)
@@ -369,12 +369,11 @@ class VisionTextLoss(Seq2SeqLoss):
     def __init__(self, units, config: VisionTextConfig, smoothing=.1): self.units, self.config, self.smoothing = units, config, smoothing
     def answer(self, model, x, widths, ids): return model(x, widths, ids)
 
-# %% ../nbs/11_vision_text.ipynb #bd68b6c2
+# %% ../nbs/11_vision_text.ipynb #666b0ebe
 @torch.inference_mode()
 def unit_nats(net, units, batches) -> float:
     "Mean cross-entropy per unit of the lines in `batches`, each unit before given"
-    loss, device = VisionTextLoss(units, replace(net.config, ctc_weight=0., guide=0.), 0.), next(net.parameters()).device
-    return sum(float(loss(net, b | dict(images=b['images'].to(device))))*len(b['texts']) for b in batches)/sum(len(b['texts']) for b in batches)
+    return mean_loss(net, VisionTextLoss(units, replace(net.config, ctc_weight=0., guide=0.), 0.), batches)
 
 def evaluate_vision_text(net, units, batches, name='') -> dict[str, float]:
     "cer (folded, without spaces), cer_raw, exact, wer and bleu of the lines in `batches` as the decoder writes them, nats per unit; ctc_cer where there is a CTC head"
@@ -445,7 +444,7 @@ def configure_vision_text(settings: dict) -> VisionTextConfig:
     "Settings from a dict; an unknown name or a wrong type raises `KhmerOCRError`"
     return configure(VisionTextConfig, settings)
 
-# %% ../nbs/11_vision_text.ipynb #60a0dec2
+# %% ../nbs/11_vision_text.ipynb #c252e4ad
 def train_vision_text(
     out_dir,  # checkpoints, history and logs
     recipe: Recipe = Recipe(random_text=True),  # of the on-the-fly stream
@@ -470,10 +469,8 @@ def train_vision_text(
     if config.backbone: start_from(net, backbone_path(config.backbone))
     if init: start_from(net, init, parts)
     if train.schedule == 'noam': train = replace(train, d_model=config.decoder_width)
-    if data == 'onthefly': lines, seed = OnTheFlyDataset(recipe, height=config.height, texts=texts or (None if targets else known_lines(recipe, units))), recipe.seed
-    else: lines, seed = data if isinstance(data, LineSource) else open_lines(data, config.height), train.seed
-    batches = lambda n: lines.stream(train.batch_size, seed, pool, n, workers)
-    val = validation if validation is None or isinstance(validation, list) else open_lines(validation, config.height).batches()
+    if data == 'onthefly' and not targets: texts = texts or known_lines(recipe, units)
+    batches, val = training_batches(data, recipe, train, config.height, validation, workers, pool, texts)
     about = vision_text_header(config, units, recipe=asdict(recipe) | dict(data=str(getattr(data, 'path', data))), train=asdict(train), init=str(init) if init else None, parts=list(parts))
     learn = Learner(net, VisionTextLoss(units, config, train.label_smoothing), batches, train, out_dir, [Padding(), *callbacks], (lambda m: evaluate_vision_text(m, units, val)) if val else None, about, verbose=verbose)
     return learn.fit(resume)
