@@ -143,21 +143,21 @@ def spectrum(
     window = torch.hann_window(h, device=x.device)[:, None]*torch.hann_window(w, device=x.device)
     return (torch.fft.fft2((x-x.mean((1, 2), keepdim=True))*window).abs().square()+1e-6).log()
 
-# %% ../nbs/19_gan.ipynb #61e9e4b6
+# %% ../nbs/19_gan.ipynb #f33a3b84
 _ring = [(dy, dx) for dy in range(-4, 5) for dx in range(-4, 5) if max(abs(dy), abs(dx)) > 1]
 
 def stride_excess(
     power: torch.Tensor,  # (..., H, W) from `spectrum`, or its mean over a set
-) -> dict[int, torch.Tensor]:  # period in px -> (...), nats; only periods that divide height and width
+) -> dict[int, torch.Tensor]:  # period in px -> (...), nats; only periods that divide height and width and stand 8 bins from frequency 0
     "How far the log-power at the frequencies of a stride rises above the median of its surroundings"
     h, w = power.shape[-2:]; out = {}
-    for p in (q for q in (2, 4, 8, 16) if h % q == w % q == 0 and min(h, w) >= 4*q):
+    for p in (q for q in (2, 4, 8, 16) if h % q == w % q == 0 and min(h, w) >= 8*q):
         points = {(h//p, 0), (0, w//p), (h//p, w//p), (h//p, -w//p % w)}
         each = [power[..., y, x] - torch.stack([power[..., (y+dy) % h, (x+dx) % w] for dy, dx in _ring]).median(0).values for y, x in points]
         out[p] = torch.stack(each).logsumexp(0) - math.log(len(each))
     return out
 
-# %% ../nbs/19_gan.ipynb #c84be538
+# %% ../nbs/19_gan.ipynb #c0d51c1d
 def dot_grid(
     images: torch.Tensor,  # float (B, C, H, W), a set
     each: bool = False,  # one value per image instead of one for the set
@@ -165,7 +165,7 @@ def dot_grid(
     "The largest `stride_excess` of the set's mean spectrum; near 0 or below: no grid"
     power = spectrum(images) if each else spectrum(images).mean(0)
     got = stride_excess(power)
-    if not got: raise KhmerOCRError(f'Images of {tuple(images.shape[-2:])} px are too small for a search for grids: at least 8 px, even')
+    if not got: raise KhmerOCRError(f'Images of {tuple(images.shape[-2:])} px are too small for a search for grids: at least 16 px, even')
     return torch.stack(list(got.values())).amax(0)
 
 # %% ../nbs/19_gan.ipynb #1ff2c05c
