@@ -181,7 +181,7 @@ def square(
     image = image[y:y+size, x:x+size]
     return image[::(1, -1)[rng.random() < .5], ::(1, -1)[rng.random() < .5]] if flip else image
 
-# %% ../nbs/20_dcgan.ipynb #653148c8
+# %% ../nbs/20_dcgan.ipynb #cda7086f
 class TextureBatches:
     "batches(n) -> iterator of float32 (batch_size, C, S, S), -1..1, from number n on; `per_epoch` batches in an epoch"
     def __init__(self, images: list, config: DCGANConfig):  # uint8 (H, W, C), any sizes
@@ -196,7 +196,7 @@ class TextureBatches:
     def batch(self, n: int) -> torch.Tensor:
         c = self.config; rng = np.random.default_rng([c.seed, 2, n])
         squares = [square(self.images[self.order(i)], c.image_size, rng, c.fit, c.flip) for i in range(n*c.batch_size, (n+1)*c.batch_size)]
-        return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float()/127.5-1
+        return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)/127.5-1
 
     def __call__(self, n: int = 0) -> Iterator:
         while True: yield self.batch(n); n += 1
@@ -252,7 +252,7 @@ def save_networks(learn: Learner, config: DCGANConfig):
     for part, m in dict(generator=net.generator, discriminator=learn.net.discriminator).items():
         save_checkpoint(learn.out_dir/f'{part}_model.safetensors', m.state_dict(), dict(model='dcgan', part=part, config=asdict(config), step=learn.step))
 
-# %% ../nbs/20_dcgan.ipynb #2abd71c8
+# %% ../nbs/20_dcgan.ipynb #c6931aab
 def _read_pth(path):
     "The tensors of a state dict in a .pth file, in order"
     if not path.is_file(): raise KhmerOCRError(f'Checkpoint not found: {path}: check the path, or train it')
@@ -266,7 +266,8 @@ def _from_pth(path, build, read_config):
     "A network with the weights of a foreign state dict: tensors in order, whatever their names"
     state = _read_pth(path); kernels = [v.shape for v in state.values() if v.ndim == 4]
     if len(kernels) < 3: raise KhmerOCRError(f'{path} is no DCGAN: it has {len(kernels)} layers')
-    config = read_config(kernels); net = build(config)
+    try: config = read_config(kernels); net = build(config)
+    except KhmerOCRError as e: raise KhmerOCRError(f'{path} is no such part of a DCGAN: {e}') from None
     own = {k: v for k, v in net.state_dict().items() if v.ndim}
     if [v.shape for v in own.values()] != [v.shape for v in state.values()]: raise KhmerOCRError(f'{path} has other layers than a DCGAN of {config.image_size} px: {len(state)} tensors where {len(own)} of certain shapes should be')
     net.load_state_dict(dict(zip(own, state.values())), strict=False)
