@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['export_onnx', 'OnnxNet', 'OnnxReader', 'open_reader', 'calibration_lines', 'quantise', 'write_program']
 
-# %% ../nbs/14_compact.ipynb #493c72a6
+# %% ../nbs/14_compact.ipynb #8d71920a
 import inspect, json, logging, tempfile, warnings
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from .text import Charset, KhmerOCRError, write_atomic
 from .corpus import rule_line
 from .synth import Recipe
-from .data import OnTheFlyDataset, as_input, bucket_batches, prepare, stretch, trim, upright_polarity
+from .data import OnTheFlyDataset, as_input, bucket_batches, cleared, edges_lighter, evened, lean, paper_grey, prepare, stretch, trim, unshaded, upright_polarity
 from .training import configure
 from .ctc import CTCConfig, CTCNet, Units
 from .reader import Reader, _checkpoint, _ways, choose_decoder, fold_norms, open_model
@@ -78,13 +78,13 @@ class OnnxNet(CTCNet):
         self.config = configure(CTCConfig, {k: tuple(v) if isinstance(v, list) else v for k, v in self.header['config'].items()})
     def forward(self, x, widths=None): return torch.from_numpy(self.session.run(None, dict(images=x.float().cpu().contiguous().numpy()))[0])
 
-# %% ../nbs/14_compact.ipynb #fb0e7917
+# %% ../nbs/14_compact.ipynb #c0b74d88
 class OnnxReader(Reader):
     "A reader out of an ONNX file: `OnnxReader('fast.onnx').read(images)`"
     def __init__(self, path, threads=1, decoder=None, lm=None):  # decoder and lm: see `choose_decoder`
         self.net = OnnxNet(path, threads); self.header = head = self.net.header
         for key, mine in _ways.items():
-            if str(head.get(key)).split(':')[0] != mine: raise KhmerOCRError(f'{path} was exported with {key} {str(head.get(key)).split(":")[0]}, but this version of khmer_ocr does {mine}: export it again')
+            if (theirs := str(head.get(key)).split(':')[0]) not in mine: raise KhmerOCRError(f'{path} was exported with {key} {theirs}, but this version of khmer_ocr does {mine[0]}: export it again')
         self.units, self.height, self.stride = Units(Charset(head['charset'])), head['height'], head['stride']
         self.device, self.dtype, self.threads, self.decoder = 'cpu', torch.float32, threads, choose_decoder(self.net, self.units, decoder, lm)
 
@@ -123,7 +123,7 @@ def quantise(
     Path(out).parent.mkdir(parents=True, exist_ok=True); write_atomic(out, data)
     return len(data)
 
-# %% ../nbs/14_compact.ipynb #ab988096
+# %% ../nbs/14_compact.ipynb #0e035446
 _PROGRAM = '''"Reads images of lines with {name}: python {program} LINE.png ... (needs numpy, opencv-python-headless, onnxruntime)"
 import json, sys
 import cv2
@@ -149,5 +149,5 @@ def write_program(
     out  # .py file to write, beside it
 ):
     "A program of its own that reads lines with an ONNX file"
-    functions = '\n'.join(inspect.getsource(f).replace('height: int = HEIGHT', 'height') for f in (upright_polarity, stretch, trim, prepare))
+    functions = '\n'.join(inspect.getsource(f).replace('height: int = HEIGHT', 'height') for f in (lean, evened, edges_lighter, upright_polarity, paper_grey, unshaded, stretch, trim, cleared, prepare))
     write_atomic(out, _PROGRAM.format(name=OnnxNet(onnx_file).header['name'], program=Path(out).name, file=Path(onnx_file).name, functions=functions))

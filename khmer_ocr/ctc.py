@@ -283,11 +283,11 @@ def evaluate_net(net, units, batches, name='') -> dict[str, float]:
     s = score(*read_batches(net, units, batches), extras=False)
     return {name+'cer': s['cer_folded'], name+'cer_raw': s['cer'], name+'exact': s['exact']}
 
-# %% ../nbs/10_ctc.ipynb #46b055f5
+# %% ../nbs/10_ctc.ipynb #4b50cb84
 def header(config: CTCConfig, units: Units, **more) -> dict:
     "What a reader must know about a checkpoint, and what made it"
     return dict(model='ctc', config=asdict(config), charset=list(units.charset.symbols), height=config.height, stride=config.stride,
-        preprocess='khmer_ocr.data.prepare/2: grey, dark on light, stretched, trimmed to 75 % ink, height', normal_form='khmer_ocr.text.normalise/1') | more
+        preprocess='khmer_ocr.data.prepare/3: grey, dark on light, shadows out, stretched, trimmed to 75 % ink, height', normal_form='khmer_ocr.text.normalise/1') | more
 
 def load_ctc(path) -> tuple[CTCNet, Units, dict]:  # network in eval mode, its units, the header
     "Open a checkpoint of this model; KhmerOCRError if it is none"

@@ -6,7 +6,7 @@
 __all__ = ['DECODERS', 'models', 'open_model', 'fold_norms', 'fast_dtype', 'working', 'Reading', 'BestPath', 'PrefixBeam',
            'Writing', 'choose_decoder', 'Reader', 'read_files']
 
-# %% ../nbs/12_reader.ipynb #2b0894be
+# %% ../nbs/12_reader.ipynb #2790d21c
 import copy
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 import khmer_ocr
 from .text import KhmerOCRError, normalise, suggest
-from .data import as_input, prepare, read_image, stretch, trim, upright_polarity
+from .data import as_input, cleared, prepare, read_image, trim
 from .learner import load_checkpoint
 from .ctc import CTCNet, Units, _greedy_line, load_ctc
 from .seq2seq import Seq2Seq, beam_search, ctc_frames, end_id, guard, load_seq2seq, write_greedy
@@ -38,10 +38,11 @@ def _checkpoint(name_or_path=None) -> Path:
     if path.exists() or len(path.parts) > 1 or path.suffix: return path
     raise KhmerOCRError(f'Unknown model {str(name_or_path)!r}{suggest(str(name_or_path), known)}: known are {", ".join(known) or "none (no weights are installed)"}; or give the path of a checkpoint')
 
-# %% ../nbs/12_reader.ipynb #14432b76
+# %% ../nbs/12_reader.ipynb #2c6fa849
 _openers = dict(ctc=load_ctc, seq2seq=load_seq2seq, vision_text=load_vision_text)
 _writers = (Seq2Seq, VisionText)      # networks that write unit by unit
-_ways = dict(preprocess='khmer_ocr.data.prepare/2', normal_form='khmer_ocr.text.normalise/1')   # what this version does to a line and to a label
+# what this version does to a line and to a label, and which earlier ways it may stand in for: a reader of prepare/2, which left shadows in, reads better without them
+_ways = dict(preprocess=('khmer_ocr.data.prepare/3', 'khmer_ocr.data.prepare/2'), normal_form=('khmer_ocr.text.normalise/1',))
 
 def open_model(path) -> tuple[nn.Module, Units, dict]:  # network in eval mode, its units, the header
     "Open a checkpoint of any kind that reads lines; KhmerOCRError for others, and for one that was trained on lines or labels made in another way than this version makes them"
@@ -49,7 +50,7 @@ def open_model(path) -> tuple[nn.Module, Units, dict]:  # network in eval mode, 
     if kind not in _openers: raise KhmerOCRError(f'{path} holds a model of kind {kind!r}, which reads no lines: known are {", ".join(_openers)}')
     for key, mine in _ways.items():
         theirs = str(head.get(key, 'unknown')).split(':')[0]
-        if theirs != mine: raise KhmerOCRError(f'{path} was trained with {key} {theirs}, but this version of khmer_ocr does {mine} and would read nonsense: train it again, or read with the version that made it')
+        if theirs not in mine: raise KhmerOCRError(f'{path} was trained with {key} {theirs}, but this version of khmer_ocr does {mine[0]} and would read nonsense: train it again, or read with the version that made it')
     net, units, head = _openers[kind](path)
     if head['height'] != net.config.height: raise KhmerOCRError(f'{path} says height {head["height"]}, but its network is {net.config.height} high: fetch or train it again')
     return net, units, head
@@ -95,10 +96,10 @@ class Reading:
         "The confidences of `chars` alone, 0..1"
         return [c for _, c, *_ in self.chars]
 
-# %% ../nbs/12_reader.ipynb #9f880431
+# %% ../nbs/12_reader.ipynb #6dd3ceeb
 def _place(image, width):
     "(x of the first prepared column, px per prepared column) on the given image"
-    whole = stretch(upright_polarity(np.ascontiguousarray(image)))
+    whole = cleared(image)
     part = trim(whole)   # a view: its first pixel's address tells what was cut off
     x0 = (part.ctypes.data - whole.ctypes.data) % whole.strides[0] if np.shares_memory(part, whole) else 0
     return x0, part.shape[1]/width
