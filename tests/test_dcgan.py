@@ -10,6 +10,7 @@ from khmer_ocr.degrade import degrade
 from khmer_ocr.gan import (GAN, DiscriminatorTurn, GeneratorTurn, Statistics, diffaugment, discriminator_loss, dot_grid, gan_learner, generator_loss, r1_penalty,
     rival_adam, save_image, shows_grid, write_png)
 from khmer_ocr.learner import load_checkpoint, load_weights, read_history
+from khmer_ocr.runs import run_notebook
 from khmer_ocr.text import KhmerOCRError
 from khmer_ocr.training import TrainConfig, configure
 
@@ -236,6 +237,22 @@ def test_bank_as_a_background(run, tmp_path):
     assert (out[0] == degrade(line, np.random.default_rng(1), [(bank, 1.)])[0]).all() and not out[0][10:30, 50:250].any() and out[0][:8].std() > 0
     bank.save(tmp_path/'b.safetensors'); assert (TextureBank(tmp_path/'b.safetensors')(line, np.random.default_rng(1)) == bank(line, np.random.default_rng(1))).all()
     assert bank(np.full((7, 5), 255, np.uint8), np.random.default_rng(0)).shape == (7, 5)
+
+# the run notebooks
+
+def test_run_train(run, tmp_path):
+    write(tmp_path/'data'/'good', 5); d = tmp_path/'model'
+    m = run_notebook('train_dcgan', dict(data=str(tmp_path/'data'), model_dir=str(d), image_size=16, width=4, d_width=4, z_dim=8, batch_size=4, epochs=2, sample_every=1, judged=8, diffaug='color', ema=.9, device='cpu'), tmp_path/'report').metrics
+    assert m['steps'] == 4 and m['images'] == 5 and {'diversity', 'grid', 'distance'} <= set(m['scores']) and (d/'generator_model.safetensors').exists()
+
+def test_run_inference(run, tmp_path):
+    _, d = run
+    m = run_notebook('dcgan_inference', dict(model=str(d/'generator_model.safetensors'), discriminator=str(d/'discriminator_model.safetensors'), samples=9, images=str(tmp_path/'out'), bank=str(tmp_path/'bank.safetensors')), tmp_path/'report').metrics
+    assert m['written'] == 9 == len(list((tmp_path/'out').glob('synthetic_*.png'))) and 0 < m['scores']['belief'] < 1 and len(TextureBank(tmp_path/'bank.safetensors').textures) == 9
+
+def test_run_explore(tmp_path):
+    m = run_notebook('dcgan_explore', dict(papers=4, variants={'plain': {}, 'hinge': {'loss': 'hinge', 'spectral': True}}, image_size=16, width=4, d_width=4, batch_size=4, epochs=1, judged=8, model_dir=str(tmp_path/'m'), device='cpu'), tmp_path/'report').metrics
+    assert set(m['scores']) == {'plain', 'hinge'} and m['images'] == dict(paper=4)
 
 # as a program
 
