@@ -201,7 +201,7 @@ class PatchGAN(nn.Module):
         return out
     def forward(self, x): return self.last(self.features(x)[-1])
 
-# %% ../nbs/21_pix2pix.ipynb #47cf9d08
+# %% ../nbs/21_pix2pix.ipynb #225dd347
 class Pix2Pix(GAN):
     "Generator and discriminator; a batch is dict(mask=(B, 1, H, W), image=(B, 3, H, W))"
     def __init__(self, config: Pix2PixConfig = Pix2PixConfig(), generator: nn.Module|None = None, stages: int = 0):
@@ -212,7 +212,7 @@ class Pix2Pix(GAN):
     @property
     def at(self): return g.at if (g := getattr(self.generator, 'growing', None)) else (0, 1.)
     def forward(self, turn, batch):
-        k, a = self.at; mask, image = (F.avg_pool2d(batch[n], 2**k) if k else batch[n] for n in ('mask', 'image'))
+        k, a = self.at; mask, image = (F.avg_pool2d(batch[n].float(), 2**k) if k else batch[n].float() for n in ('mask', 'image'))
         if a < 1: image = torch.lerp(F.interpolate(F.avg_pool2d(image, 2), scale_factor=2.), image, a)
         return turn.loss(self, image, mask)
     def generate(self, start):
@@ -415,11 +415,11 @@ class AtResolution(Growth):
         for net in filter(None, (learn.net, learn.ema)): net.generator.growing.move(self.k, min(1., learn.step/fade) if fade else 1.)
         learn.shown['resolution'] = self.stages[0].resolution
 
-# %% ../nbs/21_pix2pix.ipynb #4490e193
+# %% ../nbs/21_pix2pix.ipynb #b4995458
 def _window(tile, overlap):
-    "Weights of a square's pixels along one side, float32 (tile,): 1 inside, falling to 0 over `overlap` px"
-    t = (np.arange(tile)+.5); d = np.minimum(t, tile-t)/max(1, overlap)
-    return np.where(d < 1, (1-np.cos(np.pi*d))/2, 1.).astype(np.float32)
+    "Weights of a square's pixels along one side, float32 (tile,): 0 for an eighth of `overlap` px, then rising to 1 over three quarters of it"
+    t = np.arange(tile)+.5; t = np.minimum(t, tile-t)
+    return ((1-np.cos(np.pi*np.clip((t-overlap/8)/max(overlap*3/4, 1e-6), 0, 1)))/2).astype(np.float32)
 
 def _places(length, tile, overlap):
     "Where squares begin on a side of `length` px >= tile; evenly spread, so that no two overlap by less than `overlap`"
