@@ -8,7 +8,7 @@ __all__ = ['Pix2PixConfig', 'AttentionGate', 'Growing', 'UNet', 'run', 'start', 
            'LinearDecay', 'similarity', 'paired_scores', 'pix2pix_learner', 'train_pix2pix', 'load_generator',
            'train_at_resolution', 'AtResolution', 'paint']
 
-# %% ../nbs/21_pix2pix.ipynb #6b10fb2a
+# %% ../nbs/21_pix2pix.ipynb #397cadd6
 import math
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from fastcore.basics import patch
 from pathlib import Path
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -26,7 +27,7 @@ from .learner import Callback, Learner, load_weights, save_checkpoint
 from .gan import GAN, DiscriminatorTurn, GeneratorTurn, ResizeConv, Samples, Statistics, gan_learner, init_weights, spectral
 from .pairs import CropConfig, Pair, PairBatches, as_uint8
 
-# %% ../nbs/21_pix2pix.ipynb #7d55c730
+# %% ../nbs/21_pix2pix.ipynb #9bbcd777
 @dataclass(frozen=True)
 class Pix2PixConfig:
     "Networks and losses; lengths in px, weights without unit"
@@ -50,14 +51,18 @@ class Pix2PixConfig:
     checkpointing: bool = False   # forget activations and compute them again in the backward pass
 
     def __post_init__(self): _check(self)
-    @property
-    def loss(self): return 'lsgan' if self.use_least_squares else 'bce'
-    @property
-    def widths(self):  # features of each level, outermost first
-        n = self.levels or (4 if self.form == 'double' else min(8, int(math.log2(self.resolution))))
-        most = 16 if self.form == 'double' else 8
-        inner = [min(self.ngf*2**i, self.ngf*most) for i in range(n-1 if self.form == 'stride' else n)]
-        return [*inner, self.bottleneck or 16*self.ngf]
+
+# %% ../nbs/21_pix2pix.ipynb #fce95936
+@patch(as_prop=True)
+def loss(self: Pix2PixConfig) -> str: return 'lsgan' if self.use_least_squares else 'bce'
+
+@patch(as_prop=True)
+def widths(self: Pix2PixConfig) -> list[int]:
+    "Features of each level, outermost first"
+    n = self.levels or (4 if self.form == 'double' else min(8, int(math.log2(self.resolution))))
+    most = 16 if self.form == 'double' else 8
+    inner = [min(self.ngf*2**i, self.ngf*most) for i in range(n-1 if self.form == 'stride' else n)]
+    return [*inner, self.bottleneck or 16*self.ngf]
 
 # %% ../nbs/21_pix2pix.ipynb #3188ce8c
 def _check(c):
@@ -343,7 +348,7 @@ def pix2pix_learner(
 
 def _watched(pairs, n=8): return torch.cat([pairs[i]['mask'] for i in range(-(-n//pairs.batch_size))])[:n]
 
-# %% ../nbs/21_pix2pix.ipynb #421a2027
+# %% ../nbs/21_pix2pix.ipynb #64b9536e
 def train_pix2pix(
     out_dir: str|Path,  # gets latest, best and generator.safetensors, history.csv, statistics.csv, samples/
     pairs: PairBatches|list[Pair],
@@ -356,7 +361,10 @@ def train_pix2pix(
 ) -> Learner:
     "Train a generator and its discriminator; a resumed run ends with the same bits as one that was never stopped"
     if not isinstance(pairs, PairBatches): pairs = PairBatches(pairs, batch_size, CropConfig(config.resolution), more.get('seed', 42))
-    learn = pix2pix_learner(out_dir, pairs, config, stages or [Stage(config.resolution, epochs)], **more).fit(resume)
+    try: learn = pix2pix_learner(out_dir, pairs, config, stages or [Stage(config.resolution, epochs)], **more).fit(resume)
+    except KhmerOCRError as e:
+        if 'even with one sample' not in str(e): raise
+        raise KhmerOCRError(f"{str(e).split(',')[0]}, even with one square at a time: set checkpointing to True (now {config.checkpointing}), or lower ngf (now {config.ngf}) or resolution (now {config.resolution})") from None
     best = learn.net if learn.ema is None else learn.ema
     save_checkpoint(Path(out_dir)/'generator.safetensors', best.generator.state_dict(), learn.header | dict(kind='weights', part='generator', step=learn.step))
     return learn
@@ -441,14 +449,14 @@ def _tiles(mask, tile, overlap) -> Iterator[tuple]:
     for y in _places(mask.shape[0], tile, overlap):
         for x in _places(mask.shape[1], tile, overlap): yield y, x, mask[y:y+tile, x:x+tile]
 
-# %% ../nbs/21_pix2pix.ipynb #70078880
+# %% ../nbs/21_pix2pix.ipynb #e877320a
 def _blend(out, total, places, made, w):
     "Add painted squares to the page, each under its window"
     for (y, x), im in zip(places, made):
         t = len(w); out[y:y+t, x:x+t] += im*w[..., None]; total[y:y+t, x:x+t] += w
 
 def paint(
-    generator: nn.Module,  # (B, 1, tile, tile) in 0..1 -> (B, 3, tile, tile) in -1..1
+    generator: nn.Module,  # (B, 1, tile, tile) in 0..1 -> (B, 3, tile, tile) in -1..1; its weights may be bfloat16
     mask: np.ndarray,  # uint8 (H, W) of any size, 255 ink
     tile: int = 256,  # px, the resolution it was trained at
     overlap: int = 64,  # px that neighbours share, up to half a tile
@@ -461,11 +469,12 @@ def paint(
     if not 0 <= overlap <= tile//2: raise KhmerOCRError(f"The overlap is {overlap} px: it must be from 0 to half the tile ({tile//2})")
     edge, (h, w) = overlap//2, mask.shape; more = [max(edge, tile-n-edge) for n in (h, w)]
     page = np.pad(mask, ((edge, more[0]), (edge, more[1]))); window = np.outer(*[_window(tile, overlap)]*2)
+    like = next(generator.parameters())
     out, total, items = np.zeros((*page.shape, 3), np.float32), np.zeros(page.shape, np.float32), list(_tiles(page, tile, overlap))
     with _mode(generator, noise, seed):
         for i in range(0, len(items), batch_size):
             x = torch.from_numpy(np.stack([m for _, _, m in items[i:i+batch_size]])).float()[:, None]/255
-            made = generator(x.to(next(generator.parameters()).device)).float().cpu().permute(0, 2, 3, 1).numpy()
+            made = generator(x.to(like.device, like.dtype)).float().cpu().permute(0, 2, 3, 1).numpy()
             _blend(out, total, [(y, x0) for y, x0, _ in items[i:i+batch_size]], made, window)
     got = out[edge:edge+h, edge:edge+w]/total[edge:edge+h, edge:edge+w, None]
     return ((got+1)*127.5).round().clip(0, 255).astype(np.uint8)

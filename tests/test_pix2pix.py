@@ -236,6 +236,15 @@ def test_nan_keeps_the_last_good_checkpoint(tmp_path, pages):
     tensors, header = load_checkpoint(tmp_path/'latest.safetensors')
     assert header['step'] >= 6 and all(v.isfinite().all() for k, v in tensors.items() if v.is_floating_point())
 
+def test_out_of_memory_names_the_settings(tmp_path, pages):
+    class Huge(nn.Module):
+        def __init__(self): super().__init__(); self.w = nn.Parameter(torch.zeros(3, 1, 1))
+        def forward(self, m):
+            if torch.is_grad_enabled() and m.shape[0]: raise torch.OutOfMemoryError('CUDA out of memory')
+            return torch.tanh(m+self.w)
+    e = error(lambda: train_pix2pix(tmp_path, pages, toy, epochs=1, batch_size=2, generator=Huge(), **quick))
+    assert 'Out of memory at step 1' in e and 'set checkpointing to True (now False)' in e and 'ngf (now 4)' in e
+
 def test_learns_one_pair_by_heart(tmp_path):
     page, = rendered_pairs(words, [noto], 1, seed=5, shape=(64, 64), size=(18, 20), look=[('paper', 1.), ('contrast', 1.), ('light', 1.)])
     c = Pix2PixConfig(resolution=64, ngf=12, ndf=8, dropout=0., smooth=1, use_spectral_norm=True, use_least_squares=True)
@@ -281,3 +290,8 @@ def test_noise_by_seed_and_the_rest_untouched():
     state = torch.get_rng_state()
     a, b, c, plain = (paint(net, mask, 32, 8, noise=n, seed=s) for n, s in ((True, 1), (True, 1), (True, 2), (False, 1)))
     assert (a == b).all() and (a != c).any() and (a != plain).any() and net.training and torch.get_rng_state().equal(state)
+
+def test_paints_with_weights_of_16_bits():
+    torch.manual_seed(0); net = make_generator(Pix2PixConfig(resolution=32, ngf=8)).eval(); mask = np.kron(np.eye(4), np.ones((20, 20))).astype(np.uint8)*255
+    full, half = paint(net, mask, 32, 8).astype(int), paint(net.to(torch.bfloat16), mask, 32, 8).astype(int)
+    assert np.abs(full-half).max() < 12 and np.abs(full-half).mean() < 2 < full.std()
