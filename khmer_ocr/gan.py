@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LOSSES', 'AUGMENTATIONS', 'init_weights', 'bce', 'lsgan', 'hinge', 'pick_loss', 'discriminator_loss',
            'generator_loss', 'belief', 'aug_color', 'aug_translation', 'aug_cutout', 'diffaugment', 'r1_penalty',
-           'spectral', 'ResizeConv', 'spectrum', 'stride_excess', 'dot_grid', 'shows_grid', 'pair_distance',
-           'diversity', 'nearest', 'grid', 'write_png', 'save_image', 'GAN', 'Turn', 'Clock', 'DiscriminatorTurn',
-           'GeneratorTurn', 'steady', 'believed', 'Statistics', 'Samples', 'Snapshots', 'rival_adam', 'gan_learner',
-           'balance', 'plot_statistics']
+           'spectral', 'ResizeConv', 'spectrum', 'stride_points', 'stride_excess', 'dot_grid', 'shows_grid',
+           'pair_distance', 'diversity', 'nearest', 'grid', 'write_png', 'save_image', 'GAN', 'Turn', 'Clock',
+           'DiscriminatorTurn', 'GeneratorTurn', 'steady', 'believed', 'Statistics', 'Samples', 'Snapshots',
+           'rival_adam', 'gan_learner', 'balance', 'plot_statistics']
 
 # %% ../nbs/19_gan.ipynb #d3b3df00
 import cv2, math
@@ -143,35 +143,42 @@ def spectrum(
     window = torch.hann_window(h, device=x.device)[:, None]*torch.hann_window(w, device=x.device)
     return (torch.fft.fft2((x-x.mean((1, 2), keepdim=True))*window).abs().square()+1e-6).log()
 
-# %% ../nbs/19_gan.ipynb #f33a3b84
+# %% ../nbs/19_gan.ipynb #3248eb03
 _ring = [(dy, dx) for dy in range(-4, 5) for dx in range(-4, 5) if max(abs(dy), abs(dx)) > 1]
 
-def stride_excess(
+def stride_points(
     power: torch.Tensor,  # (..., H, W) from `spectrum`, or its mean over a set
-) -> dict[int, torch.Tensor]:  # period in px -> (...), nats; only periods that divide height and width and stand 8 bins from frequency 0
-    "How far the log-power at the frequencies of a stride rises above the median of its surroundings"
+) -> dict[int, torch.Tensor]:  # period in px -> (3 or 4 points, ...), nats; only periods that divide height and width and stand 8 bins from frequency 0
+    "How far the log-power at each frequency of a stride rises above the median of its surroundings"
     h, w = power.shape[-2:]; out = {}
     for p in (q for q in (2, 4, 8, 16) if h % q == w % q == 0 and min(h, w) >= 8*q):
-        points = {(h//p, 0), (0, w//p), (h//p, w//p), (h//p, -w//p % w)}
-        each = [power[..., y, x] - torch.stack([power[..., (y+dy) % h, (x+dx) % w] for dy, dx in _ring]).median(0).values for y, x in points]
-        out[p] = torch.stack(each).logsumexp(0) - math.log(len(each))
+        points = dict.fromkeys([(h//p, 0), (0, w//p), (h//p, w//p), (h//p, -w//p % w)])
+        out[p] = torch.stack([power[..., y, x] - torch.stack([power[..., (y+dy) % h, (x+dx) % w] for dy, dx in _ring]).median(0).values for y, x in points])
+    if not out: raise KhmerOCRError(f'Images of {h} x {w} px are too small for a search for grids: at least 16 px, even')
     return out
 
-# %% ../nbs/19_gan.ipynb #c0d51c1d
+def stride_excess(power) -> dict[int, torch.Tensor]:  # period in px -> (...), nats
+    "`stride_points`, the power averaged over the points of a period"
+    return {p: v.logsumexp(0) - math.log(len(v)) for p, v in stride_points(power).items()}
+
+# %% ../nbs/19_gan.ipynb #02de0e19
 def dot_grid(
     images: torch.Tensor,  # float (B, C, H, W), a set
     each: bool = False,  # one value per image instead of one for the set
 ) -> torch.Tensor:  # nats: scalar, or (B,)
     "The largest `stride_excess` of the set's mean spectrum; near 0 or below: no grid"
     power = spectrum(images) if each else spectrum(images).mean(0)
-    got = stride_excess(power)
-    if not got: raise KhmerOCRError(f'Images of {tuple(images.shape[-2:])} px are too small for a search for grids: at least 16 px, even')
-    return torch.stack(list(got.values())).amax(0)
+    return torch.stack(list(stride_excess(power).values())).amax(0)
 
-# %% ../nbs/19_gan.ipynb #1ff2c05c
-def shows_grid(images: torch.Tensor, real: torch.Tensor) -> bool:
-    "Is the median `dot_grid` of `images` (B, C, H, W) above the 95th percentile of that of `real`?"
-    return bool(dot_grid(images, each=True).median() > dot_grid(real, each=True).quantile(.95))
+# %% ../nbs/19_gan.ipynb #a3ae38e4
+def shows_grid(
+    images: torch.Tensor,  # float (B, C, H, W), a set of 8 or more
+    real: torch.Tensor,  # float (N, C, H, W)
+) -> bool:
+    "Has the set a dot grid that the real one has not?"
+    a, b = (stride_points(spectrum(x).mean(0)) for x in (images, real))
+    limit = max(1., 5*1.3*(1/len(images) + 1/len(real))**.5)         # 1.3: the standard deviation of the log-power of noise
+    return any(bool((a[p]-b[p].clamp_min(0) > limit).any()) for p in a)
 
 # %% ../nbs/19_gan.ipynb #13500fb1
 def pair_distance(images: torch.Tensor) -> torch.Tensor:
