@@ -230,13 +230,14 @@ def crop(
     if not any(more): return tuple(pieces)
     return tuple(cv2.copyMakeBorder(a, 0, more[0], 0, more[1], cv2.BORDER_REFLECT_101) for a in pieces)
 
-# %% ../nbs/19b_pairs.ipynb #6c409829
+# %% ../nbs/19b_pairs.ipynb #520aa155
 @dataclass(frozen=True)
 class CropConfig:
     "How crops are drawn"
     size: tuple[int, int] = (256, 256)  # height and width, px
     min_ink: float = .01                # share of ink that a place should have, 0..1
     tries: int = 4                      # places drawn until one has it; the last is taken as it is
+    anywhere: float = .15               # share of crops from the first place drawn, with ink or without, 0..1
     zoom: tuple[float, float] = (1., 1.)  # letters so many times as large, from this range
     flips: bool = False                 # mirror half of the crops, left to right
 
@@ -245,13 +246,13 @@ class CropConfig:
         object.__setattr__(self, 'size', tuple(int(v) for v in s)); object.__setattr__(self, 'zoom', tuple(self.zoom))
         if len(self.size) != 2 or min(self.size) < 8: raise KhmerOCRError(f"Setting 'size' is {s}: it must be height and width of at least 8 px")
         if not 0 < self.zoom[0] <= self.zoom[-1] or len(self.zoom) != 2: raise KhmerOCRError(f"Setting 'zoom' is {self.zoom}: it must be two factors above 0, the smaller first")
-        if self.tries < 1 or not 0 <= self.min_ink <= 1: raise KhmerOCRError(f"Settings 'tries' and 'min_ink' are {self.tries} and {self.min_ink}: they must be at least 1, and from 0 to 1")
+        if self.tries < 1 or not 0 <= self.min_ink <= 1 or not 0 <= self.anywhere <= 1: raise KhmerOCRError(f"Settings 'tries', 'min_ink' and 'anywhere' are {self.tries}, {self.min_ink} and {self.anywhere}: they must be at least 1, and from 0 to 1")
 
-# %% ../nbs/19b_pairs.ipynb #aa6985e8
+# %% ../nbs/19b_pairs.ipynb #0dc85923
 def _place(pair, h, w, rng, config):
     "A random corner with enough ink, if it is found in time"
     H, W = pair.mask.shape
-    for _ in range(config.tries):
+    for _ in range(1 if rng.random() < config.anywhere else config.tries):
         y, x = int(rng.integers(max(0, H-h)+1)), int(rng.integers(max(0, W-w)+1))
         if (pair.mask[y:y+h, x:x+w] > 0).mean() >= config.min_ink: break
     return y, x

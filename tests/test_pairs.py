@@ -88,7 +88,7 @@ def test_faults_are_one_line_each(tmp_path):
     cv2.imwrite(str(images/'a.jpg'), np.zeros((9, 9), np.uint8)); assert 'the same name' in error(lambda: image_files(images))
     (tmp_path/'manifest.csv').write_text('name,book\na,1\n'); assert 'must have the columns' in error(lambda: read_groups(images))
     assert 'no pairs' in error(lambda: PairBatches([])) and "'batch_size'" in error(lambda: PairBatches([coded()], 0))
-    for bad in (dict(size=4), dict(zoom=(2., 1.)), dict(zoom=(0., 1.)), dict(tries=0), dict(min_ink=2.)): error(lambda: CropConfig(**bad))
+    for bad in (dict(size=4), dict(zoom=(2., 1.)), dict(zoom=(0., 1.)), dict(tries=0), dict(min_ink=2.), dict(anywhere=-1.)): error(lambda: CropConfig(**bad))
 
 def test_groups_stay_on_one_side():
     pairs = [coded(name=str(i), group='abc'[i//3] if i < 9 else '') for i in range(12)]
@@ -121,6 +121,11 @@ def test_zoom_makes_letters_larger():
     page = Pair(np.zeros((400, 400, 3), np.uint8), np.kron(np.indices((50, 50)).sum(0) % 2, np.ones((8, 8))).astype(np.uint8)*255)
     def edges(z): return (np.diff((random_crop(page, np.random.default_rng(0), CropConfig(96, zoom=(z, z)))[1] > 127).astype(int), axis=1) != 0).sum(1).mean()
     assert abs(edges(2.)*2-edges(1.)) < 2 and abs(edges(.5)/2-edges(1.)) < 2
+
+def test_some_crops_come_from_anywhere():
+    page = Pair(np.zeros((64, 64*9, 3), np.uint8), np.zeros((64, 64*9), np.uint8)); page.mask[:, :64*3] = 255          # a third has ink
+    def blank(**kw): return np.mean([not random_crop(page, np.random.default_rng(s), CropConfig(64, **kw))[1].any() for s in range(400)])
+    assert blank(anywhere=1.) > .45 and .03 < blank(anywhere=.15) < .35 and blank(anywhere=0., tries=12) < .02
 
 def test_batches_go_by_number_and_seed():
     data = PairBatches([coded(), coded(70, 64)], 3, CropConfig(32), seed=5)
