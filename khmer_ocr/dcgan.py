@@ -130,13 +130,13 @@ def _check(c):
     for name in filter(None, c.diffaug.replace(' ', '').split(',')):
         if name not in AUGMENTATIONS: raise KhmerOCRError(f"Setting 'diffaug' has {name!r}: it must be made of {', '.join(AUGMENTATIONS)}")
 
-# %% ../nbs/20_dcgan.ipynb #6f63878a
+# %% ../nbs/20_dcgan.ipynb #580ae709
 def read_textures(
     folder: str|Path,  # with images in it, or in its subfolder `kind`
     channels: int = CHANNELS,  # 1 or 3
     kind: str = 'good',  # good | bad
 ) -> list[np.ndarray]:  # uint8 (H, W, channels)
-    "All images of a folder, sorted by name; KhmerOCRError if there are none"
+    "All images of a folder, sorted by name, held in memory; KhmerOCRError if there are none"
     if channels not in (1, 3): raise KhmerOCRError(f'Images have 1 or 3 channels, not {channels}')
     folder = Path(folder); folder = folder/kind if (folder/kind).is_dir() else folder
     images = [read_colour(p) for p in image_files(folder).values()]

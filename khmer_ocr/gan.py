@@ -143,17 +143,24 @@ def spectrum(
     window = torch.hann_window(h, device=x.device)[:, None]*torch.hann_window(w, device=x.device)
     return (torch.fft.fft2((x-x.mean((1, 2), keepdim=True))*window).abs().square()+1e-6).log()
 
-# %% ../nbs/19_gan.ipynb #3248eb03
-_ring = [(dy, dx) for dy in range(-4, 5) for dx in range(-4, 5) if max(abs(dy), abs(dx)) > 1]
+# %% ../nbs/19_gan.ipynb #50384676
+_steps = [d for d in range(-4, 5) if abs(d) > 1]
+_around = ([(dy, dx) for dy in range(-4, 5) for dx in range(-4, 5) if max(abs(dy), abs(dx)) > 1], [(d, 0) for d in _steps], [(0, d) for d in _steps])
+
+def _rise(power, y, x):
+    "Log-power at (y, x) above the highest of three medians: ring, column, row"
+    h, w = power.shape[-2:]
+    medians = [torch.stack([power[..., (y+dy) % h, (x+dx) % w] for dy, dx in places]).median(0).values for places in _around]
+    return power[..., y, x] - torch.stack(medians).amax(0)
 
 def stride_points(
     power: torch.Tensor,  # (..., H, W) from `spectrum`, or its mean over a set
 ) -> dict[int, torch.Tensor]:  # period in px -> (3 or 4 points, ...), nats; only periods that divide height and width and stand 8 bins from frequency 0
-    "How far the log-power at each frequency of a stride rises above the median of its surroundings"
+    "How far the log-power at each frequency of a stride rises above its surroundings"
     h, w = power.shape[-2:]; out = {}
     for p in (q for q in (2, 4, 8, 16) if h % q == w % q == 0 and min(h, w) >= 8*q):
         points = dict.fromkeys([(h//p, 0), (0, w//p), (h//p, w//p), (h//p, -w//p % w)])
-        out[p] = torch.stack([power[..., y, x] - torch.stack([power[..., (y+dy) % h, (x+dx) % w] for dy, dx in _ring]).median(0).values for y, x in points])
+        out[p] = torch.stack([_rise(power, y, x) for y, x in points])
     if not out: raise KhmerOCRError(f'Images of {h} x {w} px are too small for a search for grids: at least 16 px, even')
     return out
 

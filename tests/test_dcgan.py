@@ -230,6 +230,7 @@ def test_a_dot_grid_is_found_and_resize_convolution_has_none():
     with torch.no_grad(): dotted, smooth = Generator()(start), Generator(resize_conv=True)(start)
     real = torch.from_numpy(np.stack(procedural_paper(32))).permute(0, 3, 1, 2)/127.5-1
     assert shows_grid(dotted, real) and not shows_grid(smooth, real) and dot_grid(dotted) > 2 + dot_grid(smooth)
+    weak = real.clone(); weak[:, :, ::4, ::4] += .05; assert shows_grid(weak, real) and not shows_grid(weak, weak)
 
 def test_bank_as_a_background(run, tmp_path):
     _, d = run; bank = texture_bank(d/'generator_model.safetensors', 4); line = np.full((40, 300), 255, np.uint8); line[10:30, 50:250] = 0
