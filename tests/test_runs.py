@@ -3,6 +3,7 @@ import importlib.util, json, re
 from pathlib import Path
 import nbformat, pytest
 from tiny import make_tiny
+from khmer_ocr.dcgan import DCGANConfig, procedural_paper, train_dcgan
 from khmer_ocr.report import outside_references
 from khmer_ocr.runs import available_runs, run_folder, run_notebook, run_parameters
 from khmer_ocr.text import KhmerOCRError
@@ -21,10 +22,16 @@ def demo_page(folder):
     demo.rasterise(folder/'page.pdf', folder/'page.png', dpi=72)
     (folder/'page.txt').write_text('\n'.join(lines), encoding='utf-8')
 
+painter = dict(image_size=16, width=4, d_width=4, z_dim=8, batch_size=4, epochs=1)
+
 def parameters(name, t, d):
     if name == 'demo': demo_page(d)
     if name == 'release': (d/'plan.json').write_text(json.dumps(dict(name='toy', model='ctc', summary='a toy', settings=dict(channels=[8, 8, 8, 8, 16], hidden=8, layers=1), train=dict(batch_size=2, log_every=1, precision='32-true', tensorboard=False), stage=[dict(name='one', train=dict(steps=2)), dict(name='two', train=dict(steps=1), settings=dict(blocks=[1, 0, 0]))])))
+    if name == 'dcgan_inference': train_dcgan(d/'models', procedural_paper(4, 16, 1), DCGANConfig(**painter), device='cpu', tensorboard=False, verbose=False)
     return dict(
+        train_dcgan=dict(papers=4, model_dir=str(d/'models'), judged=8, device='cpu', **painter),
+        dcgan_explore=dict(papers=4, variants={'plain': {}}, model_dir=str(d/'models'), judged=8, device='cpu', **{k: v for k, v in painter.items() if k != 'z_dim'}),
+        dcgan_inference=dict(model=str(d/'models/generator_model.safetensors'), samples=4, images=str(d/'out')),
         corpus=dict(out=str(d/'corpus'), sources=[str(t/'text.txt')], limit=40, drawn=30, shown=1),
         generate=dict(corpus=str(t/'corpus'), out=str(d/'set'), max_lines=4, shown=2),
         validation_set=dict(corpus=str(t/'corpus'), out=str(d/'fixed'), num_samples=5, shown=2),
