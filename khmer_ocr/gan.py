@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'AUGMENTATIONS', 'init_weights', 'bce', 'lsgan', 'hinge', 'pick_loss', 'discriminator_loss',
-           'generator_loss', 'belief', 'aug_color', 'aug_translation', 'aug_cutout', 'diffaugment', 'r1_penalty',
-           'spectral', 'ResizeConv', 'spectrum', 'stride_points', 'stride_excess', 'dot_grid', 'shows_grid',
-           'pair_distance', 'diversity', 'nearest', 'grid', 'write_png', 'save_image', 'GAN', 'Turn', 'Clock',
-           'DiscriminatorTurn', 'GeneratorTurn', 'steady', 'believed', 'Statistics', 'Samples', 'Snapshots',
+           'generator_loss', 'belief', 'aug_color', 'aug_translation', 'aug_cutout', 'read_policy', 'diffaugment',
+           'r1_penalty', 'spectral', 'ResizeConv', 'spectrum', 'stride_points', 'stride_excess', 'dot_grid',
+           'shows_grid', 'pair_distance', 'diversity', 'nearest', 'grid', 'write_png', 'save_image', 'GAN', 'Turn',
+           'Clock', 'DiscriminatorTurn', 'GeneratorTurn', 'steady', 'believed', 'Statistics', 'Samples', 'Snapshots',
            'rival_adam', 'gan_learner', 'balance', 'plot_statistics']
 
 # %% ../nbs/19_gan.ipynb #d3b3df00
@@ -96,8 +96,15 @@ def aug_cutout(x, ratio=1/2):
     near = [(torch.arange(n, device=x.device) - _draw(x, 0, n-1)).abs() < n*ratio/2 for n in (h, w)]
     return x * ~(near[0][:, None, :, None] & near[1][:, None, None, :])
 
-# %% ../nbs/19_gan.ipynb #6af7f1ca
+# %% ../nbs/19_gan.ipynb #40d27cda
 AUGMENTATIONS = dict(color=aug_color, translation=aug_translation, cutout=aug_cutout)
+
+def read_policy(policy: str) -> list[str]:
+    "The names in a setting such as 'color,cutout'; KhmerOCRError for one that is not in `AUGMENTATIONS`"
+    names = [k for k in policy.replace(' ', '').split(',') if k]
+    for k in names:
+        if k not in AUGMENTATIONS: raise KhmerOCRError(f"Setting 'diffaug': unknown augmentation {k!r}{suggest(k, AUGMENTATIONS)}: it must be of {', '.join(AUGMENTATIONS)}")
+    return names
 
 def diffaugment(
     image: torch.Tensor,  # float (B, C, H, W), -1..1
@@ -105,8 +112,7 @@ def diffaugment(
     condition: torch.Tensor|None = None,  # float (B, K, H, W), what the image was made from
 ) -> tuple:  # image and condition, augmented
     "Differentiable augmentation, also of pairs (Zhao et al., 2020)"
-    for name in filter(None, policy.replace(' ', '').split(',')):
-        if name not in AUGMENTATIONS: raise KhmerOCRError(f"Setting 'diffaug': unknown augmentation {name!r}{suggest(name, AUGMENTATIONS)}: it must be of {', '.join(AUGMENTATIONS)}")
+    for name in read_policy(policy):
         if condition is None or name != 'translation': image = AUGMENTATIONS[name](image); continue
         both = aug_translation(torch.cat([condition.to(image.dtype), image], 1))
         condition, image = both[:, :condition.shape[1]], both[:, condition.shape[1]:]

@@ -7,7 +7,7 @@ __all__ = ['LOOK', 'Pair', 'set_page', 'soft', 'rendered_pairs', 'sauvola', 'rea
            'read_groups', 'read_pairs', 'save_pairs', 'split_pairs', 'crop', 'CropConfig', 'random_crop', 'as_batch',
            'as_uint8', 'PairBatches', 'create_synthetic_dataloader']
 
-# %% ../nbs/19b_pairs.ipynb #8bee4c44
+# %% ../nbs/19b_pairs.ipynb #ce70e988
 import csv
 import cv2
 import numpy as np
@@ -20,6 +20,7 @@ from .text import KhmerOCRError, write_atomic
 from .render import RenderError, render
 from .degrade import degrade
 from .data import read_image
+from .page import local_threshold
 
 # %% ../nbs/19b_pairs.ipynb #0641a241
 @dataclass(eq=False)
@@ -97,19 +98,16 @@ def _draws(text, font, em):
     try: return render(text, font, em) is not None
     except RenderError: return False
 
-# %% ../nbs/19b_pairs.ipynb #b2cd903d
+# %% ../nbs/19b_pairs.ipynb #3ff1c9f4
 def sauvola(
     grey: np.ndarray,  # uint8 (H, W), dark ink on light paper
     window: int = 61,  # side of the window in px, made odd: about twice the height of the letters
     k: float = .2,  # 0..1, no unit: the larger, the less counts as ink
     R: float = 128.,  # largest standard deviation, grey levels
 ) -> np.ndarray:  # uint8 (H, W), 255 ink
-    "Adaptive binarisation (Sauvola and Pietikäinen, 2000)"
+    "Adaptive binarisation by `page.local_threshold` (Sauvola and Pietikäinen, 2000)"
     if window < 3 or not 0 <= k <= 1: raise KhmerOCRError(f'Sauvola needs a window of at least 3 px and k from 0 to 1, not {window} and {k}')
-    side, edge = (window//2*2+1,)*2, dict(borderType=cv2.BORDER_REFLECT)
-    m, squares = cv2.boxFilter(grey, cv2.CV_64F, side, **edge), cv2.sqrBoxFilter(grey, cv2.CV_64F, side, **edge)
-    s = np.sqrt(np.maximum(squares-m*m, 0))
-    return np.where(grey < m*(1 + k*(s/R - 1)), 255, 0).astype(np.uint8)
+    return np.where(grey < local_threshold(grey, window//2*2+1, k, R), 255, 0).astype(np.uint8)
 
 # %% ../nbs/19b_pairs.ipynb #0b3b2c0d
 def read_colour(
