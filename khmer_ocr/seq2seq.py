@@ -134,13 +134,14 @@ class BuoyEncoder(nn.Module):
 
     def lengths(self, widths): return (-(-widths//4)-1).clamp(min=1)
 
-# %% ../nbs/10b_seq2seq.ipynb #7cb87bca
+# %% ../nbs/10b_seq2seq.ipynb #3e25161d
 class Memory(NamedTuple):
     "What the decoder knows of the lines"
     values: torch.Tensor    # frames (B, T, d)
     keys: torch.Tensor      # frames as attention compares them (B, T, attention)
     mask: torch.Tensor      # bool (B, T): belongs to the line
     lengths: torch.Tensor   # frames of each line (B,)
+    heard: torch.Tensor|None = None  # what a CTC head listens to, where it is not the values (B, columns, c)
 
 class State(NamedTuple):
     "Where the decoder stands, for K texts of each line"

@@ -32,7 +32,7 @@ from .ctc import Block, CTCConfig, CTCNet, Padding, Pair, Units, conv, header, l
 from .targets import KINDS, make_targets, targets_from_dict
 from .seq2seq import Memory, Seq2SeqLoss, State, _fit, as_targets, beam_search, ctc_frames, end_id, known_lines, mean_loss, read_lines, visible, write_greedy
 
-# %% ../nbs/11_vision_text.ipynb #4ad07f72
+# %% ../nbs/11_vision_text.ipynb #4246d2fb
 @dataclass(frozen=True)
 class VisionTextConfig:
     "Shape of the image-to-text transformer and of its loss"
@@ -54,6 +54,7 @@ class VisionTextConfig:
     mix: int = 4                  # hidden size of the layers' perceptrons, in widths
     dropout: float = .1
     ctc_weight: float = .3        # share of CTC in the loss, and in beam search; 0: no CTC head
+    ctc_head: str = 'tokens'      # where CTC listens: tokens | stem (of a reader: then its own last layer is the CTC head)
     guide: float = 0.             # weight in the loss of looking where CTC hears the unit; 0: the eye is free
     checkpointing: bool = False   # keep less for the backward pass and work it out again: less memory, more time
     charset: str = 'khmer-latin'
@@ -72,10 +73,10 @@ class VisionTextConfig:
     def looking(self):            # numbers of the layers that look
         return tuple(range(self.decoder_depth)) if self.cross == 'all' else self.cross
 
-# %% ../nbs/11_vision_text.ipynb #2ba61da0
+# %% ../nbs/11_vision_text.ipynb #d4625718
 _ranges = dict(height=(16, 1024), reach=(1, 4096), encoder_depth=(0, 64), encoder_width=(4, 4096), encoder_heads=(1, 64), decoder_depth=(1, 64), decoder_width=(4, 4096),
     decoder_heads=(1, 64), mix=(1, 16), dropout=(0, .99), ctc_weight=(0, 1), guide=(0, 10), vocabulary=(1, 100_000))
-_choices = dict(stem=('conv', 'patches', 'ctc', 'reader'), positions=('sinusoidal', 'relative', 'learned'), targets=KINDS)
+_choices = dict(stem=('conv', 'patches', 'ctc', 'reader'), ctc_head=('tokens', 'stem'), positions=('sinusoidal', 'relative', 'learned'), targets=KINDS)
 
 def _wrong(name, value, rule): raise KhmerOCRError(f"Setting '{name}' is {value!r}: it must be {rule}")
 
@@ -96,6 +97,7 @@ def _check(c):
     if c.stem == 'patches' and c.height % c.patch[0]: _wrong('patch', list(c.patch), f'such that its rows divide the height {c.height}')
     if c.cross != 'all' and (isinstance(c.cross, str) or not c.cross or not set(c.cross) <= set(range(c.decoder_depth)) or list(c.cross) != sorted(set(c.cross))):
         _wrong('cross', c.cross, f"'all', or rising numbers of layers from 0 to {c.decoder_depth-1}, at least one")
+    if c.ctc_head == 'stem' and (c.stem != 'reader' or not c.ctc_weight): _wrong('ctc_head', c.ctc_head, "'tokens', unless the stem is a reader and ctc_weight is set")
     if c.guide and not c.ctc_weight: _wrong('guide', c.guide, '0 without a CTC head to follow: set ctc_weight as well')
 
 def _ctc_config(given) -> CTCConfig:
@@ -277,7 +279,7 @@ class DecoderLayer(nn.Module):
             x = x + heard + sight if g is None else x + 2*((1-g)*heard + g*sight)
         return x + self.drop(self.mix(self.norms[-1](x))), kv, look, g
 
-# %% ../nbs/11_vision_text.ipynb #3cc9df44
+# %% ../nbs/11_vision_text.ipynb #881f803f
 class VisionText(nn.Module):
     "Line images (B, 1, height, W), widths (B,) and true unit ids (B, U) -> logits of each next unit (B, U, n_units)"
     def __init__(self, n_units: int, config: VisionTextConfig = VisionTextConfig()):
@@ -286,7 +288,7 @@ class VisionText(nn.Module):
         self.encoder, self.embed = ViT(c), nn.Embedding(n_units, d)
         self.decoder = nn.ModuleList(DecoderLayer(d, c.decoder_heads, c.mix, c.dropout, c.encoder_width*(i in c.looking), c.gate) for i in range(c.decoder_depth))
         self.norm, self.drop, self.name = nn.LayerNorm(d, eps=1e-6), nn.Dropout(c.dropout), nn.Linear(d, n_units)
-        self.head = nn.Linear(c.encoder_width, n_units) if c.ctc_weight else None
+        self.head = nn.Linear(self.encoder.stem.width if c.ctc_head == 'stem' else c.encoder_width, n_units) if c.ctc_weight else None
         nn.init.normal_(self.embed.weight, std=d**-.5)
 
     @property
@@ -299,17 +301,19 @@ class VisionText(nn.Module):
         if self.frozen: self.encoder.eval()
         return self
 
-# %% ../nbs/11_vision_text.ipynb #3434fce9
+# %% ../nbs/11_vision_text.ipynb #327d8cff
 @patch
 def encode(self: VisionText, x, widths) -> Memory:
     "Look at the lines once: tokens, keys and values for each layer that looks, mask, columns of each line"
-    with torch.no_grad() if self.frozen else nullcontext(): values, n, mask = self.encoder(x, widths)
-    return Memory(values, tuple(self.decoder[i].keys(values) for i in self.config.looking), mask, n)
+    with torch.no_grad() if self.frozen else nullcontext():
+        features, n = self.encoder.stem(x, widths.to(x.device)); values, n, mask = self.encoder.deepen(features, n)
+    heard = features if self.config.ctc_head == 'stem' else values.transpose(1, 2).unflatten(2, (self.config.rows, -1))
+    return Memory(values, tuple(self.decoder[i].keys(values) for i in self.config.looking), mask, n, heard.mean(2).transpose(1, 2))
 
 @patch
 def ctc_logits(self: VisionText, memory: Memory):
     "CTC's opinion of each column (B, columns, n_units); None without a CTC head"
-    if self.head is not None: return self.head(self.drop(memory.values.unflatten(1, (self.config.rows, -1)).mean(1)))
+    if self.head is not None: return self.head(self.drop(memory.heard))
 
 # %% ../nbs/11_vision_text.ipynb #40c4e0b4
 class Said(NamedTuple):
@@ -398,7 +402,7 @@ def load_vision_text(path) -> tuple[VisionText, Units, dict]:  # network in eval
     net = VisionText(len(units), config); _fit(net, weights, path)
     return net.eval(), units, head
 
-# %% ../nbs/11_vision_text.ipynb #6be42923
+# %% ../nbs/11_vision_text.ipynb #790fef50
 def _some(weights, parts, path):
     "The weights under `parts`; KhmerOCRError where there are none"
     some = {k: v for k, v in weights.items() if any(k == p or k.startswith(p+'.') for p in parts)}
@@ -409,7 +413,9 @@ def _some(weights, parts, path):
 def start_from(net: VisionText, path, parts=()):
     "Weights of a checkpoint, or of `parts` of it, such as 'encoder'; of a backbone into the encoder; of a CTC reader into the stem. KhmerOCRError where they do not fit"
     weights, head = load_weights(path); kind, stem = head.get('model'), net.encoder.stem
-    if kind == 'ctc' and isinstance(stem, CTCStem): return _fit(stem, {k: v for k, v in weights.items() if k.split('.')[0] in dict(stem.named_children())}, path)
+    if kind == 'ctc' and isinstance(stem, CTCStem):
+        if net.config.ctc_head == 'stem': _fit(net.head, {k[5:]: v for k, v in weights.items() if k.startswith('name.')}, path)
+        return _fit(stem, {k: v for k, v in weights.items() if k.split('.')[0] in dict(stem.named_children())}, path)
     if kind == 'backbone': weights = {'encoder.'+k: v for k, v in weights.items()}
     elif kind != 'vision_text': raise KhmerOCRError(f'{path} holds a model of kind {kind!r}: an image-to-text transformer with stem {net.config.stem!r} cannot start from it')
     parts = parts or (('encoder',) if kind == 'backbone' else ())

@@ -20,7 +20,7 @@ reader = CTCConfig(channels=(4, 4, 4, 4, 8), hidden=8, layers=2, blocks=(1, 1, 1
 tiny = VisionTextConfig(channels=(4, 4, 8, 8), encoder_depth=2, encoder_width=16, encoder_heads=2, decoder_depth=3, decoder_width=16, decoder_heads=2, mix=2, cross=(0, 2))
 kinds = dict(plain=dict(), relative=dict(positions='relative', reach=6), patches=dict(stem='patches'), far=dict(stem='patches', positions='relative', patch=(24, 4)), table=dict(stem='patches', positions='learned', reach=12),
     convolutions=dict(stem='ctc', ctc=reader), large=dict(stem='ctc', ctc=replace(reader, block='large')), stride2=dict(stem='ctc', ctc=replace(reader, stride=2)), stride8=dict(stem='ctc', ctc=replace(reader, stride=8)),
-    reader=dict(stem='reader', ctc=reader, encoder_depth=0), everywhere=dict(cross='all', gate=False), mute=dict(ctc_weight=0.))
+    reader=dict(stem='reader', ctc=reader, encoder_depth=0), itself=dict(stem='reader', ctc=reader, ctc_head='stem'), everywhere=dict(cross='all', gate=False), mute=dict(ctc_weight=0.))
 each = pytest.mark.parametrize('kind', kinds)
 
 def net_of(kind, n=20, seed=0):
@@ -217,3 +217,12 @@ def test_blocks(tmp_path):
     for n, (_, label) in enumerate(some): k = len(label.split()); assert label == ' '.join(texts[i % 4] for i in range(3*n, 3*n+k)) and 1 <= k <= 3
     assert len({len(t.split()) for _, t in some}) > 1
     learn = train(tmp_path, replace(tiny, height=64, stem='patches', patch=(16, 16), ctc_weight=0.), 2, data=blocks); assert learn.step == 2
+
+def test_a_reader_keeps_its_own_ctc_head_and_it_stays_as_it_was(tmp_path):
+    units = Units(charset('khmer-latin')); torch.manual_seed(0); old = CTCNet(len(units), reader).eval()
+    save_checkpoint(tmp_path/'reader.safetensors', old.state_dict(), header(reader, units))
+    config = replace(tiny, stem='reader', ctc=reader, ctc_head='stem'); net = VisionText(len(units), config); start_from(net, tmp_path/'reader.safetensors')
+    x = torch.rand(2, 1, config.height, 64); w = torch.tensor([64, 64])
+    with torch.no_grad(): assert torch.allclose(net.eval().ctc_logits(net.encode(x, w)), old(x), atol=1e-5)
+    with pytest.raises(KhmerOCRError, match='ctc_head'): replace(tiny, ctc_head='stem')
+    with pytest.raises(KhmerOCRError, match='ctc_head'): replace(config, ctc_weight=0.)
