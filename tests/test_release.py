@@ -33,7 +33,8 @@ def test_every_plan_has_weights(): assert set(plans()) == set(models())
 @pytest.mark.parametrize('change, words', [
     (dict(model='lstm'), ['model', 'ctc']), (dict(stage=[]), ['at least one']), (dict(stages=[1]), ["'stages'", 'stage']),
     (dict(train=dict(stpes=3)), ["'stpes'", 'steps']), (dict(settings=dict(widht=3)), ["'widht'"]), (dict(recipe=dict(preset='rainy')), ['rainy']),
-    (dict(stage=[dict(name='one', seed=3)]), ["'seed'", 'one']), (dict(settings=dict(hidden=0)), ['hidden'])])
+    (dict(stage=[dict(name='one', seed=3)]), ["'seed'", 'one']), (dict(settings=dict(hidden=0)), ['hidden']),
+    (dict(stage=[dict(name='one', keep=.5)]), ['keep', 'came before']), (dict(start='fast', stage=[dict(name='one', keep=1)]), ['keep', 'below 1'])])
 def test_bad_plans(tmp_path, change, words):
     with pytest.raises(KhmerOCRError) as e: read_plan(write(tmp_path, **change))
     assert '\n' not in str(e.value) and all(w in str(e.value) for w in words)
