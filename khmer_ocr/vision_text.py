@@ -373,11 +373,11 @@ class VisionTextLoss(Seq2SeqLoss):
     def __init__(self, units, config: VisionTextConfig, smoothing=.1): self.units, self.config, self.smoothing = units, config, smoothing
     def answer(self, model, x, widths, ids): return model(x, widths, ids)
 
-# %% ../nbs/11_vision_text.ipynb #666b0ebe
+# %% ../nbs/11_vision_text.ipynb #f4e58081
 @torch.inference_mode()
 def unit_nats(net, units, batches) -> float:
     "Mean cross-entropy per unit of the lines in `batches`, each unit before given"
-    return mean_loss(net, VisionTextLoss(units, replace(net.config, ctc_weight=0., guide=0.), 0.), batches)
+    return mean_loss(net, VisionTextLoss(units, replace(net.config, ctc_weight=0., guide=0., ctc_head='tokens'), 0.), batches)
 
 def evaluate_vision_text(net, units, batches, name='') -> dict[str, float]:
     "cer (folded, without spaces), cer_raw, exact, wer and bleu of the lines in `batches` as the decoder writes them, nats per unit; ctc_cer where there is a CTC head"

@@ -224,5 +224,7 @@ def test_a_reader_keeps_its_own_ctc_head_and_it_stays_as_it_was(tmp_path):
     config = replace(tiny, stem='reader', ctc=reader, ctc_head='stem'); net = VisionText(len(units), config); start_from(net, tmp_path/'reader.safetensors')
     x = torch.rand(2, 1, config.height, 64); w = torch.tensor([64, 64])
     with torch.no_grad(): assert torch.allclose(net.eval().ctc_logits(net.encode(x, w)), old(x), atol=1e-5)
+    batch = dict(collate([(np.full((config.height, 64), 255, np.uint8), texts[1])]), texts=[texts[1]])
+    got = evaluate_vision_text(net, units, [batch]); assert got['nats'] > 0 and 'ctc_cer' in got and VisionTextLoss(units, config)(net, batch).item() > 0
     with pytest.raises(KhmerOCRError, match='ctc_head'): replace(tiny, ctc_head='stem')
     with pytest.raises(KhmerOCRError, match='ctc_head'): replace(config, ctc_weight=0.)
