@@ -269,17 +269,26 @@ def _sealed(path) -> tuple[dict, str]:
     if not isinstance(d, dict): return {}, 'is damaged'
     return d, '' if _seal(d) == data else 'was edited' if 'checksum' in d else 'is not of this version'
 
-# %% ../nbs/05b_sets.ipynb #dd444d2a
+# %% ../nbs/05b_sets.ipynb #a24f93f5
 def _has(package):
     "Is a distribution installed?"
     try: version(package); return True
     except Exception: return False
 
-@lru_cache(1)
-def _code_sha256() -> str:
+@lru_cache(2)
+def _code_sha256(modules=('text', 'corpus', 'sampler', 'fonts', 'render', 'degrade', 'synth')) -> str:
     "SHA-256 of the modules that draw, without their lines of comment"
-    sources = [Path(find_spec(f'khmer_ocr.{m}').origin).read_text(encoding='utf-8') for m in ('text', 'corpus', 'sampler', 'fonts', 'render', 'degrade', 'synth')]
+    sources = [Path(find_spec(f'khmer_ocr.{m}').origin).read_text(encoding='utf-8') for m in modules]
     return _sha256('\n'.join(l for s in sources for l in s.splitlines() if l.strip() and not l.lstrip().startswith('#')).encode())
+
+@lru_cache(4)
+def _look(preset) -> dict:
+    "For a preset with the file of a model: its name without the file, and what decides the bytes instead; {} for the others"
+    kind, _, path = str(preset).partition(':')
+    if not path: return {}
+    try: model = Path(path).read_bytes()
+    except OSError as e: raise KhmerOCRError(f'Cannot read the model {path} of the preset {kind!r}: {e.strerror}') from None
+    return dict(preset=kind, more=dict(look=dict(model=_sha256(model), code=_code_sha256(('gan', 'dcgan', 'pix2pix', 'vae', 'realism')), torch=version('torch'))))
 
 def provenance(synth: Synth, layout='png') -> dict:
     "All that decides the bytes of a set"
@@ -288,8 +297,9 @@ def provenance(synth: Synth, layout='png') -> dict:
     files = {s: Path(synth.recipe.corpus)/f'{s}.txt' for s in SPLITS}
     lines = {s: _sha256(p.read_bytes()) for s, p in files.items() if p.exists()}
     recipe = {k: v for k, v in asdict(synth.recipe).items() if k not in ('corpus', 'fonts')}
-    return json.loads(json.dumps(dict(version=2, format='khmer_ocr set', layout=layout, recipe=recipe, corpus=lines, versions=libs | dict(khmer_ocr=__version__),
-        code=_code_sha256(), fonts={f.name: f.sha256 for f in synth.fonts+synth.latin})))
+    look = _look(synth.recipe.preset)
+    return json.loads(json.dumps(dict(version=2, format='khmer_ocr set', layout=layout, recipe=recipe | dict(preset=look.get('preset', recipe['preset'])), corpus=lines, versions=libs | dict(khmer_ocr=__version__),
+        code=_code_sha256(), fonts={f.name: f.sha256 for f in synth.fonts+synth.latin}) | look.get('more', {})))
 
 # %% ../nbs/05b_sets.ipynb #2e2f6769
 def _past(folder) -> dict:

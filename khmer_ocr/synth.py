@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIXES', 'SPLITS', 'ATTEMPTS', 'COMMON', 'Recipe', 'sample_rng', 'Sample', 'Synth']
 
-# %% ../nbs/05_synth.ipynb #d3e83cde
+# %% ../nbs/05_synth.ipynb #0fba8dc6
 import cv2
 import numpy as np
 from dataclasses import dataclass, fields
@@ -17,16 +17,16 @@ from .corpus import load_lines, typeset
 from .sampler import BANDS, KINDS, Sampler, Wording, stretch
 from .fonts import covers, find_fonts, hash_font, random_font
 from .render import RenderError, abreast, render
-from .degrade import PRESETS, degrade
+from .degrade import check_preset, degrade
 
-# %% ../nbs/05_synth.ipynb #48a15f9e
+# %% ../nbs/05_synth.ipynb #fd23d4b4
 @dataclass(frozen=True)
 class Recipe:
     "What decides a set of samples, beside split and index"
     corpus: str = 'data/processed'    # folder with train.txt, val.txt, test.txt
     fonts: str | None = None          # folder of fonts; None: the project's own
     seed: int = 42
-    preset: str = 'mixed'             # degradations: a preset, or one of `MIXES`
+    preset: str = 'mixed'             # degradations: a preset, one of `MIXES`, or learned:FILE of a trained painter
     families: tuple[str, ...] = ()    # only these font families; () for all of the split
     common: float = .55               # share of training lines set in a `COMMON` face
     size: tuple[float, float] = (13., 46.)   # px per em, from a geometric ladder
@@ -64,7 +64,7 @@ def _fate(name, rng) -> str:
         if (u := u-share) < 0: return p
     return p
 
-# %% ../nbs/05_synth.ipynb #40d6ac88
+# %% ../nbs/05_synth.ipynb #5e841188
 def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
 
 def _checked(r: Recipe) -> Recipe:
@@ -81,7 +81,7 @@ def _checked(r: Recipe) -> Recipe:
     for k, n in (('lengths', len(BANDS)), ('kinds', len(KINDS)), *((k, 0) for k in ('floor', 'rare', 'twins', 'blank'))):
         v = getattr(r.wording, k); vs = v if n and isinstance(v, tuple) else [v]
         if len(vs) != max(n, 1) or not all(_number(x) and 0 <= x <= 1 for x in vs): raise KhmerOCRError(f'Wording setting {k}={v!r} must be {f"{n} shares" if n else "a share"} from 0 to 1')
-    if r.preset not in {*MIXES, *PRESETS}: raise KhmerOCRError(f'Unknown degradation preset {r.preset!r}{suggest(r.preset, [*MIXES, *PRESETS])}: choose one of {", ".join([*MIXES, *PRESETS])}')
+    check_preset(r.preset, MIXES)
     return r
 
 # %% ../nbs/05_synth.ipynb #2f1659ce
