@@ -354,7 +354,7 @@ class Statistics(Callback):
 
 # %% ../nbs/19_gan.ipynb #fd636d29
 class Samples(Callback):
-    "Grids of what is made from `start`, every `every` steps and at the end, in out_dir/samples"
+    "Grids of what is made from `start` (a tensor or a tuple of tensors), every `every` steps and at the end, in out_dir/samples"
     order = 5
     def __init__(self, start, every: int, name=lambda step: f'step-{step:06d}', real=None, nrow: int = 8):
         self.start, self.every, self.name, self.real, self.nrow, self.diversity = start, every, name, real, nrow, None
@@ -370,7 +370,8 @@ class Samples(Callback):
     def made(self, learn):
         net = learn.net if learn.ema is None else learn.ema
         net.eval()
-        with steady(net): made = net.generate(self.start.to(learn.fabric.device)).float().cpu()
+        start = tuple(s.to(learn.fabric.device) for s in self.start) if isinstance(self.start, tuple) else self.start.to(learn.fabric.device)
+        with steady(net): made = net.generate(start).float().cpu()
         learn.train_mode()
         return made
 

@@ -219,3 +219,113 @@ def test_the_label_stays_true(tmp_path):
     painted = Learned(tmp_path/'pix2pix'/'generator.safetensors', least=-1.).many(lines, [rng(k) for k in range(len(lines))]); reader = Reader.load('fast')
     cer = lambda ims: score([r.text for r in reader.read(ims)], texts, extras=False)['cer']
     assert cer(painted) <= cer(lines)+.1 and cer([np.full_like(im, 255) for im in lines]) > .9 and np.mean([(a != b).mean() for a, b in zip(lines, painted)]) > .5
+
+# --- styles: the VAE and the hybrid
+
+tiny_style = dict(latent_dim=6, width=4)
+
+@pytest.fixture(scope='module')
+def coloured(loader):
+    "The same pages on light and on brown paper"
+    def brown(p): return Pair((p.image*np.array([.8, .6, .4])).astype(np.uint8), p.mask, p.name+'b', p.group)
+    return [q for p in loader.pairs for q in (p, brown(p))]
+
+@pytest.fixture(scope='module')
+def hybrid(tmp_path_factory, coloured):
+    g = SyntheticDataGenerator('hybrid', out_dir=tmp_path_factory.mktemp('hybrid'), **small, **tiny_style)
+    g.train(coloured, 25, lr=.004, **quick)
+    return g
+
+def test_vae_as_the_document_trains_it(tmp_path, loader, coloured, capsys):
+    vae_generator = SyntheticDataGenerator(model_type='vae', device='cuda', latent_dim=6, image_size=(32, 32), out_dir=tmp_path, width=4)
+    learn = vae_generator.train_vae(dataloader=loader, num_epochs=1, lr=0.001, beta=2.0, **quick); capsys.readouterr()
+    assert learn.config.lr == 1e-3 and learn.loss_fn.config.beta == 2. and learn.loss_fn.config.latent == 6 and vae_generator.vae.codes.shape == (64, 6)
+    assert (vae_generator.painter.kind, vae_generator.painter.style) == ('vae', 6) and {'mse', 'ssim', 'kl', 'active'} <= set(learn.metrics)
+    assert learn is vae_generator.run and vae_generator.train_vae(num_epochs=1, **quick).loss_fn.config.beta == 1.       # the same data, beta as it was
+    vae_generator.plot_training_curves(save_path=tmp_path/'curves.png'); assert (tmp_path/'curves.png').stat().st_size > 1000
+
+def test_plain_vae_paints_by_its_own_chance(tmp_path, loader):
+    g = SyntheticDataGenerator('vae', image_size=(64, 64), device='cpu', out_dir=tmp_path, form='plain', **tiny_style)
+    g.train_vae(PairBatches(loader.pairs, 2, type(loader.crops)(64)), 1, **quick); m = loader.pairs[0].mask
+    a, b = g.generate_variations(m, 2); assert a.shape == (*m.shape, 3) and (a != b).any() and (a == g.generate_variations(m, 1)[0]).all() and g.painter.style == 0 and g.painter.codes is None
+
+def test_hybrid_paints_with_the_styles_of_its_vae(hybrid, coloured):
+    p, m = hybrid.painter, coloured[0].mask
+    assert (p.kind, p.style, p.other.kind, p.net.config.style, hybrid.vae.net.plain) == ('hybrid', 6, 'vae', 6, False) and p.codes is p.other.codes
+    looks = hybrid.generate_variations(m, 5, seed=1)
+    alone = [paint_looks(q, m, 2*n, 1) for q, n in ((p, 3), (p.other, 2))]
+    assert len(looks) == 5 and all(any((im == c).all() for c in alone[k >= 3]) for k, im in enumerate(looks))         # three of Pix2Pix, two of the VAE
+    left = [min(ink_iou(im, m) for im in looks[:3]), max(sorted(ink_iou(c, m) for c in alone[0])[:3])]; assert left[0] >= left[1]
+    papers = np.array([np.median(paint_looks(p, m, 1, s)[0].reshape(-1, 3), 0) for s in range(8)]); real = np.array([np.median(q.image.reshape(-1, 3), 0) for q in coloured])
+    assert papers.std(0).mean() > .2*real.std(0).mean()                                                               # one mask, papers of several colours
+
+def test_codes_of_light_and_brown_pages_differ_and_are_painted(hybrid, coloured):
+    from khmer_ocr.pairs import as_batch
+    from khmer_ocr.vae import style_of
+    light, brown = (style_of(hybrid.vae.net, as_batch([(p.image[:32, :32], p.mask[:32, :32])])['image'])[0] for p in coloured[:2])
+    m = coloured[4].mask; tone = [float(np.median(paint_one(hybrid.painter, m, z)[..., 2])) for z in (light, brown)]
+    assert tone[0] > tone[1]+20
+
+def paint_one(painter, mask, z):
+    from khmer_ocr.pix2pix import paint
+    return paint(Look(painter, z), mask, painter.resolution, painter.resolution//4)
+
+def test_a_painter_saved_whole_paints_the_same_and_nothing_else_is_needed(hybrid, coloured, tmp_path):
+    import shutil
+    shutil.copy(hybrid.out_dir/'painter.safetensors', tmp_path/'p.safetensors'); m = coloured[0].mask
+    g = SyntheticDataGenerator('hybrid', out_dir=tmp_path/'x', **small, **tiny_style).load(tmp_path/'p.safetensors')
+    assert g.painter.codes.equal(hybrid.painter.codes) and max(np.abs(a.astype(int)-b).max() for a, b in zip(g.generate_variations(m, 2), hybrid.generate_variations(m, 2))) <= 3      # float16
+    again = open_painter(tmp_path/'p.safetensors'); assert again.kind == 'hybrid' and again.other.net.config.latent == 6
+    assert 'make one of' in error(lambda: SyntheticDataGenerator('vae').load(tmp_path/'p.safetensors'))
+    from khmer_ocr.realism import save_painter
+    save_painter(tmp_path/'v.safetensors', hybrid.painter.other); v = open_painter(tmp_path/'v.safetensors'); assert v.kind == 'vae' and v.codes.equal(again.codes)
+
+def test_hybrid_wants_its_vae_first_and_each_model_its_own_training(loader, hybrid):
+    assert 'call train_vae first' in error(lambda: SyntheticDataGenerator('hybrid', **small, **tiny_style).train_pix2pix(loader, 1))
+    assert "model_type='vae'" in error(lambda: SyntheticDataGenerator('vae').train_pix2pix(loader)) and "model_type='pix2pix'" in error(lambda: SyntheticDataGenerator('pix2pix').train_vae(loader))
+    assert 'did you mean width' in error(lambda: SyntheticDataGenerator('vae', widht=3)) and 'VAEConfig' in error(lambda: SyntheticDataGenerator('vae', ngf=3)) and 'form' in error(lambda: SyntheticDataGenerator('vae', form='stride'))
+    assert SyntheticDataGenerator('hybrid', form='double').network == dict(form='double')
+
+@pytest.mark.parametrize('which', ['hybrid', 'vae'])
+def test_styled_looks_as_operations(which, hybrid, tmp_path):
+    from khmer_ocr.realism import save_painter
+    if which == 'vae': save_painter(tmp_path/'p.safetensors', hybrid.painter.other)
+    f = Learned(hybrid.out_dir/'painter.safetensors' if which == 'hybrid' else tmp_path/'p.safetensors', batch_size=3, least=-1.); lines = [text_line(t, 12) for t in words]
+    many = f.many(lines, [rng(k) for k in range(4)]); assert all((f(im, rng(k)) == o).all() for k, (im, o) in enumerate(zip(lines, many)))
+    assert len({int(np.median(f(lines[0], rng(k)))) for k in range(6)}) > 2                                           # several papers
+
+def test_fewer_pages_than_a_batch(tmp_path, loader):
+    for kind in ('vae', 'hybrid'):
+        g = SyntheticDataGenerator(kind, batch_size=8, out_dir=tmp_path/kind, device='cpu', image_size=32, **tiny_style, **dict(ngf=4, ndf=4) if kind == 'hybrid' else {})
+        g.train(loader.pairs[:1], 1, **quick); assert g.run.step >= 1 and len(g.generate_variations(loader.pairs[0].mask, 2)) == 2
+
+# --- the preset `learned` in the data factory
+
+def recipe(folder, model):
+    from khmer_ocr.synth import Recipe
+    for s in ('train', 'val', 'test'): (folder/f'{s}.txt').write_text(''.join(f'{w} {i}\n' for i in range(8) for w in words), encoding='utf-8')
+    return Recipe(corpus=str(folder), preset=f'learned:{model}')
+
+def test_preset_learned_in_a_set(model, tmp_path):
+    from khmer_ocr.sets import generate_set, verify_set
+    from khmer_ocr.synth import Synth
+    r = recipe(tmp_path, model)
+    for w in (1, 2): generate_set(r, tmp_path/f'w{w}', max_lines=12, splits=('train',), workers=w, progress=False)
+    files = {p.relative_to(tmp_path/'w1') for p in (tmp_path/'w1').rglob('*') if p.is_file() and p.name != 'run.json'}
+    assert len(files) > 24 and all((tmp_path/'w1'/f).read_bytes() == (tmp_path/'w2'/f).read_bytes() for f in files) and verify_set(tmp_path/'w1') == []
+    s = Synth(r)('train', 3); clean = Synth(type(r)(corpus=r.corpus, preset='clean'))('train', 3); assert s.text == clean.text and (s.image.shape != clean.image.shape or (s.image != clean.image).any())
+
+def test_the_model_is_part_of_what_a_set_is_made_of_wherever_it_lies(model, tmp_path):
+    import shutil
+    from khmer_ocr.sets import generate_set, provenance
+    from khmer_ocr.synth import Synth
+    shutil.copy(model, tmp_path/'moved.safetensors'); a, b = (provenance(Synth(recipe(tmp_path, m))) for m in (model, tmp_path/'moved.safetensors'))
+    assert a == b and a['recipe']['preset'] == 'learned' and len(a['look']['model']) == 64 and 'look' not in provenance(Synth(type(recipe(tmp_path, model))(corpus=str(tmp_path))))
+    generate_set(recipe(tmp_path, model), tmp_path/'set', max_lines=2, splits=('val',), progress=False)
+    w, h = load_checkpoint(model); other = tmp_path/'other.safetensors'; save_checkpoint(other, {k: v*1.01 if v.is_floating_point() else v for k, v in w.items()}, h)
+    assert 'look' in error(lambda: generate_set(recipe(tmp_path, other), tmp_path/'set', max_lines=3, splits=('val',), progress=False))
+
+@pytest.mark.parametrize('preset, word', [('learned', 'add its file'), ('learned:', 'add its file'), ('lerned:x', 'did you mean learned'), ('learned:none.safetensors', 'not found')])
+def test_learned_preset_faults(preset, word, tmp_path):
+    from khmer_ocr.degrade import preset as open_preset
+    assert word in error(lambda: open_preset(preset))
