@@ -53,11 +53,11 @@ def layers(
             known[out.grad_fn] = len(seen)-1
         return hook
     hooks = [m.register_forward_hook(watch(n)) for n, m in net.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
-    training = net.training
+    modes = {m: m.training for m in net.modules()}
     try:
         with torch.enable_grad(): net.eval()(*inputs)
     finally:
-        net.train(training)
+        for m, training in modes.items(): m.training = training      # a part that was frozen in eval mode stays so
         for h in hooks: h.remove()
     return seen
 
@@ -75,6 +75,8 @@ def _places(seen) -> list[float]:  # the middle of each box
     return out
 
 # %% ../nbs/30c_anatomy.ipynb #8d31f28a
+def _bend(steps): return .35 if steps > 3 else .6      # an arrow rises by half of that, of its length
+
 def _arrows(ax, seen, xs):
     "Straight where the layer before was heard, else over the top, the higher the farther"
     from matplotlib.patches import FancyArrowPatch
@@ -84,8 +86,7 @@ def _arrows(ax, seen, xs):
             a, b = seen[s], l; left, right = xs[s] + _width(a.shape)/2, xs[i] - _width(b.shape)/2
             if i-s == 1: ax.add_patch(FancyArrowPatch((left, 0), (right, 0), shrinkA=0, shrinkB=0, **style)); continue
             ends = (xs[s], _height(a.shape)/2+.45), (xs[i], _height(b.shape)/2+.45)
-            bend = -.35 if i-s > 3 else -.6
-            ax.add_patch(FancyArrowPatch(*ends, connectionstyle=f'arc3,rad={bend}', shrinkA=0, shrinkB=0, **style | dict(color='#b0483a', lw=.7)))
+            ax.add_patch(FancyArrowPatch(*ends, connectionstyle=f'arc3,rad={-_bend(i-s)}', shrinkA=0, shrinkB=0, **style | dict(color='#b0483a', lw=.7)))
 
 # %% ../nbs/30c_anatomy.ipynb #fbfb4657
 def draw_network(
@@ -97,8 +98,9 @@ def draw_network(
     "The layers that have weights, with the sizes that they make of these inputs"
     from matplotlib.patches import Rectangle
     seen = layers(net, *inputs); xs = _places(seen); end = xs[-1] + _width(seen[-1].shape)/2
-    tall, far = max(_height(l.shape) for l in seen), max([xs[i]-xs[s] for i, l in enumerate(seen) for s in l.sources if i-s > 1], default=0.)
-    top, bottom = tall/2 + .7 + .19*far, -tall/2-.8     # an arrow over `far` rises by .35/2 of it
+    tall = max(_height(l.shape) for l in seen)
+    rise = [max(_height(seen[k].shape)/2 for k in (s, i)) + .5 + _bend(i-s)/2*(xs[i]-xs[s]) for i, l in enumerate(seen) for s in l.sources if i-s > 1]
+    top, bottom = max([tall/2 + .7, *rise]), -tall/2-.8
     fig, ax = new_figure(width, min(width/(end+.6), .4)*(top-bottom) + .3)
     for l, x in zip(seen, xs):
         h, w = _height(l.shape), _width(l.shape)

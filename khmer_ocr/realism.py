@@ -232,9 +232,9 @@ def _best(learn): return learn.net if learn.ema is None else learn.ema
 
 @patch
 def _keep(self: SyntheticDataGenerator, painter: Painter) -> Learner:
-    "Paint with what was just trained; a painter with styles is also written whole"
+    "Paint with what was just trained; painter.safetensors is all that is needed to do so elsewhere (of a whole generator of ours)"
     painter.net.eval(); self.painter = painter
-    if painter.codes is not None: save_painter(self.out_dir/'painter.safetensors', painter)
+    if self.custom is None and self.growing is None: save_painter(self.out_dir/'painter.safetensors', painter)
     return self.run
 
 # %% ../nbs/24_realism.ipynb #17745572
@@ -277,9 +277,13 @@ def _styles(self: SyntheticDataGenerator):
 
 @patch
 def train(self: SyntheticDataGenerator, dataloader=None, num_epochs: int = 100, **settings) -> Learner:
-    "Train whatever model this is; of a hybrid both networks, for `num_epochs` each"
-    if self.model_type == 'hybrid': self.train_vae(dataloader, num_epochs, **settings); dataloader = None
-    return (self.train_vae if self.model_type == 'vae' else self.train_pix2pix)(dataloader, num_epochs, **settings)
+    "Train whatever model this is; of a hybrid both networks, for `num_epochs` each, and resume='latest' goes on where it stopped"
+    if self.model_type == 'vae': return self.train_vae(dataloader, num_epochs, **settings)
+    if self.model_type == 'hybrid':
+        if settings.get('resume') not in (None, 'latest'): raise KhmerOCRError("A hybrid has two networks to go on with: give resume='latest'")
+        begun = lambda part: dict(resume='latest') if settings.get('resume') and (self.out_dir/part/'latest.safetensors').exists() else dict(resume=None)
+        self.train_vae(dataloader, num_epochs, **settings | begun('vae')); settings |= begun('pix2pix')
+    return self.train_pix2pix(dataloader, num_epochs, **settings)
 
 # %% ../nbs/24_realism.ipynb #0c80e688
 def _save_figure(fig, path):

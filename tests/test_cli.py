@@ -41,10 +41,10 @@ def test_help_and_version_are_fast():
     assert not {'torch', 'cv2', 'matplotlib', 'numpy', 'PIL'} & set(modules)
     assert ok('--version').startswith('khmer-ocr ') and 'Usage:' in ok()
 
-@pytest.mark.parametrize('name', ['read', 'fonts', 'corpus', 'generate', 'validation-set', 'train', 'evaluate', 'run', 'check'])
+@pytest.mark.parametrize('name', ['read', 'fonts', 'corpus', 'generate', 'validation-set', 'train', 'evaluate', 'gan', 'run', 'check'])
 def test_every_command_has_help(name): assert ok(name, '--help').startswith(f'Usage: khmer-ocr {name}')
 
-@pytest.mark.parametrize('args', [('raed',), ('read',), ('read', 'x.png', '--fromat', 'text'), ('evaluate',), ('fonts', 'list', 'more')])
+@pytest.mark.parametrize('args', [('raed',), ('read',), ('read', 'x.png', '--fromat', 'text'), ('evaluate',), ('fonts', 'list', 'more'), ('gan',), ('gan', 'trian'), ('gan', 'train')])
 def test_wrong_usage_is_2_in_three_lines(args): refused(*args, code=2)
 
 @pytest.mark.parametrize('args, word', [(('read', 'x.png', '--format', 'txet'), 'did you mean text?'), (('read', 'x.png', '--decoder', 'best'), 'ctc'), (('generate', '--max-lines', 'ten'), '--max-lines'),
@@ -367,3 +367,44 @@ def test_an_unwritable_home_is_no_news(tmp_path, model):
     Image.new('L', (90, 30), 255).save(tmp_path/'a.png')
     r = subprocess.run([*command, 'read', '--line', '--model', model, str(tmp_path/'a.png')], capture_output=True, text=True, env=os.environ | dict(HOME='/proc', MPLCONFIGDIR=''))
     assert (r.returncode, r.stdout, r.stderr) == (0, '\n', '')
+
+# gan
+small_nets = dict(pix2pix='ngf = 4\nndf = 4\nsave_every = 2\nsteps = 2\n', vae='width = 4\nlatent = 6\nsave_every = 2\nsteps = 2\n', hybrid='ngf = 4\nndf = 4\nwidth = 4\nlatent = 6\nsave_every = 2\nsteps = 2\n',
+    dcgan='width = 4\nd_width = 4\nz_dim = 5\n')
+on_cpu = ('--device', 'cpu', '--precision', '32-true')
+
+@pytest.fixture(scope='module')
+def pages(tmp_path_factory):
+    from khmer_ocr.fonts import find_fonts
+    from khmer_ocr.pairs import rendered_pairs, save_pairs
+    d = tmp_path_factory.mktemp('pages'); save_pairs(d, rendered_pairs(['ភ្នំពេញ', 'សាលា'], [next(f for f in find_fonts() if f.name == 'Noto Sans Khmer Variable Regular')], 6, seed=2, shape=(72, 90), size=(16, 20)))
+    return d
+
+@pytest.mark.parametrize('kind', ['pix2pix', 'vae', 'hybrid'])
+def test_gan_trains_resumes_and_paints(kind, pages, tmp_path):
+    (tmp_path/'c.toml').write_text(small_nets[kind]); args = ('gan', 'train', kind, '--data', pages, '--out', tmp_path/'m', '--config', tmp_path/'c.toml', '--image-size', 32, '--num-epochs', 1, *on_cpu)
+    said = ok(*args); assert '5 pages to learn from, 1 to measure on. The guide says pix2pix' in said and f'learned:{tmp_path/"m"/"painter.safetensors"}' in said
+    before = (tmp_path/'m'/'painter.safetensors').read_bytes(); ok(*args, '--resume', 'latest'); assert (tmp_path/'m'/'painter.safetensors').read_bytes() == before
+    paint = ('gan', 'generate', kind, '--model', tmp_path/'m'/'painter.safetensors', '--masks', pages/'masks', '--num', 2, '--device', 'cpu')
+    for where in 'ab': assert '12 images in' in ok(*paint, '--out', tmp_path/where)
+    a, b = files(tmp_path/'a'), files(tmp_path/'b'); assert a == b and len([f for f in a if f.startswith('images/')]) == 12 and all((tmp_path/'a'/f).read_bytes() == (tmp_path/'b'/f).read_bytes() for f in a if '.' in f)
+    assert ok('generate', '--preset', f'learned:{tmp_path/"m"/"painter.safetensors"}', '--corpus', make_lines(tmp_path), '--max-lines', 2, '--out', tmp_path/'set') and len(list((tmp_path/'set').rglob('*.png'))) == 6
+
+def make_lines(folder):
+    (folder/'corpus').mkdir()
+    for s in ('train', 'val', 'test'): (folder/'corpus'/f'{s}.txt').write_text('ភ្នំពេញ\nសាលា\nជាតិ\n', encoding='utf-8')
+    return folder/'corpus'
+
+def test_gan_dcgan_from_good_images(pages, tmp_path):
+    (tmp_path/'c.json').write_text('{"width": 4, "d_width": 4, "z_dim": 5, "snapshot_every": 1}'); shutil.copytree(pages/'images', tmp_path/'d'/'good')
+    args = ('gan', 'train', 'dcgan', '--data', tmp_path/'d', '--out', tmp_path/'m', '--config', tmp_path/'c.json', '--image-size', 16, '--batch-size', 4, '--num-epochs', 1, *on_cpu)
+    assert 'Loss_D' in ok(*args) and (tmp_path/'m'/'network-snapshot-000001.safetensors').exists()
+    assert '3 images in' in ok('gan', 'generate', 'dcgan', '--model', tmp_path/'m'/'generator_model.safetensors', '--num', 3, '--out', tmp_path/'o') and files(tmp_path/'o') == [f'synthetic_{i}.png' for i in range(3)]
+
+@pytest.mark.parametrize('args, word', [(('train', 'dcgan', '--data', '{t}/none'), 'No images found in'), (('train', 'vae', '--data', '{t}/one', '--masks', '{t}/none'), 'No images found in'), (('train', 'pixpix'), 'did you mean pix2pix?'),
+    (('train', 'vae', '--data', '{t}/one', '--config', '{t}/bad.toml'), 'did you mean width?'), (('train', 'vae', '--data', '{t}/one', '--image-size', '48'), 'power of two'), (('train', 'hybrid', '--data', '{t}/one', '--resume', 'x.safetensors'), "resume='latest'"),
+    (('generate', 'vae', '--masks', '{t}/one'), 'train one with khmer-ocr gan train vae'), (('generate', 'vae', '--model', '{t}/bad.toml'), 'no masks to paint'), (('generate', 'vae', '--model', '{t}/bad.toml', '--masks', '{t}/one'), 'bad.toml'), (('train', 'vae', '--device', 'tpu'), 'auto, cpu or cuda')])
+def test_gan_bad_input(args, word, pages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path); (tmp_path/'one').mkdir(); shutil.copy(next((pages/'images').iterdir()), tmp_path/'one'); (tmp_path/'bad.toml').write_text('widht = 4\n')
+    before = files(tmp_path); r = call('gan', *(a.format(t=tmp_path) for a in args)); said = [l for l in r.stderr.splitlines() if not l.startswith('warning:')]
+    assert r.exit_code == 1 and len(said) == 1 and word in said[0] and files(tmp_path) == before
