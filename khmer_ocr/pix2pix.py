@@ -126,7 +126,7 @@ class Tuning(nn.Module):
         super().__init__()
         self.films, self.both = nn.ModuleList(nn.Linear(style, 2*w) for w in widths), nn.Linear(style, 6)
     def forward(self, i, x, style): g, b = self.films[i](style)[..., None, None].chunk(2, 1); return x*(1+g)+b
-    def tones(self, style, mask): paper, ink = self.both(style)[..., None, None].chunk(2, 1); return torch.lerp(paper, ink, mask)
+    def tones(self, style, mask): paper, ink = self.both(style)[..., None, None].chunk(2, 1); return paper + (ink-paper)*mask
 
 # %% ../nbs/21_pix2pix.ipynb #816d3112
 class UNet(nn.Module):

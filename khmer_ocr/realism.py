@@ -64,6 +64,7 @@ class Painter:
     resolution: int                    # side of the squares it was trained on, px
     style: int = 0                     # length of a style code; 0: it has none
     codes: torch.Tensor|None = None    # (n, style), of squares of the pages it was trained on, where they are known
+    spread: float = 1.                 # how far from the mean of the codes styles are drawn: 1 as it is, more for rarer looks
     other: 'Painter|None' = None       # of a hybrid: its VAE
     fast: Callable|None = None         # what to call in the place of the network, see `hasten`
 
@@ -105,9 +106,9 @@ def _open_pix2pix(path, config, generator):
     settings = config or (Pix2PixConfig() if Path(path).suffix in ('.pth', '.pt') else configure(Pix2PixConfig, _header(path)['config']))
     return Painter('pix2pix', net, settings.resolution, settings.style)
 
-def vae_painter(vae: VAE, codes=None) -> Painter:
+def vae_painter(vae: VAE, codes=None, spread: float = 1.) -> Painter:
     "A VAE as a painter; the plain form has no style, its own chance gives it variety"
-    return Painter('vae', vae.eval(), vae.config.resolution, 0 if vae.plain else vae.config.latent, codes)
+    return Painter('vae', vae.eval(), vae.config.resolution, 0 if vae.plain else vae.config.latent, codes, spread)
 
 def _open_vae(path, config, generator): return vae_painter(load_vae(path))
 
@@ -119,7 +120,7 @@ def save_painter(path: str|Path, painter: Painter):
     p, both = painter, dict(net=painter) | (dict(other=painter.other) if painter.other else {})
     tensors = {f'{part}.{k}': v.detach().cpu().half() if v.is_floating_point() else v.cpu() for part, q in both.items() for k, v in q.net.state_dict().items()}
     if p.codes is not None: tensors['codes'] = p.codes.detach().float().cpu()
-    save_checkpoint(path, tensors, dict(kind='weights', model='painter', painter=p.kind, resolution=p.resolution, config={k: asdict(q.net.config) for k, q in both.items()}))
+    save_checkpoint(path, tensors, dict(kind='weights', model='painter', painter=p.kind, resolution=p.resolution, spread=p.spread, config={k: asdict(q.net.config) for k, q in both.items()}))
 
 def _open_whole(path, config, generator):
     tensors, head = load_weights(path); codes = tensors.pop('codes', None)
@@ -128,9 +129,9 @@ def _open_whole(path, config, generator):
         made = make(configure(cls, head['config'][part]))
         made.load_state_dict({k.removeprefix(part+'.'): v.float() if v.is_floating_point() else v for k, v in tensors.items() if k.startswith(part+'.')})
         return made.eval()
-    if head['painter'] == 'vae': return vae_painter(net('net', VAEConfig, VAE), codes)
+    if head['painter'] == 'vae': return vae_painter(net('net', VAEConfig, VAE), codes, head['spread'])
     g = net('net', Pix2PixConfig, make_generator); other = net('other', VAEConfig, VAE)
-    return Painter(head['painter'], g, head['resolution'], g.config.style, codes, other and vae_painter(other, codes))
+    return Painter(head['painter'], g, head['resolution'], g.config.style, codes, head['spread'], other and vae_painter(other, codes, head['spread']))
 
 _openers['painter'] = _open_whole
 
@@ -164,12 +165,14 @@ class SyntheticDataGenerator:
         out_dir: str|Path = 'models/generator',  # checkpoints, curves and samples go to a folder in it
         generator: nn.Module|None = None,  # one of your own for Pix2Pix, masks -> images
         seed: int = 42,
+        spread: float = 2.,  # how far from the mean of the training pages' styles looks are drawn
         **network  # further settings of `Pix2PixConfig` and `VAEConfig`
     ):
         if model_type not in MODELS: raise KhmerOCRError(f"Setting 'model_type' is {model_type!r}{suggest(model_type, MODELS)}: it must be one of {', '.join(MODELS)}")
         self.model_type, self.device, self.resolution, self.latent_dim, self.out_dir = model_type, _device(device), _square(image_size), latent_dim, Path(out_dir)
         self.batch_size, self.gradient_accumulation, self.learning_rate, self.lambda_l1 = batch_size, gradient_accumulation, learning_rate, lambda_l1
-        self.custom, self.seed, self.network, self.use_spectral_norm = generator, seed, network, network.pop('use_spectral_norm', False)
+        self.custom, self.seed, self.network, self.use_spectral_norm, self.spread = generator, seed, network, network.pop('use_spectral_norm', False), float(spread)
+        if not self.spread > 0: raise KhmerOCRError(f"Setting 'spread' is {spread}: it must be above 0")
         self.pairs = self.painter = self.run = self.growing = self.vae = None
         for cls in _shapes[model_type]: self._settings(cls)
 
@@ -224,7 +227,7 @@ def train_pix2pix(self: SyntheticDataGenerator,
     if self.model_type == 'hybrid': styles, more['style'] = self._styles(), self.vae.style
     config, loop = self._settings(Pix2PixConfig, **more), self._loop(lr, 2e-4, settings)
     self.run = _train_pix2pix(self.out_dir/'pix2pix', pairs, config, num_epochs, held_out=list(held_out) or pairs.pairs, patience=patience, resume=resume, generator=self.custom, styles=styles, **loop)
-    hybrid = dict(codes=self.vae.codes, other=self.vae) if styles else {}
+    hybrid = dict(codes=self.vae.codes, spread=self.spread, other=self.vae) if styles else {}
     return self._keep(Painter(self.model_type, _best(self.run).generator, config.resolution, config.style, **hybrid))
 
 # %% ../nbs/24_realism.ipynb #d9b394ba
@@ -253,7 +256,7 @@ def train_vae(self: SyntheticDataGenerator,
     if self.model_type == 'pix2pix': raise KhmerOCRError("This is a generator of model_type='pix2pix': call train_pix2pix, or make one of model_type='vae' or 'hybrid'")
     pairs, config = self._data(dataloader), self._settings(VAEConfig, beta=beta and float(beta), form='style' if self.model_type == 'hybrid' else None)
     self.run = _train_vae(self.out_dir/'vae', pairs, config, num_epochs, held_out=list(held_out) or pairs.pairs, patience=patience, resume=resume, **self._loop(lr, 1e-3, settings))
-    self.vae = vae_painter(_best(self.run))
+    self.vae = vae_painter(_best(self.run), spread=self.spread)
     if self.vae.style: self.vae.codes = codes_of(self.vae.net, pairs)
     return self._keep(self.vae) if self.model_type == 'vae' else self.run
 
@@ -359,11 +362,11 @@ def ink_iou(
 
 # %% ../nbs/24_realism.ipynb #3cf64b9e
 def draw_styles(painter: Painter, n: int, rng) -> torch.Tensor:  # (n, style)
-    "Style codes: mixtures of two training codes where they are known, else N(0, 1), in which a VAE was trained"
-    if painter.codes is None: return torch.from_numpy(rng.standard_normal((n, painter.style), np.float32))
-    pick, t = rng.integers(len(painter.codes), size=(n, 2)), torch.from_numpy(rng.random((n, 1), np.float32))
+    "Style codes, `painter.spread` times as far from their mean as: mixtures of two training codes where they are known, else N(0, 1), in which a VAE was trained"
+    if painter.codes is None: return torch.from_numpy(rng.standard_normal((n, painter.style), np.float32))*painter.spread
+    middle, pick, t = painter.codes.mean(0), rng.integers(len(painter.codes), size=(n, 2)), torch.from_numpy(rng.random((n, 1), np.float32))
     a, b = painter.codes[pick[:, 0]], painter.codes[pick[:, 1]]
-    return a*(1-t) + b*t
+    return middle + painter.spread*(a*(1-t) + b*t - middle)
 
 def paint_looks(
     painter: Painter,

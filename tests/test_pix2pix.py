@@ -195,6 +195,16 @@ def test_settings_of_the_learner_are_heard(tmp_path, pages):
     b = learn.opt.param_groups[0]['betas']; assert b == (.5, .999)
     assert [LinearDecay(1.).factor(i, 10) for i in (0, 9)] == [1., 1.]
 
+@pytest.mark.parametrize('kw, stages', [(dict(), ()), (dict(form='double'), ()), (dict(resolution=64), (Stage(32, 3), Stage(64, 4, 2)))])
+def test_styles_come_with_the_batch(tmp_path, pages, kw, stages):
+    c = replace(toy, style=2, **kw); data = PairBatches(pages[:2], 4, CropConfig(c.resolution)); seen = []
+    def styles(batch): seen.append(len(batch['image'])); return torch.stack([batch['image'].mean((1, 2, 3)), batch['mask'].mean((1, 2, 3))], 1)
+    run = lambda name, styles, **more: train_pix2pix(tmp_path/name, data, c, 4, stages, styles=styles, held_out=pages[2:], ema=.9, **quick | dict(precision='bf16-mixed') | more)
+    learn = run('a', styles, callbacks=[StopAt(2)]); assert set(seen) == {4} and len(seen) > 2
+    assert all((learn.opt.optimizer.state[p]['exp_avg'] != 0).any() for p in learn.net.generator.tuning.both.parameters())
+    run('a', styles, resume='latest'); run('b', styles); run('without', None)
+    files = [(tmp_path/n/'generator.safetensors').read_bytes() for n in ('a', 'b', 'without')]; assert files[0] == files[1] != files[2]
+
 def test_fewer_pages_than_a_batch(tmp_path, pages):
     learn = train_pix2pix(tmp_path, pages[:1], toy, epochs=2, batch_size=16, **quick)
     assert learn.step == 2 and (tmp_path/'samples'/'epoch-0002.png').exists()

@@ -4,9 +4,13 @@ from pathlib import Path
 import nbformat, pytest
 from tiny import make_tiny
 from khmer_ocr.dcgan import DCGANConfig, procedural_paper, train_dcgan
+from khmer_ocr.fonts import find_fonts
+from khmer_ocr.pairs import rendered_pairs
+from khmer_ocr.pix2pix import Pix2PixConfig, train_pix2pix
 from khmer_ocr.report import outside_references
 from khmer_ocr.runs import available_runs, run_folder, run_notebook, run_parameters
 from khmer_ocr.text import KhmerOCRError
+from khmer_ocr.vae import VAEConfig, train_vae
 
 root = Path(__file__).resolve().parents[1]
 
@@ -22,16 +26,23 @@ def demo_page(folder):
     demo.rasterise(folder/'page.pdf', folder/'page.png', dpi=72)
     (folder/'page.txt').write_text('\n'.join(lines), encoding='utf-8')
 
+pages = dict(pages=3, page_size=160, batch_size=2, epochs=1, judged=8, device='cpu', precision='32-true', ema=.9)
 painter = dict(image_size=16, width=4, d_width=4, z_dim=8, batch_size=4, epochs=1)
 
 def parameters(name, t, d):
     if name == 'demo': demo_page(d)
     if name == 'release': (d/'plan.json').write_text(json.dumps(dict(name='toy', model='ctc', summary='a toy', settings=dict(channels=[8, 8, 8, 8, 16], hidden=8, layers=1), train=dict(batch_size=2, log_every=1, precision='32-true', tensorboard=False), stage=[dict(name='one', train=dict(steps=2)), dict(name='two', train=dict(steps=1), settings=dict(blocks=[1, 0, 0]))])))
     if name == 'dcgan_inference': train_dcgan(d/'models', procedural_paper(4, 16, 1), DCGANConfig(**painter), device='cpu', tensorboard=False, verbose=False)
+    if name == 'judge_looks':
+        own, few = rendered_pairs(['ភ្នំពេញ', 'សាលារៀន'], find_fonts(split='train')[:1], 2, shape=(90, 120)), dict(epochs=1, verbose=False, precision='32-true', device='cpu', tensorboard=False)
+        train_pix2pix(d/'plain', own, Pix2PixConfig(resolution=64, ngf=4, ndf=4), **few); train_vae(d/'styled', own, VAEConfig(resolution=64, latent=4, width=4), **few)
     return dict(
         train_dcgan=dict(papers=4, model_dir=str(d/'models'), judged=8, device='cpu', **painter),
         dcgan_explore=dict(papers=4, variants={'plain': {}}, model_dir=str(d/'models'), judged=8, device='cpu', **{k: v for k, v in painter.items() if k != 'z_dim'}),
         dcgan_inference=dict(model=str(d/'models/generator_model.safetensors'), samples=4, images=str(d/'out')),
+        train_pix2pix=dict(model_dir=str(d/'models'), resolution=64, ngf=4, ndf=4, compare_progressive=True, **pages | dict(epochs=4)),
+        generator_speed=dict(networks=['pix2pix', 'hybrid'], size=64, width=8, latent=8, batches=[2], thread_counts=[1, 2], compiled=False, rounds=1, training_batches=[1], calibration=8, claims={'pix2pix': [12, 8.2]}, device='cpu'),
+        judge_looks=dict(pages=6, page_size=160, models=[str(d/'plain/generator.safetensors'), str(next((d/'styled').glob('vae*.safetensors')))] if name == 'judge_looks' else [], tiles=18, tile=64, looks=2, looked=2, lines=2, shown=True),
         corpus=dict(out=str(d/'corpus'), sources=[str(t/'text.txt')], limit=40, drawn=30, shown=1),
         generate=dict(corpus=str(t/'corpus'), out=str(d/'set'), max_lines=4, shown=2),
         validation_set=dict(corpus=str(t/'corpus'), out=str(d/'fixed'), num_samples=5, shown=2),
@@ -64,7 +75,25 @@ def check_validation(m, facts, page):
 def check_release(m, facts, page):
     assert m['samples'] == 6 and sum(n > 0 for n in m['files'].values()) == 3 and {'fixed', 'photo'} <= set(m['scores']) and 'What it was measured at' in page
 
-checks = dict(release=check_release, corpus=check_corpus, generate=check_generate, validation_set=check_validation)
+def check_pix2pix(m, facts, page):
+    assert (m['pages'], m['held_out'], m['own_pages']) == (2, 1, True) and m['steps'] > 0 and m['scores']['real']['ssim'] > .999 and m['scores']['painted']['ssim'] < .9
+    assert m['scores']['real']['l1'] == 0 < m['scores']['two flat colours']['l1'] and set(m['distance']) == {'painted', 'real'} and m['best']['ssim'] > 0
+    whole, same, cheap = (m['progressive'][k][0]['steps'] for k in ('in stages', 'full size, same steps', 'full size, same cost'))
+    assert whole == same > cheap > 0 and facts['times']['squares_per_second'] > 0 and page.count('<img') >= 10 and 'same cost' in page
+
+def check_speed(m, facts, page):
+    rows = m['results']; assert len(rows) == 2*2*5 and {r['way'] for r in rows} == {'fp32', 'fp32, inference mode', 'fp32, channels last', 'bf16', 'bf16, channels last'} and m['failed'] == []
+    assert all(r['samples_per_s'] > 0 and r['ceiling'] > 0 and r['ssim'] > .9 for r in rows) and all(r['ratio'] == 1 == r['low'] for r in rows if r['way'] == 'fp32')
+    assert [(b['network'], b['batch'], b['claimed']) for b in m['beside']] == [('pix2pix', 2, 12)] and m['beside'][0]['measured'] == pytest.approx(max(r['samples_per_s'] for r in rows if (r['network'], r['threads']) == ('pix2pix', 2)), rel=.01)
+    assert len(m['generating_mb']) == 2*2 and [(r['network'], r['batch']) for r in m['training_mb']] == [('pix2pix', 1), ('hybrid', 1)] and m['costs']['hybrid']['parameters'] > m['costs']['pix2pix']['parameters'] and 'not asked for' in page
+
+def check_looks(m, facts, page):
+    j = m['judged']; plain, styled = 'plain/generator', next(k for k in j if k.startswith('styled/')); assert set(j) == {'real', 'flat colours', 'pasted', plain, styled}
+    assert m['own_pages'] and m['groups'] == {'A': 3, 'B': 3} and m['tiles'] == 18 and all(abs(j['real'][k]-1) < 1e-6 for k in 'MRCDNG') and 'T' not in j['real']
+    assert j['flat colours']['M'] == 1 and j['flat colours']['R'] < .2 and all(0 <= j[k]['T'] <= 1 for k in j if k != 'real') and j['flat colours']['T'] > .6 and {k for k in j if 'D_same' in j[k]} == {styled} and j[styled]['D_same'] > 0
+    assert m['models'][plain]['kind'] == 'pix2pix' and m['models'][styled] == {'kind': 'vae', 'style': 4, 'resolution': 64} and page.count('<img') == 4 and '±' in page and str(Path.cwd()) not in page
+
+checks = dict(generator_speed=check_speed, judge_looks=check_looks, train_pix2pix=check_pix2pix, release=check_release, corpus=check_corpus, generate=check_generate, validation_set=check_validation)
 
 @pytest.mark.parametrize('name', available_runs())
 def test_run(name, tiny, tmp_path):
@@ -114,3 +143,8 @@ def test_shards_and_a_damaged_set(tiny, tmp_path):
 def test_an_augmented_validation_set(tiny, tmp_path):
     m = run_notebook('validation_set', parameters('validation_set', tiny, tmp_path) | dict(augmented='scan'), tmp_path/'r').metrics
     assert m['augmented'] and sum(m['operations'].values()) > 0
+
+def test_measuring_data_is_not_shown_unasked(tmp_path):
+    run = run_notebook('judge_looks', dict(pages=6, page_size=160, tiles=18, tile=64, reader=''), tmp_path/'report')
+    assert {p.name for p in (run.folder/'figures').glob('*.png')} == {'measures.png', 'statistics.png'} and 'T' not in run.metrics['judged']['pasted'] and set(run.metrics['judged']) == {'real', 'flat colours', 'pasted'}
+    with pytest.raises(KhmerOCRError, match='standard error'): run_notebook('judge_looks', dict(pages=3, page_size=160, tiles=18, tile=64, reader=''), tmp_path/'few')
