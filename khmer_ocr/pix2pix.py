@@ -45,6 +45,7 @@ class Pix2PixConfig:
     use_spectral_norm: bool = False  # in the discriminator, in the place of its norms
     use_least_squares: bool = False  # LSGAN instead of BCE
     lambda_l1: float = 100.       # weight of the mean absolute difference
+    l1_pool: int = 1              # px: it is taken between means over squares of this side, so that grain finer than that is free
     features: float = 0.          # weight of feature matching; 0: off
     diffaug: str = ''             # color, translation, cutout: what the discriminator's images go through
     r1: float = 0.                # weight of R1; 0: off
@@ -68,7 +69,7 @@ def widths(self: Pix2PixConfig) -> list[int]:
 def _check(c):
     for k, ok in dict(form=('stride', 'double'), norm=('instance', 'batch', 'none')).items():
         if (v := getattr(c, k)) not in ok: raise KhmerOCRError(f"Setting '{k}' is {v!r}: it must be one of {', '.join(ok)}")
-    for k in ('ngf', 'ndf'):
+    for k in ('ngf', 'ndf', 'l1_pool'):
         if getattr(c, k) < 1: raise KhmerOCRError(f"Setting '{k}' is {getattr(c, k)}: it must be at least 1")
     for k in ('bottleneck', 'levels', 'smooth', 'style', 'lambda_l1', 'features', 'r1'):
         if getattr(c, k) < 0: raise KhmerOCRError(f"Setting '{k}' is {getattr(c, k)}: it must not be negative")
@@ -121,16 +122,20 @@ class Growing(nn.Module):
 
 # %% ../nbs/21_pix2pix.ipynb #47cd0af7
 class Tuning(nn.Module):
-    "What a style (B, style) does: maps of level i are scaled and shifted, and paper and ink get their tones"
+    "What a style (B, style) does: maps of level i are scaled, shifted and get grain; paper and ink get their tones. noise: (B, 3, H, W), of the mask's size"
     def __init__(self, style: int, widths: list[int]):
         super().__init__()
-        self.films, self.both = nn.ModuleList(nn.Linear(style, 2*w) for w in widths), nn.Linear(style, 6)
-    def forward(self, i, x, style): g, b = self.films[i](style)[..., None, None].chunk(2, 1); return x*(1+g)+b
-    def tones(self, style, mask): paper, ink = self.both(style)[..., None, None].chunk(2, 1); return paper + (ink-paper)*mask
+        self.films, self.both = nn.ModuleList(nn.Linear(style, 3*w) for w in widths), nn.Linear(style, 9)
+    def forward(self, i, x, style, noise):
+        scale, shift, grain = self.films[i](style)[..., None, None].chunk(3, 1); k = noise.shape[-1]//x.shape[-1]
+        return x*(1+scale) + shift + grain*F.avg_pool2d(noise[:, :1], k)*k
+    def tones(self, style, mask, noise):
+        paper, ink, grain = self.both(style)[..., None, None].chunk(3, 1)
+        return paper + (ink-paper)*mask + grain*noise
 
 # %% ../nbs/21_pix2pix.ipynb #816d3112
 class UNet(nn.Module):
-    "mask float (B, 1, H, W) in 0..1, and perhaps a style (B, style) -> image (B, 3, H, W) in -1..1; H and W are multiples of 2**levels"
+    "mask float (B, 1, H, W) in 0..1, and perhaps a style (B, style) and white noise (B, 3, H, W) -> image (B, 3, H, W) in -1..1; H and W are multiples of 2**levels"
     def __init__(self, config: Pix2PixConfig = Pix2PixConfig(), stages: int = 0):
         super().__init__()
         self.config, n = config, len(config.widths)
@@ -140,15 +145,15 @@ class UNet(nn.Module):
         self.growing = Growing(config.widths, 1, stages) if stages else None
         self.tuning = Tuning(config.style, config.widths[:-1]) if config.style else None
 
-    def forward(self, mask, style=None):
-        check_size(self, mask); style = code(self, mask, style)
+    def forward(self, mask, style=None, noise=None):
+        check_size(self, mask); style = code(self, mask, style, noise)
         x, (k, a) = mask, self.growing.at if self.growing else (0, 1.)
         h = {k: self.growing.enter[k-1](x) if k else x}
         for i in range(k, len(self.downs)):
             h[i+1] = run(self.config, self.downs[i], h[i])
             if i == k and a < 1: h[i+1] = torch.lerp(self.growing.enter[k](F.avg_pool2d(x, 2)), h[i+1], a)
         d = self.rise(h, k, a, style)
-        return torch.tanh(d if style is None else d + self.tuning.tones(style, mask))
+        return torch.tanh(d if style is None else d + self.tuning.tones(style[0], mask, style[1]))
 
     def rise(self, h, k, a, style):
         "The way up, from the innermost level to level k"
@@ -156,7 +161,7 @@ class UNet(nn.Module):
         for i in reversed(range(k, len(self.ups))):
             if i < len(self.ups)-1: d = torch.cat([self.gates[i](h[i+1], d) if self.gates else h[i+1], d], 1)
             coarse, d = d, run(self.config, self.ups[i], d)
-            if i and style is not None: d = self.tuning(i-1, d, style)
+            if i and style is not None: d = self.tuning(i-1, d, *style)
         if k: d = self.growing.leave[k-1](d)
         return d if a == 1 else torch.lerp(F.interpolate(self.growing.leave[k](coarse[:, -self.config.widths[k]:]), scale_factor=2.), d, a)
 
@@ -171,10 +176,11 @@ def check_size(net, mask):
     unit = 2**(len(c.widths) - (c.form == 'double') - k)
     if mask.shape[2] % unit or mask.shape[3] % unit: raise KhmerOCRError(f'A mask of {mask.shape[3]} x {mask.shape[2]} px does not fit this generator: both must be multiples of {unit} (`paint` takes any size)')
 
-def code(net, mask, style):
-    "The style codes (B, style) to paint with: zeros where none are given, None for a network without styles"
+def code(net, mask, style, noise) -> tuple|None:
+    "Style codes (B, style) to paint with, zeros where none are given, and white noise (B, 3, H, W), drawn by torch where none is given; None for a network without styles"
     if not net.config.style: return None
-    return mask.new_zeros(len(mask), net.config.style) if style is None else style.to(mask.dtype)
+    z = mask.new_zeros(len(mask), net.config.style) if style is None else style.to(mask.dtype)
+    return z, torch.randn(len(mask), 3, *mask.shape[2:], device=mask.device).to(mask.dtype) if noise is None else noise.to(mask.dtype)
 
 # %% ../nbs/21_pix2pix.ipynb #62caf814
 def _twice(c, cin, cout):
@@ -191,16 +197,16 @@ class DoubleUNet(nn.Module):
         self.drop, self.out = nn.Dropout(config.dropout), nn.Conv2d(w[0], 3, 1)
         self.tuning = Tuning(config.style, w[:-1]) if config.style else None
 
-    def forward(self, mask, style=None):
-        check_size(self, mask); style = code(self, mask, style)
+    def forward(self, mask, style=None, noise=None):
+        check_size(self, mask); style = code(self, mask, style, noise)
         h = [run(self.config, self.downs[0], mask)]
         for down in self.downs[1:]: h.append(run(self.config, down, F.max_pool2d(h[-1], 2)))
         d = self.drop(h.pop())
         for i in reversed(range(len(self.ups))):
             d = self.doubles[i](d)
             d = run(self.config, self.ups[i], torch.cat([self.gates[i](h[i], d) if self.gates else h[i], d], 1))
-            if style is not None: d = self.tuning(i, d, style)
-        return torch.tanh(self.out(d) if style is None else self.out(d) + self.tuning.tones(style, mask))
+            if style is not None: d = self.tuning(i, d, *style)
+        return torch.tanh(self.out(d) if style is None else self.out(d) + self.tuning.tones(style[0], mask, style[1]))
 
 # %% ../nbs/21_pix2pix.ipynb #240f43a3
 def make_generator(config: Pix2PixConfig, stages: int = 0) -> nn.Module:
@@ -255,7 +261,9 @@ def check_generator(generator: nn.Module, config: Pix2PixConfig) -> nn.Module:  
     return generator
 
 # %% ../nbs/21_pix2pix.ipynb #6b1203b1
-def l1(net, made, image, condition): return (made.float()-image).abs().mean()
+def l1(net, made, image, condition):
+    k = net.config.l1_pool; difference = made.float()-image
+    return (F.avg_pool2d(difference, k) if k > 1 else difference).abs().mean()
 
 def match(net, made, image, condition):
     "Mean over the discriminator's stages of the mean absolute difference of their features"

@@ -69,14 +69,15 @@ class Painter:
     fast: Callable|None = None         # what to call in the place of the network, see `hasten`
 
     @property
-    def grainy(self): return self.kind == 'vae' and self.style > 0      # takes white noise for its grain
+    def grainy(self): return self.style > 0      # takes white noise for its grain
     @property
-    def call(self): return self.fast or (self.net.decode if self.grainy else self.net.generate if self.kind == 'vae' else self.net)
+    def call(self): return self.fast or (self.net if self.kind != 'vae' else self.net.decode if self.style else self.net.generate)
     def __call__(self, masks, z=None, noise=None):
         like = next(self.net.parameters()); masks = masks.to(like.device, like.dtype)
         if not self.style: return self.call(masks)
         z = (masks.new_zeros(len(masks), self.style) if z is None else z.to(masks)).expand(len(masks), -1)
-        return self.call(z, masks, noise if noise is None else noise.to(like.device)) if self.grainy else self.call(masks, z)
+        noise = noise if noise is None else noise.to(like.device)
+        return self.call(z, masks, noise) if self.kind == 'vae' else self.call(masks, z, noise)
 
 # %% ../nbs/24_realism.ipynb #9b8c38aa
 class Look(nn.Module):
@@ -189,6 +190,7 @@ def _settings(self: SyntheticDataGenerator, cls, **more):
         if k not in names: raise KhmerOCRError(f"Unknown setting '{k}'{suggest(k, names)}: it belongs to none of {', '.join(c.__name__ for c in mine)}")
     own = dict(resolution=self.resolution)
     own |= dict(lambda_l1=float(self.lambda_l1), use_spectral_norm=self.use_spectral_norm) if cls is Pix2PixConfig else dict(latent=self.latent_dim)
+    if len(mine) > 1 and cls is Pix2PixConfig: own |= dict(smooth=8, l1_pool=4)      # no stage that leaves dots, and grain that costs nothing
     given = {k: v for k, v in self.network.items() if cls is mine[0] or k != 'form'}
     return configure(cls, own | _known(cls, given) | {k: v for k, v in more.items() if v is not None})
 

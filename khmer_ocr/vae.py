@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import nn
 from .text import KhmerOCRError
 from .training import TrainConfig, configure
-from .learner import Callback, Learner, load_weights, save_checkpoint
+from .learner import Callback, Learner, load_weights, read_history, save_checkpoint, write_csv
 from .gan import ResizeConv, Samples
 from .pairs import CropConfig, Pair, PairBatches
 from .pix2pix import similarity
@@ -241,7 +241,8 @@ class VAE(nn.Module):
         super().__init__(); self.config, self.plain = config, config.form == 'plain'
         self.encoder, self.decoder = (MaskEncoder(config), PlainDecoder(config)) if self.plain else (StyleEncoder(config), StyleDecoder(config))
         self.apply(_init)
-        for m in (self.encoder.out, *getattr(self.decoder, 'films', []), *[self.decoder.out]*(not self.plain)): nn.init.normal_(m.weight, 0, .01)
+        for m in (self.encoder.out, *(() if self.plain else (*self.decoder.films, self.decoder.out))): nn.init.normal_(m.weight, 0, .01)
+        if not self.plain: nn.init.normal_(self.decoder.map[0].weight, 0, .05/config.latent**.5)     # whatever its length, the code is hardly heard at first
         if not self.plain and self.decoder.bands: nn.init.constant_(self.decoder.out.bias[3:], -4.)
 
     def encode(self, x, mask=None):
@@ -255,7 +256,7 @@ class VAE(nn.Module):
         "mean image (B, 3, H, W), strengths of its grain (B, bands, 3, H, W) or None"
         if self.plain: return self.decoder(z)
         if mask is None: raise KhmerOCRError('The style form paints a mask: give one beside the code')
-        if mask.shape[2] % 16 or mask.shape[3] % 16 or min(mask.shape[2:]) < 2**self.config.bands: raise KhmerOCRError(f'A mask of {mask.shape[3]} x {mask.shape[2]} px does not fit: both must be multiples of 16, at least 32 (`pix2pix.paint` with `Styled` takes any size)')
+        if mask.shape[2] % 16 or mask.shape[3] % 16 or min(mask.shape[2:]) < 2**self.config.bands: raise KhmerOCRError(f'A mask of {mask.shape[3]} x {mask.shape[2]} px does not fit: both must be multiples of 16, at least {max(16, 2**self.config.bands)} (`pix2pix.paint` with `Styled` takes any size)')
         return self.decoder(z, mask)
 
     def decode(self, z, mask=None, noise=None):
@@ -290,17 +291,20 @@ class ELBO:
 
 # %% ../nbs/22_vae.ipynb #1df950e3
 class Watch(Callback):
-    "Sets beta by the step; shows beta, mean squared error, KL (nats) and active units every `log_every` steps"
+    "Sets beta by the step; beta, mean squared error, KL (nats) and active units go to elbo.csv and the line of progress, every `log_every` steps"
     order = -30
     def __init__(self, batch: dict): self.batch, self.last = batch, {}
     def state(self): return self.last
     def load_state(self, state): self.last = dict(state)
-    def before_fit(self, learn): learn.shown |= self.last
+    def before_fit(self, learn):
+        p = learn.log_dir/'elbo.csv'; learn.shown |= self.last
+        self.rows = [r for r in read_history(p) if r['step'] <= learn.step] if learn.step and p.exists() else []
     def before_batch(self, learn): learn.loss_fn.beta = beta_at(learn.step, learn.config.steps, learn.loss_fn.config)
     def after_step(self, learn):
         if learn.step % learn.config.log_every and learn.step != learn.config.steps: return
-        self.last = dict(beta=learn.loss_fn.beta, **{k: v.item() for k, v in learn.loss_fn.seen.items()}, active=self.active(learn))
-        learn.shown |= self.last
+        self.last = dict(beta=learn.loss_fn.beta, **{k: v.item() for k, v in learn.loss_fn.seen.items()}, active=float(self.active(learn)))
+        learn.shown |= self.last; self.rows.append(dict(step=learn.step, loss=learn.loss_value, **self.last))
+        if learn.fabric.is_global_zero: write_csv(learn.log_dir/'elbo.csv', self.rows)
     def active(self, learn):
         net, (image, mask) = learn.net.eval(), (self.batch[k].to(learn.fabric.device) for k in ('image', 'mask'))
         with torch.no_grad(): mu, _ = net.encode(mask if net.plain else image, mask)
@@ -346,7 +350,7 @@ def _watched(pairs, n=32):
 
 # %% ../nbs/22_vae.ipynb #0dcb300f
 def train_vae(
-    out_dir: str|Path,  # gets latest, best and vae.safetensors, history.csv, speed.csv, samples/
+    out_dir: str|Path,  # gets latest, best and vae.safetensors, history.csv, elbo.csv, speed.csv, samples/
     pairs: PairBatches|list[Pair],
     config: VAEConfig = VAEConfig(),
     epochs: int = 100,
@@ -385,7 +389,12 @@ def _white(n, mask, config, seed):
     size = mask.shape[-2:] if mask is not None else (config.resolution,)*2
     return torch.randn(n, 3, *size, generator=torch.Generator().manual_seed(seed))
 
-def _batch(mask): return mask if mask is None or mask.ndim == 4 else mask[None] if mask.ndim == 3 else mask[None, None]
+def _batch(mask):
+    "(H, W), (1, H, W) or (1, 1, H, W) -> (1, 1, H, W)"
+    if mask is None: return None
+    mask = mask[(None,)*max(0, 4-mask.ndim)]
+    if mask.ndim != 4 or mask.shape[:2] != (1, 1): raise KhmerOCRError(f'One mask is painted in many looks: (1, 1, H, W), not {tuple(mask.shape)}; for several, call it for each')
+    return mask
 
 @torch.inference_mode()
 def sample(
@@ -396,6 +405,7 @@ def sample(
     spread: float = 1.,  # standard deviation of the codes; below 1 more usual looks, above 1 rarer ones
 ) -> torch.Tensor:  # float (n, 3, H, W), -1..1
     "n looks of one mask; codes from the prior, or in the plain form from what the mask's own code leaves open"
+    if n < 1: raise KhmerOCRError(f'{n} looks were asked for: there must be at least one')
     mask, like, g = _batch(mask), next(vae.parameters()), torch.Generator().manual_seed(seed)
     mu, sd = torch.zeros(1, vae.config.latent), 1.
     if vae.plain and mask is not None: mu, logvar = (t.float().cpu() for t in vae.encode(mask.to(like))); sd = (logvar/2).exp()

@@ -117,6 +117,18 @@ def test_losses_by_hand(pages):
         assert abs(turns[0](net, b).item()-d.item()) < 1e-5 and abs(turns[1](net, b).item()-g.item()) < 1e-4
         turns[1](net, b).backward(); assert all(p.grad is not None for p in net.generator.parameters())
 
+def test_l1_of_means_lets_grain_pass():
+    from khmer_ocr.pix2pix import l1
+    board = torch.ones(1, 3, 8, 8); board[..., ::2, ::2] = board[..., 1::2, 1::2] = -1.; net = lambda k: Pix2Pix(replace(toy, l1_pool=k)); plain = torch.full((1, 3, 8, 8), .25)
+    assert l1(net(1), board, plain*0, None).item() == 1. and l1(net(2), board, plain*0, None).item() == 0. and l1(net(4), board, plain, None).item() == pytest.approx(.25)
+    assert 'l1_pool' in error(lambda: replace(toy, l1_pool=0))
+
+def test_noise_of_a_style_is_given_or_drawn_and_unknown_without():
+    torch.manual_seed(0); net = make_generator(replace(toy, style=5)).eval(); m, z, w = torch.rand(2, 1, 32, 32).round(), torch.randn(2, 5), torch.randn(2, 3, 32, 32)
+    assert net(m, z, w).equal(net(m, z, w)) and not net(m, z).equal(net(m, z)) and not net(m, z, w).equal(net(m, z, w*0))
+    torch.manual_seed(3); a = net(m, z); torch.manual_seed(3); assert net(m, z).equal(a)
+    assert make_generator(toy).eval().tuning is None
+
 def test_spectral_norm_takes_the_place_of_norms():
     net = Pix2Pix(replace(toy, use_spectral_norm=True)).train()
     assert not any(isinstance(m, nn.GroupNorm) for m in net.discriminator.modules()) and any(isinstance(m, nn.GroupNorm) for m in Pix2Pix(toy).discriminator.modules())

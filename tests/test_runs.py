@@ -41,6 +41,7 @@ def parameters(name, t, d):
         dcgan_explore=dict(papers=4, variants={'plain': {}}, model_dir=str(d/'models'), judged=8, device='cpu', **{k: v for k, v in painter.items() if k != 'z_dim'}),
         dcgan_inference=dict(model=str(d/'models/generator_model.safetensors'), samples=4, images=str(d/'out')),
         train_pix2pix=dict(model_dir=str(d/'models'), resolution=64, ngf=4, ndf=4, compare_progressive=True, **pages | dict(epochs=4)),
+        train_vae=dict(model_dir=str(d/'models'), resolution=64, latent=8, width=4, looks=3, masks_judged=2, **pages | dict(epochs=4)),
         generator_speed=dict(networks=['pix2pix', 'hybrid'], size=64, width=8, latent=8, batches=[2], thread_counts=[1, 2], compiled=False, rounds=1, training_batches=[1], calibration=8, claims={'pix2pix': [12, 8.2]}, device='cpu'),
         judge_looks=dict(pages=6, page_size=160, models=[str(d/'plain/generator.safetensors'), str(next((d/'styled').glob('vae*.safetensors')))] if name == 'judge_looks' else [], tiles=18, tile=64, looks=2, looked=2, lines=2, shown=True),
         corpus=dict(out=str(d/'corpus'), sources=[str(t/'text.txt')], limit=40, drawn=30, shown=1),
@@ -93,7 +94,13 @@ def check_looks(m, facts, page):
     assert j['flat colours']['M'] == 1 and j['flat colours']['R'] < .2 and all(0 <= j[k]['T'] <= 1 for k in j if k != 'real') and j['flat colours']['T'] > .6 and {k for k in j if 'D_same' in j[k]} == {styled} and j[styled]['D_same'] > 0
     assert m['models'][plain]['kind'] == 'pix2pix' and m['models'][styled] == {'kind': 'vae', 'style': 4, 'resolution': 64} and page.count('<img') == 4 and '±' in page and str(Path.cwd()) not in page
 
-checks = dict(generator_speed=check_speed, judge_looks=check_looks, train_pix2pix=check_pix2pix, release=check_release, corpus=check_corpus, generate=check_generate, validation_set=check_validation)
+def check_vae(m, facts, page):
+    assert (m['pages'], m['held_out'], m['own_pages'], m['form']) == (2, 1, True, 'style') and m['steps'] > 0 and m['scores']['real']['l1'] == 0 and m['scores']['real']['ssim'] > .999 and m['scores']['mean']['ssim'] < .9
+    assert {'loss', 'beta', 'mse', 'kl', 'active'} <= m['last'].keys() and m['last']['beta'] == 1 and m['best']['ssim'] > 0 and 0 <= m['active'] <= 8 and set(m['distance']) == {'sampled', 'real'}
+    assert set(m['diversity']) == {'pixels', 'looks'} and all(v > 0 for v in m['diversity'].values()) and 0 <= m['text_kept']['sampled'] <= 1 and .3 < m['text_kept']['real'] <= 1
+    assert m['parameters']['encoder'] > 0 < m['parameters']['decoder'] and facts['times']['squares_per_second'] > 0 and page.count('<img') >= 11 and 'learnt by heart' in page
+
+checks = dict(train_vae=check_vae, generator_speed=check_speed, judge_looks=check_looks, train_pix2pix=check_pix2pix, release=check_release, corpus=check_corpus, generate=check_generate, validation_set=check_validation)
 
 @pytest.mark.parametrize('name', available_runs())
 def test_run(name, tiny, tmp_path):
