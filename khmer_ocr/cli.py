@@ -667,7 +667,7 @@ def _gan_settings(kind, config) -> tuple[dict, dict]:
     "A settings file as (settings of the networks, settings of the loop)"
     from dataclasses import fields
     from khmer_ocr.training import TrainConfig
-    net = {f.name for c in _networks(kind) for f in fields(c)}; loop = {f.name for f in fields(TrainConfig)} | ({'samples_every', 'decay'} if kind == 'pix2pix' else set())
+    net = {f.name for c in _networks(kind) for f in fields(c)} | ({'spread'} if kind in ('vae', 'hybrid') else set()); loop = {f.name for f in fields(TrainConfig)} | ({'samples_every', 'decay'} if kind == 'pix2pix' else set())
     given = read_settings(config) if config else {}
     for k in given:
         if k not in net | loop: raise KhmerOCRError(f'{config}: {k!r} is no setting of {kind}{suggest(k, net | loop)}')

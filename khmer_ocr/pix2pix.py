@@ -121,17 +121,20 @@ class Growing(nn.Module):
     def move(self, stage: int, faded: float): self.state.copy_(torch.tensor([stage, round(faded*2**20)]))
 
 # %% ../nbs/21_pix2pix.ipynb #47cd0af7
+_grains = (1, 2, 4, 8)      # px
+
 class Tuning(nn.Module):
-    "What a style (B, style) does: maps of level i are scaled, shifted and get grain; paper and ink get their tones. noise: (B, 3, H, W), of the mask's size"
+    "What a style (B, style) does: maps of level i are scaled and shifted; paper and ink get their tones, and all gets grain out of white noise (B, 3, H, W)"
     def __init__(self, style: int, widths: list[int]):
         super().__init__()
-        self.films, self.both = nn.ModuleList(nn.Linear(style, 3*w) for w in widths), nn.Linear(style, 9)
-    def forward(self, i, x, style, noise):
-        scale, shift, grain = self.films[i](style)[..., None, None].chunk(3, 1); k = noise.shape[-1]//x.shape[-1]
-        return x*(1+scale) + shift + grain*F.avg_pool2d(noise[:, :1], k)*k
-    def tones(self, style, mask, noise):
-        paper, ink, grain = self.both(style)[..., None, None].chunk(3, 1)
-        return paper + (ink-paper)*mask + grain*noise
+        self.films, self.both = nn.ModuleList(nn.Linear(style, 2*w) for w in widths), nn.Linear(style, 6)
+        self.strengths = nn.Linear(style, 3*len(_grains))
+    def forward(self, i, x, style): scale, shift = self.films[i](style)[..., None, None].chunk(2, 1); return x*(1+scale) + shift
+    def tones(self, style, mask): paper, ink = self.both(style)[..., None, None].chunk(2, 1); return paper + (ink-paper)*mask
+    def grain(self, style, noise):
+        smooth = lambda k: F.avg_pool2d(F.pad(noise, (0, k-1, 0, k-1), 'circular'), k, 1)*k if k > 1 else noise
+        strengths = self.strengths(style)[..., None, None].chunk(len(_grains), 1)
+        return sum(s*smooth(k) for s, k in zip(strengths, _grains))
 
 # %% ../nbs/21_pix2pix.ipynb #816d3112
 class UNet(nn.Module):
@@ -153,7 +156,7 @@ class UNet(nn.Module):
             h[i+1] = run(self.config, self.downs[i], h[i])
             if i == k and a < 1: h[i+1] = torch.lerp(self.growing.enter[k](F.avg_pool2d(x, 2)), h[i+1], a)
         d = self.rise(h, k, a, style)
-        return torch.tanh(d if style is None else d + self.tuning.tones(style[0], mask, style[1]))
+        return torch.tanh(d if style is None else d + self.tuning.tones(style[0], mask) + self.tuning.grain(*style))
 
     def rise(self, h, k, a, style):
         "The way up, from the innermost level to level k"
@@ -161,7 +164,7 @@ class UNet(nn.Module):
         for i in reversed(range(k, len(self.ups))):
             if i < len(self.ups)-1: d = torch.cat([self.gates[i](h[i+1], d) if self.gates else h[i+1], d], 1)
             coarse, d = d, run(self.config, self.ups[i], d)
-            if i and style is not None: d = self.tuning(i-1, d, *style)
+            if i and style is not None: d = self.tuning(i-1, d, style[0])
         if k: d = self.growing.leave[k-1](d)
         return d if a == 1 else torch.lerp(F.interpolate(self.growing.leave[k](coarse[:, -self.config.widths[k]:]), scale_factor=2.), d, a)
 
@@ -205,8 +208,9 @@ class DoubleUNet(nn.Module):
         for i in reversed(range(len(self.ups))):
             d = self.doubles[i](d)
             d = run(self.config, self.ups[i], torch.cat([self.gates[i](h[i], d) if self.gates else h[i], d], 1))
-            if style is not None: d = self.tuning(i, d, *style)
-        return torch.tanh(self.out(d) if style is None else self.out(d) + self.tuning.tones(style[0], mask, style[1]))
+            if style is not None: d = self.tuning(i, d, style[0])
+        d = self.out(d)
+        return torch.tanh(d if style is None else d + self.tuning.tones(style[0], mask) + self.tuning.grain(*style))
 
 # %% ../nbs/21_pix2pix.ipynb #240f43a3
 def make_generator(config: Pix2PixConfig, stages: int = 0) -> nn.Module:
@@ -263,7 +267,7 @@ def check_generator(generator: nn.Module, config: Pix2PixConfig) -> nn.Module:  
 # %% ../nbs/21_pix2pix.ipynb #6b1203b1
 def l1(net, made, image, condition):
     k = net.config.l1_pool; difference = made.float()-image
-    return (F.avg_pool2d(difference, k) if k > 1 else difference).abs().mean()
+    return (F.avg_pool2d(difference, k, 1) if k > 1 else difference).abs().mean()      # windows at every pixel: a lattice of them would leave its mark
 
 def match(net, made, image, condition):
     "Mean over the discriminator's stages of the mean absolute difference of their features"

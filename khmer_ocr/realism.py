@@ -190,7 +190,7 @@ def _settings(self: SyntheticDataGenerator, cls, **more):
         if k not in names: raise KhmerOCRError(f"Unknown setting '{k}'{suggest(k, names)}: it belongs to none of {', '.join(c.__name__ for c in mine)}")
     own = dict(resolution=self.resolution)
     own |= dict(lambda_l1=float(self.lambda_l1), use_spectral_norm=self.use_spectral_norm) if cls is Pix2PixConfig else dict(latent=self.latent_dim)
-    if len(mine) > 1 and cls is Pix2PixConfig: own |= dict(smooth=8, l1_pool=4)      # no stage that leaves dots, and grain that costs nothing
+    if len(mine) > 1 and cls is Pix2PixConfig: own |= dict(smooth=8)      # no stage that leaves dots: a style is painted large
     given = {k: v for k, v in self.network.items() if cls is mine[0] or k != 'form'}
     return configure(cls, own | _known(cls, given) | {k: v for k, v in more.items() if v is not None})
 

@@ -44,7 +44,8 @@ NETWORKS = tuple(_makers)
 def _starts(name, batch, size, latent) -> list[torch.Tensor]:
     "What a network takes to make `batch` images: masks like text, codes, noise"
     mask = (F.avg_pool2d(torch.rand(batch, 1, size+8, size+8), 9, 1) > .52).float(); z = torch.randn(batch, latent)
-    return {'vae': [z, mask, torch.randn(batch, 3, size, size)], 'vae, plain': [z], 'hybrid': [mask, z], 'dcgan': [torch.randn(batch, 100, 1, 1)]}.get(name, [mask])
+    noise = torch.randn(batch, 3, size, size)
+    return {'vae': [z, mask, noise], 'vae, plain': [z], 'hybrid': [mask, z, noise], 'dcgan': [torch.randn(batch, 100, 1, 1)]}.get(name, [mask])
 
 def network(
     name: str,  # of `NETWORKS`

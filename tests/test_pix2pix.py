@@ -129,6 +129,16 @@ def test_noise_of_a_style_is_given_or_drawn_and_unknown_without():
     torch.manual_seed(3); a = net(m, z); torch.manual_seed(3); assert net(m, z).equal(a)
     assert make_generator(toy).eval().tuning is None
 
+def test_grain_of_every_size_has_no_lattice():
+    from khmer_ocr.gan import dot_grid
+    from khmer_ocr.pix2pix import Tuning
+    torch.manual_seed(0); tuning, noise = Tuning(3, [4]), torch.randn(16, 3, 128, 128); z = torch.zeros(16, 3)
+    with torch.no_grad():
+        for k in range(4):
+            tuning.strengths.bias.zero_()[3*k:3*k+3] = .5; g = tuning.grain(z, noise)
+            assert g.std().item() == pytest.approx(.5, rel=.05) and dot_grid(g).item() < 1.5 and g.mean().abs() < .05
+        lattice = nn.functional.interpolate(nn.functional.avg_pool2d(noise, 4)*4, scale_factor=4.).abs(); assert dot_grid(lattice*(torch.arange(128) % 4 == 0)).item() > 1.5
+
 def test_spectral_norm_takes_the_place_of_norms():
     net = Pix2Pix(replace(toy, use_spectral_norm=True)).train()
     assert not any(isinstance(m, nn.GroupNorm) for m in net.discriminator.modules()) and any(isinstance(m, nn.GroupNorm) for m in Pix2Pix(toy).discriminator.modules())

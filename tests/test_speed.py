@@ -41,7 +41,7 @@ def test_full_sizes():
 
 def test_masks_look_like_text_and_codes_have_their_length():
     _, (z, mask, noise) = network('vae', 2, **toy); assert z.shape == (2, 16) and noise.shape == (2, 3, 64, 64) and .1 < mask.mean() < .5 and set(mask.unique().tolist()) == {0., 1.}
-    assert [x.shape for x in network('hybrid', 2, **toy)[1]] == [(2, 1, 64, 64), (2, 16)] and len(network('pix2pix', 2, **toy)[1]) == 1
+    assert [x.shape for x in network('hybrid', 2, **toy)[1]] == [(2, 1, 64, 64), (2, 16), (2, 3, 64, 64)] and len(network('pix2pix', 2, **toy)[1]) == 1
 
 def test_grain_and_code_are_heard():
     for name, k in (('vae', 0), ('vae', 1), ('vae', 2), ('hybrid', 0), ('hybrid', 1), ('vae, plain', 0), ('dcgan', 0)):
