@@ -43,7 +43,8 @@ def run_tesseract(
     paths,  # line images
     model='khm'  # one of `tesseract_models`
 ) -> Run:
-    "Read line images with Tesseract on one thread; KhmerOCRError if it fails"
+    "Read line images with Tesseract on one thread; KhmerOCRError if it fails or is not installed"
+    if not shutil.which('tesseract'): raise KhmerOCRError('tesseract is not installed: on Debian and Ubuntu, apt install tesseract-ocr tesseract-ocr-khm')
     with tempfile.TemporaryDirectory() as d:
         (Path(d)/'list.txt').write_text(''.join(f'{Path(p).resolve()}\n' for p in paths))
         c = _children()
