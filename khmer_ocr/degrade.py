@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'OPERATIONS', 'LOOKS', 'LEARNED', 'weight', 'blur', 'motio
            'chat', 'bilevel', 'erode', 'dilate', 'open_look', 'check_preset', 'preset', 'degrade', 'operation_costs']
 
 # %% ../nbs/04_degrade.ipynb #6e13ab4d
-import time
+import os, time
 import cv2
 import numpy as np
 from collections.abc import Callable
@@ -477,13 +477,16 @@ LEARNED = (('weight', .3), ('broken', .08), ('margins', .7), ('neighbours', .4),
     ('motion', .03), ('blur', .2), ('resample', .25), ('noise', .1), ('jpeg', .3), ('invert', .03))
 
 @lru_cache(4)
+def _opened(name, path, stamp):
+    module, _, maker = LOOKS[name].partition(':')
+    return getattr(import_module(module), maker)(path)
+
 def open_look(
     name: str,  # of `LOOKS`
     path: str  # of a trained model
 ) -> Callable:  # an operation
-    "Make the operation that a model has learned, once in each process"
-    module, _, maker = LOOKS[name].partition(':')
-    return getattr(import_module(module), maker)(path)
+    "Make the operation that a model has learned, once in each process and again when the file has changed"
+    return _opened(name, path, os.stat(path).st_mtime_ns if os.path.exists(path) else None)
 
 # %% ../nbs/04_degrade.ipynb #873a06fe
 def check_preset(

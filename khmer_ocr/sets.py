@@ -281,7 +281,6 @@ def _code_sha256(modules=('text', 'corpus', 'sampler', 'fonts', 'render', 'degra
     sources = [Path(find_spec(f'khmer_ocr.{m}').origin).read_text(encoding='utf-8') for m in modules]
     return _sha256('\n'.join(l for s in sources for l in s.splitlines() if l.strip() and not l.lstrip().startswith('#')).encode())
 
-@lru_cache(4)
 def _look(preset) -> dict:
     "For a preset with the file of a model: its name without the file, and what decides the bytes instead; {} for the others"
     kind, _, path = str(preset).partition(':')
