@@ -660,14 +660,15 @@ app.add_typer(gan, name='gan')
 def _networks(kind) -> tuple:
     "The dataclasses that know the settings of a generator"
     from khmer_ocr.dcgan import DCGANConfig
-    from khmer_ocr.realism import _shapes
-    return (DCGANConfig,) if kind == 'dcgan' else _shapes[kind]
+    from khmer_ocr.realism import CONFIGS
+    return (DCGANConfig,) if kind == 'dcgan' else CONFIGS[kind]
 
 def _gan_settings(kind, config) -> tuple[dict, dict]:
     "A settings file as (settings of the networks, settings of the loop)"
     from dataclasses import fields
     from khmer_ocr.training import TrainConfig
-    net = {f.name for c in _networks(kind) for f in fields(c)} | ({'spread'} if kind in ('vae', 'hybrid') else set()); loop = {f.name for f in fields(TrainConfig)} | ({'samples_every', 'decay'} if kind == 'pix2pix' else set())
+    net = {f.name for c in _networks(kind) for f in fields(c)} | ({'batch_size', 'seed'} if kind != 'dcgan' else set()) | ({'spread'} if kind in ('vae', 'hybrid') else set())
+    loop = {f.name for f in fields(TrainConfig)} | ({'samples_every', 'decay'} if kind == 'pix2pix' else set())
     given = read_settings(config) if config else {}
     for k in given:
         if k not in net | loop: raise KhmerOCRError(f'{config}: {k!r} is no setting of {kind}{suggest(k, net | loop)}')
@@ -687,6 +688,7 @@ def _pages(data, masks, seed):
         rng = np.random.default_rng(seed); pairs = rendered_pairs([rule_line(rng) for _ in range(400)], find_fonts(split='train'), 24, seed)
     return split_pairs(pairs, .2, seed) if len({p.group or p.name for p in pairs}) > 4 else (pairs, [])
 
+# %% ../nbs/32_cli.ipynb #65bded61
 @gan.command('train')
 def gan_train(
     kind: str = typer.Argument(..., metavar='dcgan|pix2pix|vae|hybrid', callback=_one_of(*_painters), help='dcgan: surfaces out of noise; the others paint masks: one sharp look, many looks, or both.'),
@@ -699,19 +701,20 @@ def gan_train(
     batch_size: int = typer.Option(None, '--batch-size', callback=_positive, help='Squares per batch; default 4, of pix2pix 1, of a dcgan 64.'),
     lr: float = typer.Option(None, '--lr', help='Rate of Adam; default 0.0002, of a VAE 0.001.'),
     resume: str = typer.Option(None, '--resume', metavar='latest|PATH', help='Go on with a run; of a hybrid latest only.'),
-    device: str = typer.Option('auto', '--device', metavar='auto|cpu|cuda', callback=_one_of('auto', 'cpu', 'cuda'), help='Where to compute.'),
-    precision: str = typer.Option('auto', '--precision', metavar='auto|bf16-mixed|16-mixed|32-true', callback=_one_of('auto', 'bf16-mixed', '16-mixed', '32-true'), help='Of the arithmetic.'),
-    threads: int = typer.Option(0, '--threads', callback=_seed, help='CPU threads; 0: as PyTorch likes.'),
-    seed: int = typer.Option(42, '--seed', callback=_seed, help='Decides weights, crops and noise.')):
+    device: str = typer.Option(None, '--device', metavar='auto|cpu|cuda', callback=_one_of('auto', 'cpu', 'cuda'), help='Where to compute; default auto.'),
+    precision: str = typer.Option(None, '--precision', metavar='auto|bf16-mixed|16-mixed|32-true', callback=_one_of('auto', 'bf16-mixed', '16-mixed', '32-true'), help='Of the arithmetic; default auto.'),
+    threads: int = typer.Option(None, '--threads', callback=_seed, help='CPU threads; default 0: as PyTorch likes.'),
+    seed: int = typer.Option(None, '--seed', callback=_seed, help='Decides weights, crops and noise; default 42.')):
     "Learn a look from scans."
-    net, loop = _gan_settings(kind, config); out = Path(out or f'models/{kind}')
-    loop |= dict(device=device, precision=precision, threads=threads) | ({} if lr is None else dict(lr=lr))
-    if kind == 'dcgan': return _train_dcgan(data, out, net | {k: v for k, v in dict(epochs=num_epochs, image_size=image_size, batch_size=batch_size).items() if v} | dict(seed=seed), loop, resume)
+    net, loop = _gan_settings(kind, config); out = Path(out or f'models/{kind}'); said = lambda **given: {k: v for k, v in given.items() if v is not None}
+    net |= said(batch_size=batch_size, seed=seed); loop |= said(lr=lr, device=device, precision=precision, threads=threads)
+    if kind == 'dcgan' and masks: raise KhmerOCRError('--masks is not for a dcgan, which makes images out of noise')
+    if kind == 'dcgan': return _train_dcgan(data, out, net | said(epochs=num_epochs, image_size=image_size), dict(precision='auto') | loop, resume)
     from khmer_ocr.realism import SyntheticDataGenerator, choose_model
+    side = net.pop('resolution', 256); side, seed = image_size or side, net.pop('seed', 42)
     train, unseen = _pages(data, masks, seed)
     print(f'{len(train)} pages to learn from, {len(unseen)} to measure on. The guide says {choose_model(len(train))}')
-    side = image_size or net.pop('resolution', 256)
-    g = SyntheticDataGenerator(kind, device, (side, side), **dict(latent_dim=net.pop('latent', 512)), batch_size=batch_size or (1 if kind == 'pix2pix' else 4), out_dir=out, seed=seed, **net)
+    g = SyntheticDataGenerator(kind, loop.pop('device', None), (side, side), net.pop('latent', 512), net.pop('batch_size', 1 if kind == 'pix2pix' else 4), out_dir=out, seed=seed, **net)
     g.train(train, num_epochs or 100, held_out=unseen, resume=resume, **loop)
     print(f'{out/"painter.safetensors"}: paint with khmer-ocr gan generate {kind}, or draw lines with the preset learned:{out/"painter.safetensors"}')
 
@@ -737,6 +740,7 @@ def gan_generate(
     out, model = Path(out or f'data/generated/{kind}'), model or f'models/{kind}/{"generator_model" if kind == "dcgan" else "painter"}.safetensors'
     if not Path(model).exists(): raise KhmerOCRError(f'There is no model {model}: train one with khmer-ocr gan train {kind}, or give --model FILE')
     if kind == 'dcgan':
+        if masks: raise KhmerOCRError('--masks is not for a dcgan, which makes images out of noise')
         from khmer_ocr.dcgan import generate
         return print(f'{len(generate(model, num or 64, out, seed))} images in {out}')
     from khmer_ocr.pairs import image_files, read_masks

@@ -401,7 +401,17 @@ def test_gan_dcgan_from_good_images(pages, tmp_path):
     assert 'Loss_D' in ok(*args) and (tmp_path/'m'/'network-snapshot-000001.safetensors').exists()
     assert '3 images in' in ok('gan', 'generate', 'dcgan', '--model', tmp_path/'m'/'generator_model.safetensors', '--num', 3, '--out', tmp_path/'o') and files(tmp_path/'o') == [f'synthetic_{i}.png' for i in range(3)]
 
-@pytest.mark.parametrize('args, word', [(('train', 'dcgan', '--data', '{t}/none'), 'No images found in'), (('train', 'vae', '--data', '{t}/one', '--masks', '{t}/none'), 'No images found in'), (('train', 'pixpix'), 'did you mean pix2pix?'),
+@pytest.mark.parametrize('kind', ['pix2pix', 'dcgan'])
+def test_gan_settings_of_the_file_hold_where_the_command_line_is_silent(kind, pages, tmp_path):
+    from khmer_ocr.learner import load_checkpoint
+    name = 'resolution = 64' if kind == 'pix2pix' else 'image_size = 64'
+    (tmp_path/'c.toml').write_text(f'{name}\nprecision = "32-true"\ndevice = "cpu"\nseed = 7\nbatch_size = 2\nlr = 0.001\n' + ('ngf = 4\nndf = 4\nsteps = 1\n' if kind == 'pix2pix' else 'width = 4\nd_width = 4\nz_dim = 5\nepochs = 1\n'))
+    for more, want in (((), (64, 7, 2, 1e-3)), (('--image-size', 32, '--seed', 8, '--batch-size', 4, '--lr', .002), (32, 8, 4, 2e-3))):
+        ok('gan', 'train', kind, '--data', pages/'images', '--config', tmp_path/'c.toml', '--out', tmp_path/str(len(more)), *more)
+        h = load_checkpoint(next((tmp_path/str(len(more))).rglob('latest.safetensors')))[1]; t = h.get('train') or h['settings']
+        assert (h['config'].get('resolution') or h['config']['image_size'], t['seed'], t['batch_size'], t['lr'], t['precision'], t['device']) == (*want, '32-true', 'cpu')
+
+@pytest.mark.parametrize('args, word', [(('train', 'dcgan', '--data', '{t}/none'), 'No images found in'), (('train', 'dcgan', '--masks', '{t}/one'), 'is not for a dcgan'), (('generate', 'dcgan', '--model', '{t}/bad.toml', '--masks', '{t}/one'), 'is not for a dcgan'), (('train', 'vae', '--data', '{t}/one', '--masks', '{t}/none'), 'No images found in'), (('train', 'pixpix'), 'did you mean pix2pix?'),
     (('train', 'vae', '--data', '{t}/one', '--config', '{t}/bad.toml'), 'did you mean width?'), (('train', 'vae', '--data', '{t}/one', '--image-size', '48'), 'power of two'), (('train', 'hybrid', '--data', '{t}/one', '--resume', 'x.safetensors'), "resume='latest'"),
     (('generate', 'vae', '--masks', '{t}/one'), 'train one with khmer-ocr gan train vae'), (('generate', 'vae', '--model', '{t}/bad.toml'), 'no masks to paint'), (('generate', 'vae', '--model', '{t}/bad.toml', '--masks', '{t}/one'), 'bad.toml'), (('train', 'vae', '--device', 'tpu'), 'auto, cpu or cuda')])
 def test_gan_bad_input(args, word, pages, tmp_path, monkeypatch):
