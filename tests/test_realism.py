@@ -325,6 +325,16 @@ def test_the_model_is_part_of_what_a_set_is_made_of_wherever_it_lies(model, tmp_
     w, h = load_checkpoint(model); other = tmp_path/'other.safetensors'; save_checkpoint(other, {k: v*1.01 if v.is_floating_point() else v for k, v in w.items()}, h)
     assert 'look' in error(lambda: generate_set(recipe(tmp_path, other), tmp_path/'set', max_lines=3, splits=('val',), progress=False))
 
+def test_a_model_trained_again_is_opened_again(model, hybrid, tmp_path):
+    import os, shutil
+    from khmer_ocr.degrade import open_look
+    from khmer_ocr.sets import provenance
+    from khmer_ocr.synth import Synth
+    shutil.copy(model, f := tmp_path/'m.safetensors'); a, first = open_look('learned', str(f)), provenance(Synth(recipe(tmp_path, f)))['look']
+    assert open_look('learned', str(f)) is a
+    shutil.copy(hybrid.out_dir/'painter.safetensors', f); os.utime(f, ns=(1, 1))
+    assert open_look('learned', str(f)).painter.kind == 'hybrid' and provenance(Synth(recipe(tmp_path, f)))['look']['model'] != first['model']
+
 @pytest.mark.parametrize('preset, word', [('learned', 'add its file'), ('learned:', 'add its file'), ('lerned:x', 'did you mean learned'), ('learned:none.safetensors', 'not found')])
 def test_learned_preset_faults(preset, word, tmp_path):
     from khmer_ocr.degrade import preset as open_preset
