@@ -1,13 +1,16 @@
 "Self-training: which lines are believed, labels as files, rounds that are resumed to the same weights, mistakes in one line."
 import cv2, numpy as np, pytest, torch
-from khmer_ocr.adapt import adapt, choose, label_lines, trust
-from khmer_ocr.ctc import CTCConfig, CTCNet, Units, header, load_ctc
-from khmer_ocr.data import LineFolder, read_labels
-from khmer_ocr.learner import Callback, CancelFit, save_checkpoint
-from khmer_ocr.reader import Reading
-from khmer_ocr.synth import Recipe
-from khmer_ocr.text import KhmerOCRError, charset, normalise
-from khmer_ocr.training import TrainConfig
+from khmer_ocr.experiments.self_training import adapt, choose, label_lines, trust
+from khmer_ocr.models.ctc import CTCConfig, CTCNet, header, load_ctc
+from khmer_ocr.text.tokenizers import Units
+from khmer_ocr.data.datasets import LineFolder, read_labels
+from khmer_ocr.training.callbacks import Callback, CancelFit
+from khmer_ocr.training.checkpoints import save_checkpoint
+from khmer_ocr.inference.reader import Reading
+from khmer_ocr.synth.generator import Recipe
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.text.khmer import charset, normalise
+from khmer_ocr.training.settings import TrainConfig
 
 texts = [normalise(t) for t in ('ព្រះរាជាណាចក្រ', 'ភ្នំពេញ', 'សុខសប្បាយទេ?', 'ឆ្នាំ២០២៥')]
 def pages(folder, n=6):

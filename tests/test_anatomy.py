@@ -2,10 +2,10 @@
 import io, pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from khmer_ocr.anatomy import draw_network, layer_table, layers
-from khmer_ocr.dcgan import Discriminator, Generator
-from khmer_ocr.pix2pix import PatchGAN, Pix2PixConfig, make_generator
-from khmer_ocr.vae import VAE, VAEConfig
+from khmer_ocr.reporting.networks import draw_network, layer_table, layers
+from khmer_ocr.generative.dcgan import Discriminator, Generator
+from khmer_ocr.generative.pix2pix import PatchGAN, Pix2PixConfig, make_generator
+from khmer_ocr.generative.vae import VAE, VAEConfig
 
 def unet(size=32, **kw): return make_generator(Pix2PixConfig(resolution=size, ngf=4, **kw))
 def mask(size=32, n=1): return torch.rand(n, 1, size, size).round()

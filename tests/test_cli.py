@@ -5,7 +5,7 @@ import numpy as np, pytest
 from PIL import Image
 from typer.testing import CliRunner
 from tiny import make_tiny
-from khmer_ocr.cli import app
+from khmer_ocr.cli.common import app
 
 command = [sys.executable, '-c', 'from khmer_ocr.cli import app; app()']
 
@@ -222,7 +222,7 @@ def tuning(tiny, model, tmp_path, *more):
 
 def test_fine_tuning_on_own_lines(tiny, model, tmp_path):
     "Own lines with drawn ones mixed in, from trained weights, part of them frozen, at several sizes; resumed to the same bytes"
-    from khmer_ocr.learner import load_checkpoint
+    from khmer_ocr.training.checkpoints import load_checkpoint
     own_lines(tmp_path/'mine'); go = tuning(tiny, model, tmp_path, '--freeze', 'look', '--scale', .2, '--keep-best', 1, '--logs', tmp_path/'logs')
     assert '4 steps done' in ok(*go, '--out', tmp_path/'whole')
     a, b = load_checkpoint(model)[0], load_checkpoint(tmp_path/'whole/best.safetensors')
@@ -238,7 +238,7 @@ def test_tuning_stopped_and_resumed_is_tuning(tiny, model, tmp_path):
     (tmp_path/'t.toml').write_text((tmp_path/'t.toml').read_text() + 'eval_every = 2\n')
     ok(*go, '--out', tmp_path/'whole', '--patience', 9); assert '2 steps done' in ok(*go, '--out', tmp_path/'cut', '--stop-at', 99)
     ok(*go, '--out', tmp_path/'cut', '--resume', 'latest', '--patience', 9)
-    from khmer_ocr.learner import load_checkpoint
+    from khmer_ocr.training.checkpoints import load_checkpoint
     a, b = (load_checkpoint(tmp_path/k/'latest.safetensors') for k in ('whole', 'cut'))
     assert all(v.equal(b[0][k]) for k, v in a[0].items()) and (tmp_path/'whole/history.csv').read_bytes() == (tmp_path/'cut/history.csv').read_bytes()
 
@@ -250,7 +250,7 @@ def test_labels_that_the_reader_has_no_letters_for(tiny, model, tmp_path):
     assert r.exit_code == 0 and r.stderr.splitlines()[0].startswith('2 lines are left out')
 
 def test_a_curriculum_from_a_file_and_from_an_option(tiny, tmp_path):
-    from khmer_ocr.learner import load_checkpoint
+    from khmer_ocr.training.checkpoints import load_checkpoint
     settings(tmp_path/'s.toml'); text = (tmp_path/'s.toml').read_text()
     (tmp_path/'s.toml').write_text(text + '[[curriculum]]\nsteps = 2\npreset = "light"\nwording = {lengths = [1, 0, 0, 0]}\n[[curriculum]]\nshare = 0.25\npreset = "clean"\n[[curriculum]]\n')
     go = ('train', '--corpus', tiny/'corpus', '--steps', 8, '--batch-size', 2, '--threads', 1, '--validation-dir', 'none', '--config')
@@ -267,7 +267,7 @@ def test_a_curriculum_from_a_file_and_from_an_option(tiny, tmp_path):
 
 def test_train_the_attention_reader(tiny, model, tmp_path):
     "From nothing with the settings of the paper, and as a decoder upon a CTC reader that stays as it is"
-    from khmer_ocr.learner import load_checkpoint
+    from khmer_ocr.training.checkpoints import load_checkpoint
     (tmp_path/'s.toml').write_text('[train]\ntensorboard = false\nprecision = "32-true"\n[model]\nchannels = [4, 4, 4, 4, 4, 4, 4]\nnarrow = 4\nframes = 4\nhidden = 8\nattention = 4\n')
     go = ('train', '--model', 'seq2seq', '--corpus', tiny/'corpus', '--steps', 2, '--batch-size', 2, '--threads', 1, '--validation-dir', 'none')
     ok(*go, '--settings', 'buoy2022', '--config', tmp_path/'s.toml', '--out', tmp_path/'a', '--mix', .5, '--data', tiny/'set', '--skip-unknown')
@@ -282,7 +282,7 @@ def test_train_the_attention_reader(tiny, model, tmp_path):
 
 def test_automatic_batch_size_stays_with_the_run(tiny, tmp_path, monkeypatch):
     import khmer_ocr.training as training
-    from khmer_ocr.learner import load_checkpoint
+    from khmer_ocr.training.checkpoints import load_checkpoint
     go = ('train', '--config', settings(tmp_path/'s.toml'), '--corpus', tiny/'corpus', '--batch-size', 'auto', '--threads', 1, '--validation-dir', 'none', '--out', tmp_path/'run', '--steps')
     monkeypatch.setattr(training, 'free_memory', lambda device='cpu': 12*2**20)
     ok(*go, 1); n = load_checkpoint(tmp_path/'run/latest.safetensors')[1]['settings']['batch_size']
@@ -314,7 +314,8 @@ def test_sigterm_to_the_whole_group_stops_and_saves(tiny, tmp_path):
 def test_train_under_torchrun(tiny, tmp_path):
     "Two processes: one writes and speaks, and the result is that of one process with twice the batches"
     from test_training import torchrun
-    from khmer_ocr.learner import load_checkpoint, read_history
+    from khmer_ocr.training.checkpoints import load_checkpoint
+    from khmer_ocr.training.callbacks import read_history
     net = '[model]\nchannels = [8, 8, 8, 8, 16]\nhidden = 8\nlayers = 1\ndropout = 0.0\n'
     for name, k in (('two', 1), ('one', 2)): (tmp_path/f'{name}.toml').write_text(f'[train]\nprecision = "32-true"\ntensorboard = false\nlog_every = 1\naccumulate = {k}\n{net}')
     go = lambda name: ['train', '--config', tmp_path/f'{name}.toml', '--corpus', tiny/'corpus', '--steps', '4', '--batch-size', '2', '--threads', '1', '--validation-dir', 'none', '--out', tmp_path/name]
@@ -375,8 +376,8 @@ on_cpu = ('--device', 'cpu', '--precision', '32-true')
 
 @pytest.fixture(scope='module')
 def pages(tmp_path_factory):
-    from khmer_ocr.fonts import find_fonts
-    from khmer_ocr.pairs import rendered_pairs, save_pairs
+    from khmer_ocr.synth.fonts import find_fonts
+    from khmer_ocr.generative.pairs import rendered_pairs, save_pairs
     d = tmp_path_factory.mktemp('pages'); save_pairs(d, rendered_pairs(['ភ្នំពេញ', 'សាលា'], [next(f for f in find_fonts() if f.name == 'Noto Sans Khmer Variable Regular')], 6, seed=2, shape=(72, 90), size=(16, 20)))
     return d
 
@@ -403,7 +404,7 @@ def test_gan_dcgan_from_good_images(pages, tmp_path):
 
 @pytest.mark.parametrize('kind', ['pix2pix', 'dcgan'])
 def test_gan_settings_of_the_file_hold_where_the_command_line_is_silent(kind, pages, tmp_path):
-    from khmer_ocr.learner import load_checkpoint
+    from khmer_ocr.training.checkpoints import load_checkpoint
     name = 'resolution = 64' if kind == 'pix2pix' else 'image_size = 64'
     (tmp_path/'c.toml').write_text(f'{name}\nprecision = "32-true"\ndevice = "cpu"\nseed = 7\nbatch_size = 2\nlr = 0.001\n' + ('ngf = 4\nndf = 4\nsteps = 1\n' if kind == 'pix2pix' else 'width = 4\nd_width = 4\nz_dim = 5\nepochs = 1\n'))
     for more, want in (((), (64, 7, 2, 1e-3)), (('--image-size', 32, '--seed', 8, '--batch-size', 4, '--lr', .002), (32, 8, 4, 2e-3))):

@@ -2,12 +2,15 @@
 import subprocess, sys
 from dataclasses import asdict
 import cv2, numpy as np, pytest, torch
-from khmer_ocr.compact import OnnxNet, OnnxReader, export_onnx, open_reader, quantise, write_program
-from khmer_ocr.ctc import CTCConfig, CTCNet, Units, header
-from khmer_ocr.learner import save_checkpoint
-from khmer_ocr.reader import Reader
-from khmer_ocr.seq2seq import Seq2Seq, make_units, seq2seq_preset
-from khmer_ocr.text import KhmerOCRError, charset
+from khmer_ocr.inference.onnx import OnnxNet, OnnxReader, export_onnx, open_reader, quantise, write_program
+from khmer_ocr.models.ctc import CTCConfig, CTCNet, header
+from khmer_ocr.text.tokenizers import Units
+from khmer_ocr.training.checkpoints import save_checkpoint
+from khmer_ocr.inference.reader import Reader
+from khmer_ocr.models.attention import Seq2Seq, make_units
+from khmer_ocr.models.attention_training import seq2seq_preset
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.text.khmer import charset
 
 pytest.importorskip('onnx'); ort = pytest.importorskip('onnxruntime')
 units = Units(charset('khmer-latin'))

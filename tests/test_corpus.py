@@ -4,8 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from khmer_ocr import corpus
-from khmer_ocr.corpus import *
-from khmer_ocr.text import KhmerOCRError, charset, normalise
+from khmer_ocr.text.sources import *
+from khmer_ocr.text.cleaning import *
+from khmer_ocr.text.rules import *
+from khmer_ocr.text.corpus import *
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.text.khmer import charset, normalise
 
 words = 'ប្រទេស កម្ពុជា សាលារៀន កុមារ អាន សៀវភៅ ទន្លេ ភ្នំ ផ្ទះ ទីក្រុង មនុស្ស ច្បាប់ សិទ្ធិ បុណ្យ ភូមិ ខ្មែរ'.split()
 

@@ -1,10 +1,17 @@
 "The CTC reader: resume to the same weights, warm restart, checkpoints of others refused."
 import pytest, torch
-from khmer_ocr.ctc import CTCConfig, CTCLoss, CTCNet, Units, greedy, load_ctc, release, train_ctc
-from khmer_ocr.data import as_input, collate
-from khmer_ocr.learner import Callback, CancelFit, TrainConfig, save_checkpoint
-from khmer_ocr.synth import Recipe
-from khmer_ocr.text import KhmerOCRError, charset, normalise
+from khmer_ocr.models.ctc import CTCConfig, CTCNet, load_ctc
+from khmer_ocr.models.ctc_training import CTCLoss, train_ctc
+from khmer_ocr.text.tokenizers import Units
+from khmer_ocr.models.decoding import greedy
+from khmer_ocr.models.release import release
+from khmer_ocr.data.batching import as_input, collate
+from khmer_ocr.training.callbacks import Callback, CancelFit
+from khmer_ocr.training.settings import TrainConfig
+from khmer_ocr.training.checkpoints import save_checkpoint
+from khmer_ocr.synth.generator import Recipe
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.text.khmer import charset, normalise
 import numpy as np
 
 texts = [normalise(t) for t in ('ព្រះរាជាណាចក្រ', 'ភ្នំពេញ', 'សុខសប្បាយទេ?', 'ឆ្នាំ២០២៥')]

@@ -5,10 +5,15 @@ import numpy as np
 import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
-from khmer_ocr.data import LineFolder, OnTheFly, OnTheFlyDataset, ShardedDataset, SyntheticImageDataset, SyntheticImageGenerator
-from khmer_ocr.data import Curriculum, Feed, MixedSource, MultiScale, at_scale, bucket_batches, check_labels, collate, cut_widths, open_lines, padding, prepare, read_image, read_labels, read_stages, training_source
-from khmer_ocr.synth import Recipe, Synth
-from khmer_ocr.text import Charset, KhmerOCRError, charset, normalise
+from khmer_ocr.data.datasets import LineFolder, OnTheFly, OnTheFlyDataset, ShardedDataset, SyntheticImageDataset, SyntheticImageGenerator
+from khmer_ocr.data.mixing import Curriculum, Feed, MixedSource, MultiScale, at_scale, read_stages, training_source
+from khmer_ocr.data.batching import bucket_batches, collate, cut_widths, padding
+from khmer_ocr.data.datasets import check_labels, open_lines, read_labels
+from khmer_ocr.data.preprocess import prepare
+from khmer_ocr.data.images import read_image
+from khmer_ocr.synth.generator import Recipe, Synth
+from khmer_ocr.text.khmer import Charset, charset, normalise
+from khmer_ocr.core.errors import KhmerOCRError
 
 texts = [normalise(t) for t in ('ព្រះរាជាណាចក្រកម្ពុជា', 'ជាតិ សាសនា ព្រះមហាក្សត្រ', 'ភ្នំពេញ', 'តើអ្នកសុខសប្បាយទេ?', 'ឆ្នាំ២០២៥')]
 recipe = Recipe(random_text=True, seed=9)
@@ -205,8 +210,10 @@ def test_label_columns_go_by_name(tmp_path):
 def test_training_resumes_in_the_middle_of_an_epoch(sets, tmp_path):
     "Stopped at step 4 of epochs of 3 steps and resumed, with or without a worker: the same bytes as a run that was not stopped"
     from dataclasses import replace
-    from khmer_ocr.ctc import CTCConfig, train_ctc
-    from khmer_ocr.learner import Callback, CancelFit, TrainConfig
+    from khmer_ocr.models.ctc import CTCConfig
+    from khmer_ocr.models.ctc_training import train_ctc
+    from khmer_ocr.training.callbacks import Callback, CancelFit
+    from khmer_ocr.training.settings import TrainConfig
     class Stop(Callback):
         def before_batch(self, learn):
             if learn.step == 3: raise CancelFit
@@ -289,8 +296,10 @@ def test_labels_of_shards_are_checked_and_left_out(sets):
 
 def test_training_on_everything_resumes_to_the_same_bytes(tmp_path):
     "Own lines, drawn ones by stages, several sizes, accumulated batches, averaged weights: stopped at a step inside a stage and resumed"
-    from khmer_ocr.ctc import CTCConfig, train_ctc
-    from khmer_ocr.learner import Callback, CancelFit, TrainConfig
+    from khmer_ocr.models.ctc import CTCConfig
+    from khmer_ocr.models.ctc_training import train_ctc
+    from khmer_ocr.training.callbacks import Callback, CancelFit
+    from khmer_ocr.training.settings import TrainConfig
     class Stop(Callback):
         def before_batch(self, learn):
             if learn.step == 4: raise CancelFit

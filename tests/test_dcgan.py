@@ -3,16 +3,17 @@ import math, re, subprocess, sys
 import cv2, numpy as np, pytest, torch
 from pathlib import Path
 from torch import nn
-from khmer_ocr import dcgan
-from khmer_ocr.dcgan import (DCGANConfig, Discriminator, Generator, TextureBank, TextureBatches, balance_classes, generate, load_discriminator, load_generator,
-    make_gan, make_turns, missing, noise, procedural_paper, progression, read_textures, texture_bank, train_dcgan)
-from khmer_ocr.degrade import degrade
-from khmer_ocr.gan import (GAN, DiscriminatorTurn, GeneratorTurn, Statistics, diffaugment, discriminator_loss, dot_grid, gan_learner, generator_loss, r1_penalty,
-    rival_adam, save_image, shows_grid, write_png)
-from khmer_ocr.learner import load_checkpoint, load_weights, read_history
-from khmer_ocr.runs import run_notebook
-from khmer_ocr.text import KhmerOCRError
-from khmer_ocr.training import TrainConfig, configure
+from khmer_ocr.generative import dcgan
+from khmer_ocr.generative.dcgan import DCGANConfig, Discriminator, Generator, TextureBank, TextureBatches, balance_classes, generate, load_discriminator, load_generator, make_gan, make_turns, missing, noise, procedural_paper, progression, read_textures, texture_bank, train_dcgan
+from khmer_ocr.synth.degradation import degrade
+from khmer_ocr.generative.adversarial import GAN, DiscriminatorTurn, GeneratorTurn, Statistics, diffaugment, discriminator_loss, gan_learner, generator_loss, r1_penalty, rival_adam
+from khmer_ocr.generative.artifacts import dot_grid, save_image, shows_grid, write_png
+from khmer_ocr.training.checkpoints import load_checkpoint, load_weights
+from khmer_ocr.training.callbacks import read_history
+from khmer_ocr.reporting.runs import run_notebook
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.training.settings import TrainConfig
+from khmer_ocr.core.config import configure
 
 tiny = dict(image_size=16, width=4, d_width=4, z_dim=8, batch_size=4, epochs=6, sample_every=2, stats_every=2, snapshot_every=3)
 quiet = dict(verbose=False, device='cpu', tensorboard=False)

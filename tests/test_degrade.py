@@ -4,9 +4,10 @@ from functools import partial
 import cv2
 import numpy as np
 import pytest
-from khmer_ocr.degrade import OPERATIONS, PRESETS, degrade
-from khmer_ocr.fonts import find_fonts
-from khmer_ocr.render import render
+from khmer_ocr.synth.degradation_ops import OPERATIONS
+from khmer_ocr.synth.degradation import PRESETS, degrade
+from khmer_ocr.synth.fonts import find_fonts
+from khmer_ocr.synth.rendering import render
 
 def strokes(w=260, h=40, seed=5):
     "Something like writing, made by NumPy alone: bars and arcs with soft edges, dark on light"

@@ -1,16 +1,22 @@
 "Distillation: any shape of teacher, several teachers, resume to the same weights, plans and settings with a teacher, mistakes in one line."
 import json
 import numpy as np, pytest, torch
-from khmer_ocr.ctc import CTCConfig, CTCLoss, CTCNet, Units, header, load_ctc, train_ctc
-from khmer_ocr.data import collate
-from khmer_ocr.distil import DistilLoss, Teaching
-from khmer_ocr.ensemble import Member, columns
-from khmer_ocr.reader import Reader
-from khmer_ocr.learner import Callback, CancelFit, TrainConfig, save_checkpoint
-from khmer_ocr.release import carry_out, make_card, read_plan
-from khmer_ocr.seq2seq import Seq2Seq, make_units, seq2seq_preset
-from khmer_ocr.synth import Recipe
-from khmer_ocr.text import KhmerOCRError, charset, normalise
+from khmer_ocr.models.ctc import CTCConfig, CTCNet, header, load_ctc
+from khmer_ocr.models.ctc_training import CTCLoss, train_ctc
+from khmer_ocr.text.tokenizers import Units
+from khmer_ocr.data.batching import collate
+from khmer_ocr.models.distillation import DistilLoss, Teaching
+from khmer_ocr.models.distillation import Member, columns
+from khmer_ocr.inference.reader import Reader
+from khmer_ocr.training.callbacks import Callback, CancelFit
+from khmer_ocr.training.settings import TrainConfig
+from khmer_ocr.training.checkpoints import save_checkpoint
+from khmer_ocr.models.release import carry_out, make_card, read_plan
+from khmer_ocr.models.attention import Seq2Seq, make_units
+from khmer_ocr.models.attention_training import seq2seq_preset
+from khmer_ocr.synth.generator import Recipe
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.text.khmer import charset, normalise
 
 texts = [normalise(t) for t in ('ព្រះរាជាណាចក្រ', 'ភ្នំពេញ', 'សុខសប្បាយទេ?', 'ឆ្នាំ២០២៥')]
 tiny = CTCConfig(channels=(4, 4, 4, 4, 8), hidden=8, layers=1)
@@ -74,7 +80,7 @@ def test_plans_with_teachers(tmp_path):
 @pytest.mark.parametrize('table, words', [('teachers = ["bset"]', "'bset'"), ('teacher = "best"', 'did you mean teachers'), ('share = 2.0', 'from 0 to 1'), ('teachers = []', 'list of model names')])
 def test_settings_with_teachers(tmp_path, table, words):
     from types import SimpleNamespace
-    from khmer_ocr.cli import _teaching
+    from khmer_ocr.cli.train import _teaching
     (tmp_path/'s.toml').write_text(f'[distil]\n{table}\n', encoding='utf-8')
     with pytest.raises(KhmerOCRError) as e: _teaching(SimpleNamespace(config=str(tmp_path/'s.toml'), model='ctc'))['teacher'](CTCLoss(units))
     assert words in str(e.value) and '\n' not in str(e.value)

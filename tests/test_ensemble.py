@@ -1,12 +1,15 @@
 "Votes and means of readers: alignment, elections, readers without letters, windows of wide lines, one line beside many, mistakes in one line."
 import numpy as np, pytest, torch
-from khmer_ocr.corpus import rule_line
-from khmer_ocr.ctc import CTCConfig, CTCNet, Units, header
-from khmer_ocr.ensemble import NOTHING, FromFiles, Mean, Rover, Word, elect, network, vote, words
-from khmer_ocr.reader import Reader, Reading
-from khmer_ocr.seq2seq import Seq2Seq, make_units, seq2seq_preset
-from khmer_ocr.synth import Recipe, Synth
-from khmer_ocr.text import KhmerOCRError, charset, clusters, normalise
+from khmer_ocr.text.rules import rule_line
+from khmer_ocr.models.ctc import CTCConfig, CTCNet, header
+from khmer_ocr.text.tokenizers import Units
+from khmer_ocr.inference.voting import NOTHING, FromFiles, Mean, Rover, Word, elect, network, vote, words
+from khmer_ocr.inference.reader import Reader, Reading
+from khmer_ocr.models.attention import Seq2Seq, make_units
+from khmer_ocr.models.attention_training import seq2seq_preset
+from khmer_ocr.synth.generator import Recipe, Synth
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.text.khmer import charset, clusters, normalise
 
 units = Units(charset('khmer-latin'))
 def net(seed, **kw): torch.manual_seed(seed); return CTCNet(len(units), CTCConfig(**(dict(channels=(4, 4, 4, 4, 8), hidden=8, layers=1) | kw))).eval()

@@ -4,17 +4,18 @@ import cv2
 import numpy as np
 import pytest
 from tiny import make_tiny
-from khmer_ocr.battery import DAMAGES, FIXED, LineSet, Judged, battery, held_out_fonts, judge, measure, open_set, parts_of, pool, rank_parts, real_lines, visible
-from khmer_ocr.data import read_image
-from khmer_ocr.errors import Difference, Examples, Worst, cluster_pairs, cluster_places, confusion_spots, worst_lines
-from khmer_ocr.metrics import align
-from khmer_ocr.peers import Run
-from khmer_ocr.reader import Reader, Reading
-from khmer_ocr.report import outside_references
-from khmer_ocr.runs import run_notebook
-from khmer_ocr.sets import generate_set
-from khmer_ocr.synth import Recipe
-from khmer_ocr.text import KhmerOCRError, clusters, fold, normalise, random_runs, strip_spaces
+from khmer_ocr.evaluation.benchmark import DAMAGES, FIXED, LineSet, Judged, battery, held_out_fonts, judge, measure, open_set, parts_of, pool, rank_parts, real_lines, visible
+from khmer_ocr.data.images import read_image
+from khmer_ocr.evaluation.error_analysis import Difference, Examples, Worst, cluster_pairs, cluster_places, confusion_spots, worst_lines
+from khmer_ocr.text.metrics import align
+from khmer_ocr.evaluation.engines import Run
+from khmer_ocr.inference.reader import Reader, Reading
+from khmer_ocr.reporting.html import outside_references
+from khmer_ocr.reporting.runs import run_notebook
+from khmer_ocr.synth.store import generate_set
+from khmer_ocr.synth.generator import Recipe
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.text.khmer import clusters, fold, normalise, random_runs, strip_spaces
 
 # Texts that stand nowhere else, so that finding them means that they leaked
 SECRETS = ['សម្ងាត់បំផុតទីមួយ ឋឹឍឺ', 'ឯកសារលាក់លៀមលេខពីរ ឡែឈោ', 'កុំបង្ហាញបន្ទាត់នេះ ឰឮឪ']
@@ -72,7 +73,7 @@ def test_show_lines_off_shows_no_line(model, hidden, tmp_path, shown):
     else: assert found == [] and 'max-height:52px' not in page and page.count('none to show') >= 2 and run.metrics['confusions'] == []
 
 def test_peers_stand_beside_ours_on_the_same_lines(tiny, model, tmp_path):
-    from khmer_ocr.peers import available_peers
+    from khmer_ocr.evaluation.engines import available_peers
     m = run_notebook('evaluate', dict(model=model, data=str(tiny/'set'), peer_lines=2), tmp_path/'report').metrics
     assert [r['engine'] for r in m['ranked'].get('data', [])][:1] == ['khmer_ocr best'][:len(available_peers())]
     assert len(m['ranked'].get('data', [])) == (1 + len(available_peers()) if available_peers() else 0)
@@ -141,14 +142,14 @@ def test_measure_agrees_with_its_pieces(tiny):
 # the command
 def ok(*args):
     from typer.testing import CliRunner
-    from khmer_ocr.cli import app
+    from khmer_ocr.cli.common import app
     r = CliRunner().invoke(app, [str(a) for a in args])
     assert r.exit_code == 0, r.output
     return r.stdout
 
 def refused(*args):
     from typer.testing import CliRunner
-    from khmer_ocr.cli import app
+    from khmer_ocr.cli.common import app
     r = CliRunner().invoke(app, [str(a) for a in args])
     assert r.exit_code == 1 and len(r.stderr.strip().splitlines()) == 1 and r.stderr.startswith('khmer-ocr: '), r.stderr
     return r.stderr

@@ -1,8 +1,8 @@
 "Faults of the font folder, and what a machine without network or Debian fonts still gets; offline, with toy files and the embedded font"
 import hashlib, json, shutil
 import numpy as np, pytest
-from khmer_ocr import fonts as F
-from khmer_ocr.text import KhmerOCRError
+from khmer_ocr.synth import fonts as F
+from khmer_ocr.core.errors import KhmerOCRError
 
 ROW = dict(family='Toy', style='Regular', kind='npm', package='toy', version='1', licence='OFL-1.1', split='train')
 

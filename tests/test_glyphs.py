@@ -6,10 +6,11 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np, pytest, uharfbuzz as hb
 from fontTools.ttLib import TTFont
-from khmer_ocr import synth as S
-from khmer_ocr.corpus import rule_line
-from khmer_ocr.render import render, runs
-from khmer_ocr.text import KhmerOCRError, clusters, normalise, strip_spaces
+from khmer_ocr.synth import generator as S
+from khmer_ocr.text.rules import rule_line
+from khmer_ocr.synth.rendering import render, runs
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.text.khmer import clusters, normalise, strip_spaces
 
 MANY = int(os.environ.get('KHMER_OCR_MANY', 600))
 CORPUS = Path(__file__).parent.parent/'data/processed'
@@ -78,7 +79,7 @@ def test_no_label_without_its_glyphs(held_out, monkeypatch):
 
 def test_the_check_notices(monkeypatch):
     "a line drawn without one of its glyphs, and a label that says more than was drawn"
-    from khmer_ocr.fonts import find_fonts
+    from khmer_ocr.synth.fonts import find_fonts
     font = next(f for f in find_fonts() if f.split != 'latin')
     line = render('ខ្មែរ ក', font, 24)
     check('ខ្មែរ ក', font, None, line)

@@ -3,10 +3,13 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
 from tiny import make_tiny
-from khmer_ocr.data import LineFolder, MixedSource, OnTheFlyDataset, check_labels, open_lines
-from khmer_ocr.i2t import CHUNK, I2TDataset, check_i2t, export_i2t, i2t_stats, split_lines
-from khmer_ocr.synth import Recipe
-from khmer_ocr.text import Charset, KhmerOCRError, charset
+from khmer_ocr.data.datasets import LineFolder, OnTheFlyDataset, check_labels, open_lines
+from khmer_ocr.data.mixing import MixedSource
+from khmer_ocr.synth.records import CHUNK
+from khmer_ocr.data.i2t import I2TDataset, check_i2t, export_i2t, i2t_stats, split_lines
+from khmer_ocr.synth.generator import Recipe
+from khmer_ocr.text.khmer import Charset, charset
+from khmer_ocr.core.errors import KhmerOCRError
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory): return make_tiny(tmp_path_factory.mktemp('tiny'), model=False)

@@ -2,8 +2,12 @@
 import csv, math, os, re, signal, time
 import pytest, torch
 from torch import nn
-from khmer_ocr.learner import Callback, CancelFit, Learner, Progress, TrainConfig, configure, load_checkpoint, load_weights, lr_at, save_checkpoint
-from khmer_ocr.text import KhmerOCRError
+from khmer_ocr.training.callbacks import Callback, CancelFit, Progress
+from khmer_ocr.training.learner import Learner
+from khmer_ocr.training.settings import TrainConfig, lr_at
+from khmer_ocr.core.config import configure
+from khmer_ocr.training.checkpoints import load_checkpoint, load_weights, save_checkpoint
+from khmer_ocr.core.errors import KhmerOCRError
 
 class Net(nn.Module):
     "Everything that has a state of its own: convolution, running statistics, dropout, recurrence"

@@ -4,12 +4,17 @@ from collections import Counter, defaultdict
 from pathlib import Path
 import numpy as np, pytest, torch
 import khmer_ocr
-from khmer_ocr.corpus import rule_line
-from khmer_ocr.ctc import CTCConfig, CTCNet, Units, greedy
-from khmer_ocr.data import collate
-from khmer_ocr.learner import save_checkpoint
-from khmer_ocr.lm import NGram, align_frames, beam_line, beams, changes, decode, frame_log_probs, odd_lines, prefix_beam, weigh
-from khmer_ocr.text import Charset, KhmerOCRError, charset
+from khmer_ocr.text.rules import rule_line
+from khmer_ocr.models.ctc import CTCConfig, CTCNet
+from khmer_ocr.text.tokenizers import Units
+from khmer_ocr.models.decoding import greedy
+from khmer_ocr.data.batching import collate
+from khmer_ocr.training.checkpoints import save_checkpoint
+from khmer_ocr.models.language_model import NGram
+from khmer_ocr.models.decoding import align_frames, beam_line, beams, prefix_beam
+from khmer_ocr.experiments.lm_tuning import changes, decode, frame_log_probs, odd_lines, weigh
+from khmer_ocr.text.khmer import Charset, charset
+from khmer_ocr.core.errors import KhmerOCRError
 
 abc, units = Units(Charset('abcde')), Units(charset())
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
-from khmer_ocr.metrics import *
-from khmer_ocr.text import KhmerOCRError, clusters, normalise, random_runs
+from khmer_ocr.text.metrics import *
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.text.khmer import clusters, normalise, random_runs
 
 
 @pytest.fixture(scope='module')
@@ -94,7 +95,7 @@ def test_two_processes_make_one_number(lines, tmp_path):
 
 
 def test_symbol_classes_cover_the_charset():
-    from khmer_ocr.text import charset
+    from khmer_ocr.text.khmer import charset
     letters = [c for c in charset('khmer-latin').symbols if len(c) == 1]
     assert not [c for c in letters if symbol_class(c) == 'other'] and set(map(symbol_class, letters)) == set(CLASSES)
     assert symbol_class('\u17d2ក') == 'subscripts' and symbol_class('é') == 'other'
@@ -102,7 +103,7 @@ def test_symbol_classes_cover_the_charset():
 
 def test_class_errors_add_up(lines):
     import editdistance
-    from khmer_ocr.text import fold
+    from khmer_ocr.text.khmer import fold
     by = class_errors(*lines)
     assert sum(c['symbols'] for c in by.values()) == sum(len(symbols(fold(t))) for t in lines[1])
     assert all(c['hits'] + c['substitutions'] + c['drops'] == c['symbols'] for c in by.values())
@@ -123,7 +124,7 @@ def test_gaps_are_as_cheap_and_as_few_as_can_be(lines):
 
 @pytest.mark.parametrize('cut', [6, 7, 15])
 def test_every_run_that_is_cut_out_or_said_twice_is_found(cut):
-    from khmer_ocr.text import CONSONANTS
+    from khmer_ocr.text.khmer import CONSONANTS
     rng = np.random.default_rng(cut)
     for _ in range(40):
         t = ''.join(rng.choice(list(CONSONANTS), 40)); k = int(rng.integers(40 - cut))

@@ -1,10 +1,10 @@
 "Finding lines on pages"
 import cv2, numpy as np, pytest
 from PIL import Image
-from khmer_ocr.fonts import find_fonts
-from khmer_ocr.page import Box, Page, binarise, crop_line, dark_on_light, deskew_angle, find_lines, open_pages, page_text, read_page, rotate, straighten
-from khmer_ocr.render import render
-from khmer_ocr.text import KhmerOCRError
+from khmer_ocr.synth.fonts import find_fonts
+from khmer_ocr.inference.page import Box, Page, binarise, crop_line, dark_on_light, deskew_angle, find_lines, open_pages, page_text, read_page, rotate, straighten
+from khmer_ocr.synth.rendering import render
+from khmer_ocr.core.errors import KhmerOCRError
 
 text = ['មនុស្សម្នាក់ៗមានសិទ្ធិទទួលការអប់រំ។ ការអប់រំត្រូវឥតបង់ថ្លៃ', 'យ៉ាងហោចណាស់ក៏ការអប់រំបឋមសិក្សា និងការអប់រំជាមូលដ្ឋាន។', 'ការអប់រំបឋមសិក្សាគឺជាកាតព្វកិច្ច ហើយការអប់រំបច្ចេកទេស', 'និងវិជ្ជាជីវៈត្រូវផ្តល់ឱ្យ។', 'ស្ត្រីខ្មែរ']
 fonts = find_fonts()

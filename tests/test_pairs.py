@@ -2,10 +2,9 @@
 import cv2, numpy as np, pytest, torch
 from itertools import islice
 from PIL import Image
-from khmer_ocr.fonts import find_fonts
-from khmer_ocr.pairs import (LOOK, CropConfig, Pair, PairBatches, as_batch, as_uint8, create_synthetic_dataloader, crop, image_files, random_crop, read_colour, read_groups, read_pairs,
-    rendered_pairs, sauvola, save_pairs, set_page, split_pairs)
-from khmer_ocr.text import KhmerOCRError
+from khmer_ocr.synth.fonts import find_fonts
+from khmer_ocr.generative.pairs import LOOK, CropConfig, Pair, PairBatches, as_batch, as_uint8, create_synthetic_dataloader, crop, image_files, random_crop, read_colour, read_groups, read_pairs, rendered_pairs, sauvola, save_pairs, set_page, split_pairs
+from khmer_ocr.core.errors import KhmerOCRError
 
 texts = ['ភ្នំពេញ', 'សាលារៀន', 'ជាតិ សាសនា', 'ឆ្នាំ ២០២៥']
 noto = next(f for f in find_fonts() if f.name == 'Noto Sans Khmer Variable Regular')

@@ -4,17 +4,24 @@ from dataclasses import dataclass, replace
 from typing import Callable
 import cv2, numpy as np, pytest, torch
 from PIL import Image, features
-from khmer_ocr.ctc import CTCConfig, CTCLoss, CTCNet, Units, header, load_ctc, read_batches
-from khmer_ocr.data import OnTheFlyDataset, as_input, collate, open_lines, prepare, read_image
-from khmer_ocr.fonts import find_fonts
-from khmer_ocr.learner import save_checkpoint
-from khmer_ocr.page import open_pages
-from khmer_ocr.reader import Reader, models, read_files
-from khmer_ocr.render import render
-from khmer_ocr.seq2seq import Seq2Seq, Seq2SeqConfig, make_units, read_lines
-from khmer_ocr.sets import generate_set
-from khmer_ocr.synth import Recipe
-from khmer_ocr.text import charset
+from khmer_ocr.models.ctc import CTCConfig, CTCNet, header, load_ctc
+from khmer_ocr.models.ctc_training import CTCLoss, read_batches
+from khmer_ocr.text.tokenizers import Units
+from khmer_ocr.data.datasets import OnTheFlyDataset, open_lines
+from khmer_ocr.data.batching import as_input, collate
+from khmer_ocr.data.preprocess import prepare
+from khmer_ocr.data.images import read_image
+from khmer_ocr.synth.fonts import find_fonts
+from khmer_ocr.training.checkpoints import save_checkpoint
+from khmer_ocr.inference.page import open_pages
+from khmer_ocr.inference.reader import Reader, read_files
+from khmer_ocr.models.zoo import models
+from khmer_ocr.synth.rendering import render
+from khmer_ocr.models.attention import Seq2Seq, Seq2SeqConfig, make_units
+from khmer_ocr.models.attention_training import read_lines
+from khmer_ocr.synth.store import generate_set
+from khmer_ocr.synth.generator import Recipe
+from khmer_ocr.text.khmer import charset
 from tiny import make_tiny
 
 text = 'ព្រះរាជាណាចក្រកម្ពុជា'

@@ -3,10 +3,11 @@ import json, sys
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image, features
-from khmer_ocr import draw_peers as dp, peers
-from khmer_ocr.fonts import find_fonts
-from khmer_ocr.render import render
-from khmer_ocr.text import KhmerOCRError
+from khmer_ocr.experiments import renderers as dp
+from khmer_ocr.evaluation import engines as peers
+from khmer_ocr.synth.fonts import find_fonts
+from khmer_ocr.synth.rendering import render
+from khmer_ocr.core.errors import KhmerOCRError
 
 texts = ['ស្ត្រីខ្មែរ', 'ព្រះរាជាណាចក្រកម្ពុជា', 'ភ្នំពេញ ឆ្នាំ២០២៥']
 font = next(f for f in find_fonts(split='train') if f.style in ('Regular', 'Variable Regular'))

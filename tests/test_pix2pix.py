@@ -4,14 +4,18 @@ from dataclasses import replace
 from pathlib import Path
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from khmer_ocr.fonts import find_fonts
-from khmer_ocr.gan import dot_grid, read_history
-from khmer_ocr.learner import Callback, CancelFit, load_checkpoint, save_checkpoint
-from khmer_ocr.pairs import CropConfig, Pair, PairBatches, rendered_pairs
-from khmer_ocr.pix2pix import (AttentionGate, DoubleUNet, LinearDecay, PatchGAN, Pix2Pix, Pix2PixConfig, Stage, UNet, check_stages, load_generator, make_generator, match, paint, pix2pix_turns,
-    similarity, train_at_resolution, train_pix2pix)
-from khmer_ocr.text import KhmerOCRError
-from khmer_ocr.training import configure, kept_bytes
+from khmer_ocr.synth.fonts import find_fonts
+from khmer_ocr.generative.artifacts import dot_grid
+from khmer_ocr.training.callbacks import read_history
+from khmer_ocr.training.callbacks import Callback, CancelFit
+from khmer_ocr.training.checkpoints import load_checkpoint, save_checkpoint
+from khmer_ocr.generative.pairs import CropConfig, Pair, PairBatches, rendered_pairs
+from khmer_ocr.generative.pix2pix import AttentionGate, DoubleUNet, PatchGAN, Pix2Pix, Pix2PixConfig, UNet, make_generator, match, pix2pix_turns
+from khmer_ocr.generative.pix2pix_training import LinearDecay, Stage, check_stages, load_generator, similarity, train_at_resolution, train_pix2pix
+from khmer_ocr.generative.tiling import paint
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.core.config import configure
+from khmer_ocr.training.memory import kept_bytes
 
 noto = next(f for f in find_fonts() if f.name == 'Noto Sans Khmer Variable Regular')
 words = ['ភ្នំពេញ', 'សាលា', 'ខ្មែរ', 'ជាតិ']
@@ -118,7 +122,7 @@ def test_losses_by_hand(pages):
         turns[1](net, b).backward(); assert all(p.grad is not None for p in net.generator.parameters())
 
 def test_l1_of_means_lets_grain_pass():
-    from khmer_ocr.pix2pix import l1
+    from khmer_ocr.generative.pix2pix import l1
     board = torch.ones(1, 3, 8, 8); board[..., ::2, ::2] = board[..., 1::2, 1::2] = -1.; net = lambda k: Pix2Pix(replace(toy, l1_pool=k)); plain = torch.full((1, 3, 8, 8), .25)
     assert l1(net(1), board, plain*0, None).item() == 1. and l1(net(2), board, plain*0, None).item() == 0. and l1(net(4), board, plain, None).item() == pytest.approx(.25)
     assert 'l1_pool' in error(lambda: replace(toy, l1_pool=0))
@@ -130,8 +134,8 @@ def test_noise_of_a_style_is_given_or_drawn_and_unknown_without():
     assert make_generator(toy).eval().tuning is None
 
 def test_grain_of_every_size_has_no_lattice():
-    from khmer_ocr.gan import dot_grid
-    from khmer_ocr.pix2pix import Tuning
+    from khmer_ocr.generative.artifacts import dot_grid
+    from khmer_ocr.generative.pix2pix import Tuning
     torch.manual_seed(0); tuning, noise = Tuning(3, [4]), torch.randn(16, 3, 128, 128); z = torch.zeros(16, 3)
     with torch.no_grad():
         for k in range(4):

@@ -5,13 +5,16 @@ import torch.nn.functional as F
 from dataclasses import replace
 from pathlib import Path
 from safetensors.torch import save_file
-from khmer_ocr.data import LineSource, as_input, collate
-from khmer_ocr.learner import Callback, CancelFit, load_weights
-from khmer_ocr.pretrain import Filler, MaskedLoss, hide_spans, import_vit, load_backbone, pretrain, save_backbone, vit_tensors, with_backbone
-from khmer_ocr.synth import Recipe
-from khmer_ocr.text import KhmerOCRError
-from khmer_ocr.training import TrainConfig
-from khmer_ocr.vision_text import ViT, VisionText, VisionTextConfig, load_vision_text, start_from, train_vision_text
+from khmer_ocr.data.datasets import LineSource
+from khmer_ocr.data.batching import as_input, collate
+from khmer_ocr.training.callbacks import Callback, CancelFit
+from khmer_ocr.training.checkpoints import load_weights
+from khmer_ocr.models.pretraining import Filler, MaskedLoss, hide_spans, import_vit, load_backbone, pretrain, save_backbone, vit_tensors, with_backbone
+from khmer_ocr.synth.generator import Recipe
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.training.settings import TrainConfig
+from khmer_ocr.models.transformer import ViT, VisionText, VisionTextConfig
+from khmer_ocr.models.transformer_training import load_vision_text, start_from, train_vision_text
 
 tiny = VisionTextConfig(channels=(4, 4, 8, 8), encoder_depth=2, encoder_width=16, encoder_heads=2, decoder_depth=1, decoder_width=16, decoder_heads=2, mix=2)
 texts = ['ខ្មែរ', 'ភ្នំពេញ', 'កម្ពុជា']

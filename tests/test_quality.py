@@ -2,11 +2,10 @@
 import cv2, math, numpy as np, pytest, torch
 from dataclasses import replace
 from types import SimpleNamespace
-from khmer_ocr.fonts import find_fonts
-from khmer_ocr.pairs import Pair, rendered_pairs, sauvola
-from khmer_ocr.quality import (KID_FLOOR, LOOK_FEATURES, Anchors, anchored, check_images, coverage, distances, flat_colours, geometric_mean, jackknife, judge_looks, kid, look_features, mask_iou, no_grid,
-    novelty, paper_of, pasted, realism, same_mask, score_table, spread, stacked, standardise, text_kept, tiles, two_colours)
-from khmer_ocr.text import KhmerOCRError
+from khmer_ocr.synth.fonts import find_fonts
+from khmer_ocr.generative.pairs import Pair, rendered_pairs, sauvola
+from khmer_ocr.generative.quality import KID_FLOOR, LOOK_FEATURES, Anchors, anchored, check_images, coverage, distances, flat_colours, geometric_mean, jackknife, judge_looks, kid, look_features, mask_iou, no_grid, novelty, paper_of, pasted, realism, same_mask, score_table, spread, stacked, standardise, text_kept, tiles, two_colours
+from khmer_ocr.core.errors import KhmerOCRError
 
 words = ['ភ្នំពេញ', 'សាលារៀន', 'ព្រះរាជាណាចក្រកម្ពុជា', 'ជាតិ សាសនា', 'ព្រះមហាក្សត្រ', 'ឆ្នាំ ២០២៥']
 noto = next(f for f in find_fonts() if f.name == 'Noto Sans Khmer Variable Regular')

@@ -2,17 +2,23 @@
 import resource, subprocess, sys, textwrap
 import numpy as np, pytest, torch
 from PIL import Image
-from khmer_ocr import reader as reader_module
-from khmer_ocr.ctc import CTCConfig, CTCNet, Units, header, load_ctc
-from khmer_ocr.data import collate, prepare
-from khmer_ocr.fonts import find_fonts
-from khmer_ocr.learner import load_weights, save_checkpoint
-from khmer_ocr.lm import NGram
-from khmer_ocr.reader import DECODERS, Reader, Reading, _checkpoint, choose_decoder, models, open_model, read_files, working
-from khmer_ocr.render import render
-from khmer_ocr.seq2seq import Seq2Seq, Seq2SeqConfig, make_units, read_lines
-from khmer_ocr.text import KhmerOCRError, charset
-from khmer_ocr.vision_text import VisionText, VisionTextConfig, vision_text_header
+from khmer_ocr import reader
+from khmer_ocr.models.ctc import CTCConfig, CTCNet, header, load_ctc
+from khmer_ocr.text.tokenizers import Units
+from khmer_ocr.data.batching import collate
+from khmer_ocr.data.preprocess import prepare
+from khmer_ocr.synth.fonts import find_fonts
+from khmer_ocr.training.checkpoints import load_weights, save_checkpoint
+from khmer_ocr.models.language_model import NGram
+from khmer_ocr.inference.reader import DECODERS, Reader, Reading, choose_decoder, read_files, working
+from khmer_ocr.models.zoo import _checkpoint, models, open_model
+from khmer_ocr.synth.rendering import render
+from khmer_ocr.models.attention import Seq2Seq, Seq2SeqConfig, make_units
+from khmer_ocr.models.attention_training import read_lines
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.text.khmer import charset
+from khmer_ocr.models.transformer import VisionText, VisionTextConfig
+from khmer_ocr.models.transformer_training import vision_text_header
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
@@ -268,7 +274,7 @@ def test_files(reader, tmp_path):
 def test_the_command_takes_a_decoder(weights, writer, tmp_path):
     "`read --decoder` and `--lm`: one line an image, one line of complaint"
     from typer.testing import CliRunner
-    from khmer_ocr.cli import app
+    from khmer_ocr.cli.common import app
     call = lambda *args: CliRunner().invoke(app, ['read', '--line', *map(str, args)])
     for i in range(2): Image.fromarray(scribble(100 + 40*i, i)).save(tmp_path/f'{i}.png')
     files = [tmp_path/'0.png', tmp_path/'1.png']; said = {}

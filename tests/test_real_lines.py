@@ -3,8 +3,9 @@ import csv, os
 from collections import defaultdict
 from pathlib import Path
 import pytest
-from khmer_ocr.metrics import score
-from khmer_ocr.reader import Reader, Reading, models, read_files
+from khmer_ocr.text.metrics import score
+from khmer_ocr.inference.reader import Reader, Reading, read_files
+from khmer_ocr.models.zoo import models
 
 folder = os.environ.get('KHMER_OCR_REAL_LINES')
 

@@ -2,15 +2,17 @@
 import json, pickle, numpy as np, pytest, torch
 from pathlib import Path
 from torch import nn
-from khmer_ocr.fonts import find_fonts
-from khmer_ocr.gan import write_png
-from khmer_ocr.learner import load_checkpoint, save_checkpoint
-from khmer_ocr.pairs import Pair, PairBatches, read_pairs, rendered_pairs, save_pairs
-from khmer_ocr.pix2pix import AttentionGate, Pix2PixConfig, make_generator
-from khmer_ocr.realism import (Learned, Look, Painter, SyntheticDataGenerator, _true, as_mask, choose_model, create_synthetic_dataloader, draw_styles, fold, hasten, ink_iou, line_mask, load_mask,
-    open_painter, paint_looks, unfold)
-from khmer_ocr.render import render
-from khmer_ocr.text import KhmerOCRError
+from khmer_ocr.synth.fonts import find_fonts
+from khmer_ocr.generative.artifacts import write_png
+from khmer_ocr.training.checkpoints import load_checkpoint, save_checkpoint
+from khmer_ocr.generative.pairs import Pair, PairBatches, read_pairs, rendered_pairs, save_pairs
+from khmer_ocr.generative.pix2pix import AttentionGate, Pix2PixConfig, make_generator
+from khmer_ocr.generative.learned_degradation import Learned, _true, fold, hasten, line_mask, unfold
+from khmer_ocr.generative.painter import Look, Painter, choose_model, open_painter
+from khmer_ocr.generative.synthetic_data import SyntheticDataGenerator, as_mask, draw_styles, ink_iou, load_mask, paint_looks
+from khmer_ocr.generative.pairs import create_synthetic_dataloader
+from khmer_ocr.synth.rendering import render
+from khmer_ocr.core.errors import KhmerOCRError
 
 noto = next(f for f in find_fonts() if f.name == 'Noto Sans Khmer Variable Regular')
 words = ['ភ្នំពេញ', 'សាលា', 'ខ្មែរ', 'ជាតិ សាសនា']
@@ -195,7 +197,7 @@ def test_soft_ink_of_a_line():
     line = np.array([[250, 150, 50]], np.uint8).repeat(2, 0); assert line_mask(line).tolist() == [[0, 128, 255]]*2 and not line_mask(np.full((3, 3), 255, np.uint8)).any()
 
 def test_texture_bank_and_dcgan_as_a_look(tmp_path):
-    from khmer_ocr.dcgan import DCGANConfig, TextureBank, procedural_paper, train_dcgan
+    from khmer_ocr.generative.dcgan import DCGANConfig, TextureBank, procedural_paper, train_dcgan
     papers = [p[..., 0] for p in procedural_paper(4, 32)]; TextureBank(papers).save(tmp_path/'bank.safetensors'); line = text_line(words[0])
     f = Learned(tmp_path/'bank.safetensors'); assert (f(line, rng(3)) == TextureBank(papers)(line, rng(3))).all() and (f.many([line]*2, [rng(3), rng(4)])[0] == f(line, rng(3))).all()
     train_dcgan(tmp_path/'d', [p[..., None] for p in papers], DCGANConfig(image_size=32, width=2, d_width=2, z_dim=4, epochs=1, batch_size=4), verbose=False, device='cpu', tensorboard=False)
@@ -211,8 +213,8 @@ def test_compiled_paints_the_same_and_goes_on_without_a_compiler(model, capsys):
     assert next(plain.net.parameters()).is_contiguous(memory_format=torch.channels_last) and not next(plain.net.parameters()).requires_grad
 
 def test_the_label_stays_true(tmp_path):
-    from khmer_ocr.metrics import score
-    from khmer_ocr.reader import Reader
+    from khmer_ocr.text.metrics import score
+    from khmer_ocr.inference.reader import Reader
     pages = rendered_pairs(words, [noto], 3, seed=1, shape=(160, 200), size=(20, 24), look=[('weight', 1.), ('contrast', 1.), ('fibres', 1.), ('noise', 1.)])
     g = SyntheticDataGenerator(out_dir=tmp_path, image_size=(64, 64), device='cpu', ngf=12, ndf=8, batch_size=4); g.train_pix2pix(pages, 20, lr=.002, ema=.9, samples_every=1000, **quick)
     texts = words*2; lines = [text_line(t, s) for s in (22, 28) for t in words]
@@ -260,14 +262,14 @@ def test_hybrid_paints_with_the_styles_of_its_vae(hybrid, coloured):
     assert papers.std(0).mean() > .2*real.std(0).mean()                                                               # one mask, papers of several colours
 
 def test_codes_of_light_and_brown_pages_differ_and_are_painted(hybrid, coloured):
-    from khmer_ocr.pairs import as_batch
-    from khmer_ocr.vae import style_of
+    from khmer_ocr.generative.pairs import as_batch
+    from khmer_ocr.generative.vae_training import style_of
     light, brown = (style_of(hybrid.vae.net, as_batch([(p.image[:32, :32], p.mask[:32, :32])])['image'])[0] for p in coloured[:2])
     m = coloured[4].mask; tone = [float(np.median(paint_one(hybrid.painter, m, z)[..., 2])) for z in (light, brown)]
     assert tone[0] > tone[1]+20
 
 def paint_one(painter, mask, z):
-    from khmer_ocr.pix2pix import paint
+    from khmer_ocr.generative.tiling import paint
     return paint(Look(painter, z), mask, painter.resolution, painter.resolution//4)
 
 def test_a_painter_saved_whole_paints_the_same_and_nothing_else_is_needed(hybrid, coloured, tmp_path):
@@ -277,7 +279,7 @@ def test_a_painter_saved_whole_paints_the_same_and_nothing_else_is_needed(hybrid
     assert g.painter.codes.equal(hybrid.painter.codes) and max(np.abs(a.astype(int)-b).max() for a, b in zip(g.generate_variations(m, 2), hybrid.generate_variations(m, 2))) <= 3      # float16
     again = open_painter(tmp_path/'p.safetensors'); assert again.kind == 'hybrid' and again.other.net.config.latent == 6
     assert 'make one of' in error(lambda: SyntheticDataGenerator('vae').load(tmp_path/'p.safetensors'))
-    from khmer_ocr.realism import save_painter
+    from khmer_ocr.generative.painter import save_painter
     save_painter(tmp_path/'v.safetensors', hybrid.painter.other); v = open_painter(tmp_path/'v.safetensors'); assert v.kind == 'vae' and v.codes.equal(again.codes)
 
 def test_hybrid_wants_its_vae_first_and_each_model_its_own_training(loader, hybrid):
@@ -288,7 +290,7 @@ def test_hybrid_wants_its_vae_first_and_each_model_its_own_training(loader, hybr
 
 @pytest.mark.parametrize('which', ['hybrid', 'vae'])
 def test_styled_looks_as_operations(which, hybrid, tmp_path):
-    from khmer_ocr.realism import save_painter
+    from khmer_ocr.generative.painter import save_painter
     if which == 'vae': save_painter(tmp_path/'p.safetensors', hybrid.painter.other)
     f = Learned(hybrid.out_dir/'painter.safetensors' if which == 'hybrid' else tmp_path/'p.safetensors', batch_size=3, least=-1.); lines = [text_line(t, 12) for t in words]
     many = f.many(lines, [rng(k) for k in range(4)]); assert all((f(im, rng(k)) == o).all() for k, (im, o) in enumerate(zip(lines, many)))
@@ -302,13 +304,13 @@ def test_fewer_pages_than_a_batch(tmp_path, loader):
 # --- the preset `learned` in the data factory
 
 def recipe(folder, model):
-    from khmer_ocr.synth import Recipe
+    from khmer_ocr.synth.generator import Recipe
     for s in ('train', 'val', 'test'): (folder/f'{s}.txt').write_text(''.join(f'{w} {i}\n' for i in range(8) for w in words), encoding='utf-8')
     return Recipe(corpus=str(folder), preset=f'learned:{model}')
 
 def test_preset_learned_in_a_set(model, tmp_path):
-    from khmer_ocr.sets import generate_set, verify_set
-    from khmer_ocr.synth import Synth
+    from khmer_ocr.synth.store import generate_set, verify_set
+    from khmer_ocr.synth.generator import Synth
     r = recipe(tmp_path, model)
     for w in (1, 2): generate_set(r, tmp_path/f'w{w}', max_lines=12, splits=('train',), workers=w, progress=False)
     files = {p.relative_to(tmp_path/'w1') for p in (tmp_path/'w1').rglob('*') if p.is_file() and p.name != 'run.json'}
@@ -317,8 +319,9 @@ def test_preset_learned_in_a_set(model, tmp_path):
 
 def test_the_model_is_part_of_what_a_set_is_made_of_wherever_it_lies(model, tmp_path):
     import shutil
-    from khmer_ocr.sets import generate_set, provenance
-    from khmer_ocr.synth import Synth
+    from khmer_ocr.synth.store import generate_set
+    from khmer_ocr.synth.records import provenance
+    from khmer_ocr.synth.generator import Synth
     shutil.copy(model, tmp_path/'moved.safetensors'); a, b = (provenance(Synth(recipe(tmp_path, m))) for m in (model, tmp_path/'moved.safetensors'))
     assert a == b and a['recipe']['preset'] == 'learned' and len(a['look']['model']) == 64 and 'look' not in provenance(Synth(type(recipe(tmp_path, model))(corpus=str(tmp_path))))
     generate_set(recipe(tmp_path, model), tmp_path/'set', max_lines=2, splits=('val',), progress=False)
@@ -327,9 +330,9 @@ def test_the_model_is_part_of_what_a_set_is_made_of_wherever_it_lies(model, tmp_
 
 def test_a_model_trained_again_is_opened_again(model, hybrid, tmp_path):
     import os, shutil
-    from khmer_ocr.degrade import open_look
-    from khmer_ocr.sets import provenance
-    from khmer_ocr.synth import Synth
+    from khmer_ocr.synth.degradation import open_look
+    from khmer_ocr.synth.records import provenance
+    from khmer_ocr.synth.generator import Synth
     shutil.copy(model, f := tmp_path/'m.safetensors'); a, first = open_look('learned', str(f)), provenance(Synth(recipe(tmp_path, f)))['look']
     assert open_look('learned', str(f)) is a
     shutil.copy(hybrid.out_dir/'painter.safetensors', f); os.utime(f, ns=(1, 1))
@@ -337,5 +340,5 @@ def test_a_model_trained_again_is_opened_again(model, hybrid, tmp_path):
 
 @pytest.mark.parametrize('preset, word', [('learned', 'add its file'), ('learned:', 'add its file'), ('lerned:x', 'did you mean learned'), ('learned:none.safetensors', 'not found')])
 def test_learned_preset_faults(preset, word, tmp_path):
-    from khmer_ocr.degrade import preset as open_preset
+    from khmer_ocr.synth.degradation import preset as open_preset
     assert word in error(lambda: open_preset(preset))

@@ -4,10 +4,10 @@ from dataclasses import asdict
 from pathlib import Path
 import pytest
 import khmer_ocr
-from khmer_ocr.learner import load_weights
-from khmer_ocr.reader import models
-from khmer_ocr.release import carry_out, plans, read_plan
-from khmer_ocr.text import KhmerOCRError
+from khmer_ocr.training.checkpoints import load_weights
+from khmer_ocr.models.zoo import models
+from khmer_ocr.models.release import carry_out, plans, read_plan
+from khmer_ocr.core.errors import KhmerOCRError
 
 weights = Path(khmer_ocr.__file__).parent/'weights'
 good = dict(name='a', model='ctc', stage=[dict(name='one', train=dict(steps=2))])

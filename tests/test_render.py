@@ -1,9 +1,10 @@
 "Drawing with the embedded font: the exact box, boxes of clusters, and every refusal; offline"
 import numpy as np, pytest
-from khmer_ocr.fonts import Font, find_fonts
-from khmer_ocr.render import RenderError, abreast, latin_scale, render, runs, _Pen, _pens
-from khmer_ocr.text import KhmerOCRError, clusters
-from khmer_ocr import render as R
+from khmer_ocr.synth.fonts import Font, find_fonts
+from khmer_ocr.synth.rendering import RenderError, abreast, latin_scale, render, runs, _Pen, _pens
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.text.khmer import clusters
+from khmer_ocr.synth import rendering as R
 
 LINES = ['ព្រះរាជាណាចក្រកម្ពុជា ស្ត្រីខ្មែរ ២០២៥។', 'ភ្នំពេញ ថ្ងៃទី១២ ខែឧសភា (2025)', 'ជំងឺ COVID-19 នៅ Siem Reap', 'ង៉ាវ ប៊ិច ស៊ើប ក៏ ឥឡូវ', 'ៗ', '12:30']
 

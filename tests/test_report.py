@@ -2,8 +2,8 @@
 import re
 import nbformat, pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from khmer_ocr.report import font_css, outside_references, write_report
-from khmer_ocr.text import KhmerOCRError
+from khmer_ocr.reporting.html import font_css, outside_references, write_report
+from khmer_ocr.core.errors import KhmerOCRError
 
 def report(tmp_path, *cells):
     nbformat.write(new_notebook(cells=list(cells)), tmp_path/'run.ipynb')

@@ -3,14 +3,16 @@ import importlib.util, json, re
 from pathlib import Path
 import nbformat, pytest
 from tiny import make_tiny
-from khmer_ocr.dcgan import DCGANConfig, procedural_paper, train_dcgan
-from khmer_ocr.fonts import find_fonts
-from khmer_ocr.pairs import rendered_pairs
-from khmer_ocr.pix2pix import Pix2PixConfig, train_pix2pix
-from khmer_ocr.report import outside_references
-from khmer_ocr.runs import available_runs, run_folder, run_notebook, run_parameters
-from khmer_ocr.text import KhmerOCRError
-from khmer_ocr.vae import VAEConfig, train_vae
+from khmer_ocr.generative.dcgan import DCGANConfig, procedural_paper, train_dcgan
+from khmer_ocr.synth.fonts import find_fonts
+from khmer_ocr.generative.pairs import rendered_pairs
+from khmer_ocr.generative.pix2pix import Pix2PixConfig
+from khmer_ocr.generative.pix2pix_training import train_pix2pix
+from khmer_ocr.reporting.html import outside_references
+from khmer_ocr.reporting.runs import available_runs, run_folder, run_notebook, run_parameters
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.generative.vae import VAEConfig
+from khmer_ocr.generative.vae_training import train_vae
 
 root = Path(__file__).resolve().parents[1]
 
@@ -21,7 +23,7 @@ def demo_page(folder):
     "A page as the demo makes it"
     spec = importlib.util.spec_from_file_location('demo', root/'tools/demo.py')
     demo = importlib.util.module_from_spec(spec); spec.loader.exec_module(demo)
-    from khmer_ocr.report import khmer_font_file
+    from khmer_ocr.reporting.figures import khmer_font_file
     lines = demo.typeset(['ព្រះរាជាណាចក្រកម្ពុជា', 'ជាតិ សាសនា ព្រះមហាក្សត្រ', 'ឆ្នាំ២០២៥'], str(khmer_font_file()), folder/'page.pdf')
     demo.rasterise(folder/'page.pdf', folder/'page.png', dpi=72)
     (folder/'page.txt').write_text('\n'.join(lines), encoding='utf-8')

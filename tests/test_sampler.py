@@ -2,9 +2,10 @@
 from collections import Counter
 import numpy as np
 import pytest
-from khmer_ocr.corpus import rule_line
-from khmer_ocr.sampler import BANDS, KINDS, Sampler, Wording, kind, rare_clusters, stretch, symbol_deficits, twin
-from khmer_ocr.text import KhmerOCRError, clusters, normalise
+from khmer_ocr.text.rules import rule_line
+from khmer_ocr.text.sampler import BANDS, KINDS, Sampler, Wording, kind, rare_clusters, stretch, symbol_deficits, twin
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.text.khmer import clusters, normalise
 
 def rng(a, i=0): return np.random.Generator(np.random.Philox(key=[a, i]))
 made = rng(1)

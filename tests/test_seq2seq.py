@@ -4,14 +4,21 @@ import numpy as np, pytest, torch
 from dataclasses import asdict, replace
 from pathlib import Path
 import khmer_ocr
-from khmer_ocr.ctc import CTCConfig, CTCNet, Units, header, train_ctc
-from khmer_ocr.data import as_input, collate
-from khmer_ocr.learner import Callback, CancelFit, TrainConfig, save_checkpoint
-from khmer_ocr.metrics import lost_runs
-from khmer_ocr.seq2seq import (Seq2Seq, Seq2SeqConfig, Seq2SeqLoss, Symbols, as_targets, beam_search, ctc_align, ctc_begin, ctc_extend, ctc_frames, ctc_prefix_scores, ctc_whole, guidance,
-    end_id, guard, load_seq2seq, make_units, read_lines, seq2seq_preset, slipped, train_seq2seq, visible, write_greedy)
-from khmer_ocr.synth import Recipe
-from khmer_ocr.text import KhmerOCRError, charset, normalise
+from khmer_ocr.models.ctc import CTCConfig, CTCNet, header
+from khmer_ocr.text.tokenizers import Units
+from khmer_ocr.models.ctc_training import train_ctc
+from khmer_ocr.data.batching import as_input, collate
+from khmer_ocr.training.callbacks import Callback, CancelFit
+from khmer_ocr.training.settings import TrainConfig
+from khmer_ocr.training.checkpoints import save_checkpoint
+from khmer_ocr.text.metrics import lost_runs
+from khmer_ocr.models.attention import Seq2Seq, Seq2SeqConfig, load_seq2seq, make_units, visible
+from khmer_ocr.models.attention_training import Seq2SeqLoss, guidance, read_lines, seq2seq_preset, train_seq2seq
+from khmer_ocr.text.tokenizers import Symbols, as_targets, end_id
+from khmer_ocr.models.decoding import beam_search, ctc_align, ctc_begin, ctc_extend, ctc_frames, ctc_prefix_scores, ctc_whole, guard, slipped, write_greedy
+from khmer_ocr.synth.generator import Recipe
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.text.khmer import charset, normalise
 
 texts = [normalise(t) for t in ('ព្រះរាជាណាចក្រ', 'ភ្នំពេញ', 'សុខសប្បាយទេ?', 'ឆ្នាំ២០២៥')]
 ctc = CTCConfig(channels=(4, 4, 4, 4, 8), hidden=8, layers=2)
@@ -146,11 +153,11 @@ def test_a_trained_ctc_reader_becomes_the_encoder_and_stays_frozen(tmp_path):
     class Look(Callback):
         def after_loss(self, learn): seen.append((learn.net.encoder.training, learn.net.training, [b for b in learn.net.encoder.parameters() if b.grad is not None]))
     train(tmp_path/'joint', replace(joint, ctc=ctc), 3, more=dict(freeze=('encoder',)), init=first, callbacks=[Look()])
-    from khmer_ocr.ctc import load_ctc
+    from khmer_ocr.models.ctc import load_ctc
     was, (net, units, _) = load_ctc(first)[0].state_dict(), load_seq2seq(tmp_path/'joint/latest.safetensors')
     assert seen == [(False, True, [])]*3 and all(torch.equal(was[k], v) for k, v in net.encoder.state_dict().items())
     batch = collate(lines(40, 90, 60))
-    from khmer_ocr.ctc import read_batches
+    from khmer_ocr.models.ctc_training import read_batches
     assert read_lines(net, units, [batch], 'ctc')[0] == read_batches(load_ctc(first)[0], units, [batch])[0]      # its own head, word for word
 
 def test_ctc_weight_moves_the_encoder_s_head():

@@ -5,10 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 import psutil, pytest
 from khmer_ocr import sets
-from khmer_ocr.corpus import load_lines
-from khmer_ocr.sets import _put, _seal, generate_set, make_validation_set, read_shard, set_stats, validate_validation_set, verify_set
-from khmer_ocr.synth import Recipe
-from khmer_ocr.text import KhmerOCRError, normalise
+from khmer_ocr.text.corpus import load_lines
+from khmer_ocr.core.files import _put
+from khmer_ocr.synth.records import _seal, read_shard
+from khmer_ocr.synth.store import generate_set, make_validation_set, set_stats, validate_validation_set, verify_set
+from khmer_ocr.synth.generator import Recipe
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.text.khmer import normalise
 
 lines = [f'{t} {i}' for i in range(60) for t in ('ព្រះរាជាណាចក្រកម្ពុជា', 'ស្ត្រីខ្មែរ', 'ឆ្នាំ ២០២៥ "ថ្មី"', 'តម្លៃ - ៥.០០០ រៀល...', 'Khmer OCR ភ្នំពេញ')]
 posix = pytest.mark.skipif(os.name == 'nt', reason='signals and mounts')
@@ -373,7 +376,7 @@ def test_a_stopped_validation_set_is_not_mixed_with_another(corpus, tmp_path):
 
 def call(*args):
     from typer.testing import CliRunner
-    from khmer_ocr.cli import app
+    from khmer_ocr.cli.common import app
     return CliRunner().invoke(app, [str(a) for a in args])
 
 def test_the_commands(corpus, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from khmer_ocr.text import difference, normalise, random_runs
+from khmer_ocr.text.khmer import difference, normalise, random_runs
 
 pytest.importorskip('khmerspell', reason='khmerspell 0.1.1 (SIL khnormal) is not installed')
 

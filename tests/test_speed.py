@@ -2,10 +2,10 @@
 import json, numpy as np, pytest, torch
 from types import SimpleNamespace
 from torch import nn
-from khmer_ocr import speed
-from khmer_ocr.pix2pix import PatchGAN
-from khmer_ocr.speed import NETWORKS, WAYS, Way, alone, calibrations, compiler, generating_mb, interleave, likeness, measure, network, operations, peak_mb, ready, threads, training_mb
-from khmer_ocr.text import KhmerOCRError
+from khmer_ocr.experiments import generator_speed as speed
+from khmer_ocr.generative.pix2pix import PatchGAN
+from khmer_ocr.experiments.generator_speed import NETWORKS, WAYS, Way, alone, calibrations, compiler, generating_mb, interleave, likeness, measure, network, operations, peak_mb, ready, threads, training_mb
+from khmer_ocr.core.errors import KhmerOCRError
 
 toy = dict(size=64, width=8, latent=16)
 plain = [w for w in WAYS if not w.compiled]

@@ -1,9 +1,10 @@
 "Samples: decided by seed, split and index alone, drawn in training fonts, from settings that are checked."
 from dataclasses import replace
 import pytest
-from khmer_ocr.fonts import find_fonts
-from khmer_ocr.synth import Recipe, Synth, sample_rng
-from khmer_ocr.text import KhmerOCRError, normalise
+from khmer_ocr.synth.fonts import find_fonts
+from khmer_ocr.synth.generator import Recipe, Synth, sample_rng
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.text.khmer import normalise
 
 lines = [f'{t} {i}' for i in range(60) for t in ('ព្រះរាជាណាចក្រកម្ពុជា', 'ស្ត្រីខ្មែរ', 'ឆ្នាំ ២០២៥ "ថ្មី"', 'តម្លៃ - ៥.០០០ រៀល...', 'Khmer OCR ភ្នំពេញ')]
 

@@ -1,12 +1,13 @@
 "Targets: every kind gives back what it encodes, keeps its numbers through a checkpoint's header, and refuses by name what it cannot write."
 import json
 import numpy as np, pytest, torch
-from khmer_ocr.corpus import rule_line
-from khmer_ocr.ctc import Units
-from khmer_ocr.learner import load_weights, save_checkpoint
-from khmer_ocr.seq2seq import as_targets, end_id
-from khmer_ocr.targets import KINDS, Clusters, frequent_clusters, make_targets, targets_from_dict, train_subwords
-from khmer_ocr.text import COENG, Charset, KhmerOCRError, charset, clusters, normalise, random_runs
+from khmer_ocr.text.rules import rule_line
+from khmer_ocr.text.tokenizers import Units
+from khmer_ocr.training.checkpoints import load_weights, save_checkpoint
+from khmer_ocr.text.tokenizers import as_targets, end_id
+from khmer_ocr.text.tokenizers import KINDS, Clusters, frequent_clusters, make_targets, targets_from_dict, train_subwords
+from khmer_ocr.text.khmer import COENG, Charset, charset, clusters, normalise, random_runs
+from khmer_ocr.core.errors import KhmerOCRError
 
 lines = [rule_line(np.random.default_rng(i)) for i in range(600)]
 def make(kind, algorithm='bpe'): return make_targets(kind, lines if algorithm == 'bpe' else lines[:100], size=400, algorithm=algorithm)

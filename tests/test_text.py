@@ -4,8 +4,11 @@ import os, subprocess, sys, time, unicodedata
 import numpy as np
 import pytest
 
-from khmer_ocr.text import *
-from khmer_ocr.text import _coeng_alone, _invisible
+from khmer_ocr.core.errors import *
+from khmer_ocr.core.files import *
+from khmer_ocr.core.config import *
+from khmer_ocr.text.khmer import *
+from khmer_ocr.text.khmer import _coeng_alone, _invisible
 
 
 @pytest.fixture(scope='module')

@@ -4,15 +4,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 from tiny import make_tiny
-from khmer_ocr.cli import _our_words, app
-from khmer_ocr.data import open_lines
-from khmer_ocr.i2t import export_i2t
-from khmer_ocr.i2t_train import EXAMPLE, I2TConfig, loop_settings, memory_line, network, read_i2t_config, warmup_share
-from khmer_ocr.learner import load_checkpoint, read_history
-from khmer_ocr.synth import Recipe
-from khmer_ocr.text import KhmerOCRError
-from khmer_ocr.training import TrainConfig
-from khmer_ocr.vision_text import vision_text_preset
+from khmer_ocr.cli.common import _our_words, app
+from khmer_ocr.data.datasets import open_lines
+from khmer_ocr.data.i2t import export_i2t
+from khmer_ocr.models.i2t_training import EXAMPLE, I2TConfig, loop_settings, memory_line, network, read_i2t_config, warmup_share
+from khmer_ocr.training.checkpoints import load_checkpoint
+from khmer_ocr.training.callbacks import read_history
+from khmer_ocr.synth.generator import Recipe
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.training.settings import TrainConfig
+from khmer_ocr.models.transformer_training import vision_text_preset
 
 config = '''{
   "mixed_precision": false,          // 32 bits
@@ -65,7 +66,8 @@ def test_resume_latest_gives_the_same_history(i2t, trained, tmp_path):
     "Killed at the third of four steps: the save of the second is where it goes on"
     whole, _ = trained; out = tmp_path/'cut'
     with pytest.MonkeyPatch.context() as m:
-        from khmer_ocr import cli, learner
+        from khmer_ocr import cli
+        from khmer_ocr import learner
         often = cli._lengths; m.setattr(cli, '_lengths', lambda *a: often(*a) | dict(save_every=2))
         step = learner.Learner.one_step
         def dies(self):

@@ -4,10 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 from torch import nn
-from khmer_ocr import learner as learner_module
-from khmer_ocr.learner import Callback, CancelFit, KeepBest, Learner, Progress, load_checkpoint, load_weights, read_history
-from khmer_ocr.text import KhmerOCRError
-from khmer_ocr.training import TrainConfig, auto_batch_size, configure, is_out_of_memory, kept_bytes, lr_at, split_batch
+from khmer_ocr import learner
+from khmer_ocr.training.callbacks import Callback, CancelFit, KeepBest, Progress, read_history
+from khmer_ocr.training.learner import Learner
+from khmer_ocr.training.checkpoints import load_checkpoint, load_weights
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.training.settings import TrainConfig, lr_at
+from khmer_ocr.training.memory import auto_batch_size, is_out_of_memory, kept_bytes, split_batch
+from khmer_ocr.core.config import configure
 
 class Net(nn.Module):
     "Convolution, norm and recurrence; `norm=False` for sums that must come out equal"

@@ -3,14 +3,17 @@ import calendar, datetime, itertools, pickle, re
 from dataclasses import replace
 import numpy as np, pytest, torch
 import khmer_ocr.translate as module
-from khmer_ocr.corpus import lunar_year
-from khmer_ocr.learner import Callback, CancelFit, save_checkpoint
-from khmer_ocr.reader import Reader, models
-from khmer_ocr.synth import Recipe, Synth
-from khmer_ocr.text import KhmerOCRError, charset, normalise
-from khmer_ocr.translate import (ENGLISH, RULES, TOP, KhmerSide, Pair, Pairs, ParallelLines, english_targets, english_words, khmer_value, khmer_words,
-    number_key, parallel_batches, side, train_translator, translation_scores, translator_preset)
-from khmer_ocr.vision_text import VisionText, load_vision_text, start_from, train_vision_text
+from khmer_ocr.text.rules import lunar_year
+from khmer_ocr.training.callbacks import Callback, CancelFit
+from khmer_ocr.training.checkpoints import save_checkpoint
+from khmer_ocr.inference.reader import Reader
+from khmer_ocr.models.zoo import models
+from khmer_ocr.synth.generator import Recipe, Synth
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.text.khmer import charset, normalise
+from khmer_ocr.experiments.translation import ENGLISH, RULES, TOP, KhmerSide, Pair, Pairs, ParallelLines, english_targets, english_words, khmer_value, khmer_words, number_key, parallel_batches, side, train_translator, translation_scores, translator_preset
+from khmer_ocr.models.transformer import VisionText
+from khmer_ocr.models.transformer_training import load_vision_text, start_from, train_vision_text
 
 edges = [0, 9, 10, 19, 20, 21, 99, 100, 101, 110, 999, 1000, 1001, 9999, 10_000, 10_001, 99_999, 100_000, 999_999, 10**6, 10**6+1, 10**9, 10**11, TOP-1]
 def sample(n=4000, top=10**6+1): return np.random.default_rng(1).integers(0, top, n).tolist()

@@ -1,15 +1,17 @@
 "The VAE: shapes and sizes of both forms, the losses by hand, a decoder that heeds nothing at first, resuming to the same bits, seeds, what is done with codes, one pair learnt by heart, and what users get wrong."
 import math, numpy as np, pytest, torch
 from dataclasses import replace
-from khmer_ocr.fonts import find_fonts
-from khmer_ocr.gan import pair_distance
-from khmer_ocr.learner import Callback, CancelFit, load_checkpoint, read_history, save_checkpoint
-from khmer_ocr.pairs import CropConfig, PairBatches, as_batch, rendered_pairs
-from khmer_ocr.pix2pix import paint, similarity
-from khmer_ocr.text import KhmerOCRError
-from khmer_ocr.training import configure
-from khmer_ocr.vae import (ELBO, VAE, Styled, VAEConfig, active_units, beta_at, colours, grain, grain_loss, interpolate, kl_loss, kl_units, load_vae, reconstruct, reparameterise, sample, starlet,
-    starlet_norms, strengths, style_of, train_vae)
+from khmer_ocr.synth.fonts import find_fonts
+from khmer_ocr.generative.artifacts import pair_distance
+from khmer_ocr.training.callbacks import Callback, CancelFit, read_history
+from khmer_ocr.training.checkpoints import load_checkpoint, save_checkpoint
+from khmer_ocr.generative.pairs import CropConfig, PairBatches, as_batch, rendered_pairs
+from khmer_ocr.generative.tiling import paint
+from khmer_ocr.generative.pix2pix_training import similarity
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.core.config import configure
+from khmer_ocr.generative.vae_training import ELBO, Styled, interpolate, load_vae, reconstruct, sample, style_of, train_vae
+from khmer_ocr.generative.vae import VAE, VAEConfig, active_units, beta_at, colours, grain, grain_loss, kl_loss, kl_units, reparameterise, starlet, starlet_norms, strengths
 
 noto = next(f for f in find_fonts() if f.name == 'Noto Sans Khmer Variable Regular')
 words = ['ភ្នំពេញ', 'សាលា', 'ខ្មែរ', 'ជាតិ']

@@ -4,16 +4,23 @@ import numpy as np, pytest, torch
 from dataclasses import asdict, replace
 from pathlib import Path
 import khmer_ocr
-from khmer_ocr.ctc import CTCConfig, CTCNet, Units, header, load_ctc
-from khmer_ocr.data import LineSource, as_input, collate
-from khmer_ocr.learner import Callback, CancelFit, save_checkpoint
-from khmer_ocr.seq2seq import beam_search, ctc_begin, ctc_extend, ctc_frames, ctc_whole, read_lines, write_greedy
-from khmer_ocr.synth import Recipe
-from khmer_ocr.targets import make_targets
-from khmer_ocr.text import KhmerOCRError, charset, normalise
-from khmer_ocr.training import TrainConfig, configure, kept_bytes
-from khmer_ocr.vision_text import (Blocks, VisionText, VisionTextConfig, VisionTextLoss, evaluate_vision_text, load_vision_text, shifted, start_from, targets_of,
-    train_vision_text, vision_text_header, vision_text_preset)
+from khmer_ocr.models.ctc import CTCConfig, CTCNet, header, load_ctc
+from khmer_ocr.text.tokenizers import Units
+from khmer_ocr.data.datasets import LineSource
+from khmer_ocr.data.batching import as_input, collate
+from khmer_ocr.training.callbacks import Callback, CancelFit
+from khmer_ocr.training.checkpoints import save_checkpoint
+from khmer_ocr.models.decoding import beam_search, ctc_begin, ctc_extend, ctc_frames, ctc_whole, write_greedy
+from khmer_ocr.models.attention_training import read_lines
+from khmer_ocr.synth.generator import Recipe
+from khmer_ocr.text.tokenizers import make_targets
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.text.khmer import charset, normalise
+from khmer_ocr.training.settings import TrainConfig
+from khmer_ocr.core.config import configure
+from khmer_ocr.training.memory import kept_bytes
+from khmer_ocr.models.transformer_training import Blocks, VisionTextLoss, evaluate_vision_text, load_vision_text, start_from, train_vision_text, vision_text_header, vision_text_preset
+from khmer_ocr.models.transformer import VisionText, VisionTextConfig, shifted, targets_of
 
 texts = [normalise(t) for t in ('ព្រះរាជាណាចក្រ', 'ភ្នំពេញ', 'សុខសប្បាយទេ?', 'ឆ្នាំ២០២៥')]
 reader = CTCConfig(channels=(4, 4, 4, 4, 8), hidden=8, layers=2, blocks=(1, 1, 1))

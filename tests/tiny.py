@@ -1,10 +1,11 @@
 "A tiny world for tests: corpus, set, and the checkpoint of a network that has hardly learned anything."
 import numpy as np
-from khmer_ocr.corpus import rule_line
-from khmer_ocr.ctc import CTCConfig, train_ctc
-from khmer_ocr.learner import TrainConfig
-from khmer_ocr.synth import Recipe
-from khmer_ocr.sets import generate_set
+from khmer_ocr.text.rules import rule_line
+from khmer_ocr.models.ctc import CTCConfig
+from khmer_ocr.models.ctc_training import train_ctc
+from khmer_ocr.training.settings import TrainConfig
+from khmer_ocr.synth.generator import Recipe
+from khmer_ocr.synth.store import generate_set
 
 net = CTCConfig(channels=(8, 8, 8, 8, 16), hidden=8, layers=1)
 loop = dict(batch_size=2, log_every=1, precision='32-true', tensorboard=False)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
 os.environ['PATH'] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')])  # npm of the pip package, for fetching
-from khmer_ocr.text import KhmerOCRError, clusters, write_atomic
+from khmer_ocr.core.errors import KhmerOCRError
+from khmer_ocr.text.khmer import clusters
+from khmer_ocr.core.files import write_atomic
 
 def say(*words): print(*words, flush=True)
 
@@ -19,7 +21,7 @@ def step(n, name):
 
 # 1
 def get_fonts():
-    from khmer_ocr.fonts import find_fonts, install_fonts
+    from khmer_ocr.synth.fonts import find_fonts, install_fonts
     done = step(1, 'Fonts: fetching what is missing')
     try: fonts = install_fonts()
     except KhmerOCRError as e:
@@ -30,7 +32,7 @@ def get_fonts():
 
 # 2
 def get_corpus(folder, limit):
-    from khmer_ocr.corpus import build_corpus, corpus_stats, stats_table
+    from khmer_ocr.text.corpus import build_corpus, corpus_stats, stats_table
     done = step(2, 'Corpus: Khmer text from packages and rules')
     there = (folder/'corpus.json').exists()
     stats = corpus_stats(folder) if there else build_corpus(folder, limit=limit)
@@ -39,15 +41,15 @@ def get_corpus(folder, limit):
 
 # 3
 def fresh_lines(corpus, data, lines, fixed):
-    from khmer_ocr.synth import Recipe
-    from khmer_ocr.sets import generate_set, make_validation_set
+    from khmer_ocr.synth.generator import Recipe
+    from khmer_ocr.synth.store import generate_set, make_validation_set
     before = (data/'validation'/'metadata.json').exists()
     stats = generate_set(Recipe(corpus=str(corpus), preset='light', size=(18., 32.)), data/'set', max_lines=lines, splits=('train',), workers=os.cpu_count() or 1)
     make_validation_set(data/'validation', num_samples=fixed, corpus=corpus)
     return stats, before and not stats['images_made']
 
 def make_lines(corpus, data, models, lines, fixed):
-    from khmer_ocr.sets import format_stats
+    from khmer_ocr.synth.store import format_stats
     done = step(3, f'Images: {lines:,} labelled lines to train on, {fixed:,} fixed ones to judge by')
     try: stats, there = fresh_lines(corpus, data, lines, fixed)
     except KhmerOCRError as e:
@@ -60,7 +62,7 @@ def make_lines(corpus, data, models, lines, fixed):
 
 # 4
 def train_small(corpus, data, models, reports, steps):
-    from khmer_ocr.runs import run_notebook
+    from khmer_ocr.reporting.runs import run_notebook
     done = step(4, 'Training: a small network learns from those lines')
     report, latest = reports/'training'/'report.html', models/'latest.safetensors'
     if report.exists() and latest.exists() and (reports/'training'/'metrics.json').exists():
@@ -73,7 +75,7 @@ def train_small(corpus, data, models, reports, steps):
 
 # 5
 def judge(data, reports, model):
-    from khmer_ocr.runs import run_notebook
+    from khmer_ocr.reporting.runs import run_notebook
     done = step(5, f'Evaluation: the weights that ship ({model}) on the fixed lines')
     run = run_notebook('evaluate', dict(model=model, data=str(data/'validation'), peers=[]), reports/'evaluation', echo=True)
     s = run.metrics['scores']['data']
@@ -82,14 +84,15 @@ def judge(data, reports, model):
 # 6
 def page_font(fonts):
     "A text face that no training has seen, or the one that pip brought"
-    from khmer_ocr.report import khmer_font_file
+    from khmer_ocr.reporting.figures import khmer_font_file
     unseen = [f for f in fonts if f.family == 'Koh Santepheap' and f.style == 'Regular' and not f.axes]
     if unseen: return unseen[0].path, unseen[0].name + ', which no training has seen'
     return str(khmer_font_file()), 'Noto Sans Khmer'
 
 def page_lines(corpus):
     "Paragraphs to typeset, and what they are"
-    from khmer_ocr.corpus import load_lines, udhr_lines
+    from khmer_ocr.text.corpus import load_lines
+    from khmer_ocr.text.sources import udhr_lines
     try: return udhr_lines(), 'the Universal Declaration of Human Rights'
     except KhmerOCRError as e:
         say(f'      {e}\n      taking lines of the corpus that no training uses')
@@ -145,7 +148,7 @@ def make_page(fonts, corpus, data):
 
 # 7
 def read_it(data, models, reports, model):
-    from khmer_ocr.runs import run_notebook
+    from khmer_ocr.reporting.runs import run_notebook
     done = step(7, 'Reading the page')
     run = run_notebook('demo', dict(samples=str(data/'set/train'), training=str(models), evaluation=str(reports/'evaluation'), page=str(data/'page.png'), truth=str(data/'page.txt'), model=model), reports)
     done(f'{run.metrics["lines_found"]} lines found')
