@@ -1,4 +1,5 @@
 "ONNX and whole numbers: the same logits and texts as torch, the same bytes twice, the command, and mistakes in one line."
+
 import subprocess, sys
 from dataclasses import asdict
 import cv2, numpy as np, pytest, torch
@@ -12,67 +13,155 @@ from khmer_ocr.models.attention_training import seq2seq_preset
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.text.khmer import charset
 
-pytest.importorskip('onnx'); ort = pytest.importorskip('onnxruntime')
+pytest.importorskip('onnx')
+ort = pytest.importorskip('onnxruntime')
 units = Units(charset('khmer-latin'))
-def checkpoint(path, **kw):
-    torch.manual_seed(3); n = CTCNet(len(units), CTCConfig(**(dict(channels=(8, 8, 8, 8, 16), hidden=8, layers=1) | kw)))
-    save_checkpoint(path, n.state_dict(), header(n.config, units)); return path
-def image(i, width=160): return np.random.default_rng(i).integers(0, 255, (40, width)).astype(np.uint8)
 
-@pytest.mark.parametrize('shape', [dict(), dict(layers=2), dict(stride=8, height=48), dict(stride=2), dict(blocks=(1, 1, 1)), dict(reading='conv', block='large', blocks=(0, 1, 0)), dict(layers=0)])
+
+def checkpoint(path, **kw):
+    torch.manual_seed(3)
+    n = CTCNet(len(units), CTCConfig(**(dict(channels=(8, 8, 8, 8, 16), hidden=8, layers=1) | kw)))
+    save_checkpoint(path, n.state_dict(), header(n.config, units))
+    return path
+
+
+def image(i, width=160):
+    return np.random.default_rng(i).integers(0, 255, (40, width)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    'shape',
+    [
+        dict(),
+        dict(layers=2),
+        dict(stride=8, height=48),
+        dict(stride=2),
+        dict(blocks=(1, 1, 1)),
+        dict(reading='conv', block='large', blocks=(0, 1, 0)),
+        dict(layers=0),
+    ],
+)
 def test_the_same_logits(tmp_path, shape):
-    path = checkpoint(tmp_path/'a.safetensors', **shape); size = export_onnx(path, tmp_path/'a.onnx'); assert size == (tmp_path/'a.onnx').stat().st_size
-    a, b = Reader.load(path, dtype=torch.float32), OnnxNet(tmp_path/'a.onnx'); assert b.config == a.net.config
+    path = checkpoint(tmp_path / 'a.safetensors', **shape)
+    size = export_onnx(path, tmp_path / 'a.onnx')
+    assert size == (tmp_path / 'a.onnx').stat().st_size
+    a, b = Reader.load(path, dtype=torch.float32), OnnxNet(tmp_path / 'a.onnx')
+    assert b.config == a.net.config
     for lines, width in ((1, 16), (3, 333), (2, 2048)):
         x = torch.rand(lines, 1, a.height, width)
-        with torch.inference_mode(): assert torch.allclose(a.net(x), b(x), atol=1e-4)
+        with torch.inference_mode():
+            assert torch.allclose(a.net(x), b(x), atol=1e-4)
+
 
 @pytest.mark.parametrize('options', [dict(), dict(decoder='beam'), dict(decoder='beam', lm='ngram')])
 def test_the_same_texts_and_places(tmp_path, options):
-    export_onnx('fast', tmp_path/'fast.onnx'); images = [image(i, 60+300*i) for i in range(9)]      # the widest go in windows
-    a, b = (r.read(images) for r in (Reader.load('fast', dtype=torch.float32, **options), open_reader(tmp_path/'fast.onnx', **options)))
-    assert [r.text for r in a] == [r.text for r in b] and np.allclose([r.confidence for r in a], [r.confidence for r in b], atol=1e-3)
+    export_onnx('fast', tmp_path / 'fast.onnx')
+    images = [image(i, 60 + 300 * i) for i in range(9)]  # the widest go in windows
+    a, b = (
+        r.read(images)
+        for r in (Reader.load('fast', dtype=torch.float32, **options), open_reader(tmp_path / 'fast.onnx', **options))
+    )
+    assert [r.text for r in a] == [r.text for r in b] and np.allclose(
+        [r.confidence for r in a], [r.confidence for r in b], atol=1e-3
+    )
     assert [[c[2:] for c in r.chars] for r in a] == [[c[2:] for c in r.chars] for r in b]
+
 
 def test_whole_numbers(tmp_path):
     "A fifth of the size or so, close logits, one line as among many, and the same bytes twice"
-    path = checkpoint(tmp_path/'a.safetensors', channels=(16, 32, 32, 32, 64), hidden=48)
+    path = checkpoint(tmp_path / 'a.safetensors', channels=(16, 32, 32, 32, 64), hidden=48)
     batches = [np.random.default_rng(i).random((4, 1, 40, 160)).astype(np.float32) for i in range(3)]
-    for name in ('a', 'b'): export_onnx(path, tmp_path/f'{name}.onnx'); quantise(tmp_path/f'{name}.onnx', tmp_path/f'{name}8.onnx', batches)
-    assert (tmp_path/'a.onnx').read_bytes() == (tmp_path/'b.onnx').read_bytes() and (tmp_path/'a8.onnx').read_bytes() == (tmp_path/'b8.onnx').read_bytes()
-    assert (tmp_path/'a8.onnx').stat().st_size < .45*(tmp_path/'a.onnx').stat().st_size
-    a, b = OnnxNet(tmp_path/'a.onnx'), OnnxNet(tmp_path/'a8.onnx'); assert b.header['arithmetic'] == 'int8' and b.header['charset'] == a.header['charset']
-    x = torch.from_numpy(batches[0]); assert np.corrcoef(a(x).flatten(), b(x).flatten())[0, 1] > .95
+    for name in ('a', 'b'):
+        export_onnx(path, tmp_path / f'{name}.onnx')
+        quantise(tmp_path / f'{name}.onnx', tmp_path / f'{name}8.onnx', batches)
+    assert (tmp_path / 'a.onnx').read_bytes() == (tmp_path / 'b.onnx').read_bytes() and (
+        tmp_path / 'a8.onnx'
+    ).read_bytes() == (tmp_path / 'b8.onnx').read_bytes()
+    assert (tmp_path / 'a8.onnx').stat().st_size < 0.45 * (tmp_path / 'a.onnx').stat().st_size
+    a, b = OnnxNet(tmp_path / 'a.onnx'), OnnxNet(tmp_path / 'a8.onnx')
+    assert b.header['arithmetic'] == 'int8' and b.header['charset'] == a.header['charset']
+    x = torch.from_numpy(batches[0])
+    assert np.corrcoef(a(x).flatten(), b(x).flatten())[0, 1] > 0.95
+
 
 def test_a_program_without_torch_and_library(tmp_path):
-    export_onnx('fast', tmp_path/'fast.onnx'); write_program(tmp_path/'fast.onnx', tmp_path/'fast.py')
-    images = [image(i, 200) for i in range(2)]; [cv2.imwrite(str(tmp_path/f'{i}.png'), im) for i, im in enumerate(images)]
+    export_onnx('fast', tmp_path / 'fast.onnx')
+    write_program(tmp_path / 'fast.onnx', tmp_path / 'fast.py')
+    images = [image(i, 200) for i in range(2)]
+    [cv2.imwrite(str(tmp_path / f'{i}.png'), im) for i, im in enumerate(images)]
     code = 'import sys, runpy; sys.modules["torch"] = sys.modules["khmer_ocr"] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
-    p = subprocess.run([sys.executable, '-I', '-c', code, str(tmp_path/'fast.py'), str(tmp_path/'0.png'), str(tmp_path/'1.png')], capture_output=True, text=True)
+    p = subprocess.run(
+        [sys.executable, '-I', '-c', code, str(tmp_path / 'fast.py'), str(tmp_path / '0.png'), str(tmp_path / '1.png')],
+        capture_output=True,
+        text=True,
+    )
     assert p.returncode == 0, p.stderr
-    assert [''.join(l.split()) for l in p.stdout.split('\n')[:-1]] == [''.join(r.text.split()) for r in OnnxReader(tmp_path/'fast.onnx').read(images)]
+    assert [''.join(l.split()) for l in p.stdout.split('\n')[:-1]] == [
+        ''.join(r.text.split()) for r in OnnxReader(tmp_path / 'fast.onnx').read(images)
+    ]
+
 
 def test_mistakes(tmp_path):
-    config = seq2seq_preset('buoy2022').config; theirs = make_units(config)
-    save_checkpoint(tmp_path/'s.safetensors', Seq2Seq(len(theirs), config).state_dict(), dict(model='seq2seq', config=asdict(config), charset=list(theirs.charset.symbols), height=config.height, preprocess='khmer_ocr.data.prepare/2', normal_form='khmer_ocr.text.normalise/1'))
-    (tmp_path/'bad.onnx').write_bytes(b'nothing')
-    for call, words in ((lambda: export_onnx(tmp_path/'s.safetensors', tmp_path/'s.onnx'), 'attention'), (lambda: export_onnx(checkpoint(tmp_path/'t.safetensors', reading='attention'), tmp_path/'t.onnx'), 'attention'),
-                        (lambda: open_reader(tmp_path/'bad.onnx'), 'damaged'), (lambda: open_reader(tmp_path/'none.onnx'), 'does not exist'), (lambda: export_onnx('fsat', tmp_path/'x.onnx'), "'fsat'")):
-        with pytest.raises(KhmerOCRError, match=words) as e: call()
+    config = seq2seq_preset('buoy2022').config
+    theirs = make_units(config)
+    save_checkpoint(
+        tmp_path / 's.safetensors',
+        Seq2Seq(len(theirs), config).state_dict(),
+        dict(
+            model='seq2seq',
+            config=asdict(config),
+            charset=list(theirs.charset.symbols),
+            height=config.height,
+            preprocess='khmer_ocr.data.prepare/2',
+            normal_form='khmer_ocr.text.normalise/1',
+        ),
+    )
+    (tmp_path / 'bad.onnx').write_bytes(b'nothing')
+    for call, words in (
+        (lambda: export_onnx(tmp_path / 's.safetensors', tmp_path / 's.onnx'), 'attention'),
+        (
+            lambda: export_onnx(checkpoint(tmp_path / 't.safetensors', reading='attention'), tmp_path / 't.onnx'),
+            'attention',
+        ),
+        (lambda: open_reader(tmp_path / 'bad.onnx'), 'damaged'),
+        (lambda: open_reader(tmp_path / 'none.onnx'), 'does not exist'),
+        (lambda: export_onnx('fsat', tmp_path / 'x.onnx'), "'fsat'"),
+    ):
+        with pytest.raises(KhmerOCRError, match=words) as e:
+            call()
         assert '\n' not in str(e.value)
     assert not list(tmp_path.glob('[stx].onnx'))
 
+
 def test_a_foreign_file_and_an_old_one(tmp_path):
     import json, onnx
-    export_onnx(checkpoint(tmp_path/'a.safetensors'), tmp_path/'a.onnx'); model = onnx.load(tmp_path/'a.onnx'); entry = model.metadata_props[0]
-    entry.value = json.dumps(json.loads(entry.value) | dict(preprocess='khmer_ocr.data.prepare/1: old')); (tmp_path/'old.onnx').write_bytes(model.SerializeToString())
-    with pytest.raises(KhmerOCRError, match='export it again'): OnnxReader(tmp_path/'old.onnx')
-    del model.metadata_props[:]; (tmp_path/'foreign.onnx').write_bytes(model.SerializeToString())
-    with pytest.raises(KhmerOCRError, match='none of khmer_ocr'): OnnxReader(tmp_path/'foreign.onnx')
+
+    export_onnx(checkpoint(tmp_path / 'a.safetensors'), tmp_path / 'a.onnx')
+    model = onnx.load(tmp_path / 'a.onnx')
+    entry = model.metadata_props[0]
+    entry.value = json.dumps(json.loads(entry.value) | dict(preprocess='khmer_ocr.data.prepare/1: old'))
+    (tmp_path / 'old.onnx').write_bytes(model.SerializeToString())
+    with pytest.raises(KhmerOCRError, match='export it again'):
+        OnnxReader(tmp_path / 'old.onnx')
+    del model.metadata_props[:]
+    (tmp_path / 'foreign.onnx').write_bytes(model.SerializeToString())
+    with pytest.raises(KhmerOCRError, match='none of khmer_ocr'):
+        OnnxReader(tmp_path / 'foreign.onnx')
+
 
 def test_the_command(tmp_path):
-    run = lambda *a: subprocess.run([sys.executable, '-c', 'from khmer_ocr.cli import app; app()', *map(str, a)], capture_output=True, text=True)
-    p = run('export', 'int8', 'fast', '--out', tmp_path/'fast.onnx', '--program'); assert p.returncode == 0 and '1.9 MB' in p.stdout and all(l.startswith('warning: no fonts') for l in p.stderr.splitlines()), p.stderr
-    cv2.imwrite(str(tmp_path/'a.png'), image(1, 200)); assert (tmp_path/'fast.py').exists()
-    p = run('read', '--line', '--model', tmp_path/'fast.onnx', tmp_path/'a.png'); assert p.returncode == 0 and p.stdout.count('\n') == 1
-    p = run('export', 'onnx', 'fast', '--out', tmp_path/'fast.bin'); assert p.returncode == 1 and 'end in .onnx' in p.stderr and p.stderr.count('\n') == 1
+    run = lambda *a: subprocess.run(
+        [sys.executable, '-c', 'from khmer_ocr.cli import app; app()', *map(str, a)], capture_output=True, text=True
+    )
+    p = run('export', 'int8', 'fast', '--out', tmp_path / 'fast.onnx', '--program')
+    assert (
+        p.returncode == 0
+        and '1.9 MB' in p.stdout
+        and all(l.startswith('warning: no fonts') for l in p.stderr.splitlines())
+    ), p.stderr
+    cv2.imwrite(str(tmp_path / 'a.png'), image(1, 200))
+    assert (tmp_path / 'fast.py').exists()
+    p = run('read', '--line', '--model', tmp_path / 'fast.onnx', tmp_path / 'a.png')
+    assert p.returncode == 0 and p.stdout.count('\n') == 1
+    p = run('export', 'onnx', 'fast', '--out', tmp_path / 'fast.bin')
+    assert p.returncode == 1 and 'end in .onnx' in p.stderr and p.stderr.count('\n') == 1

@@ -1,4 +1,5 @@
 "Distillation: any shape of teacher, several teachers, resume to the same weights, plans and settings with a teacher, mistakes in one line."
+
 import json
 import numpy as np, pytest, torch
 from khmer_ocr.models.ctc import CTCConfig, CTCNet, header, load_ctc
@@ -21,68 +22,162 @@ from khmer_ocr.text.khmer import charset, normalise
 texts = [normalise(t) for t in ('ព្រះរាជាណាចក្រ', 'ភ្នំពេញ', 'សុខសប្បាយទេ?', 'ឆ្នាំ២០២៥')]
 tiny = CTCConfig(channels=(4, 4, 4, 4, 8), hidden=8, layers=1)
 units = Units(charset(tiny.charset))
-def lines(): return collate([(np.random.default_rng(i).integers(0, 255, (40, 60+30*i)).astype(np.uint8), t) for i, t in enumerate(texts)])
-def net(seed, **kw): torch.manual_seed(seed); return CTCNet(len(units), CTCConfig(**(dict(channels=(4, 4, 4, 4, 8), hidden=8, layers=1) | kw))).eval()
-def Teacher(n, theirs=units, dtype=None): return Member(Reader(n, theirs, header(n.config, theirs) if isinstance(n, CTCNet) else dict(height=n.config.height), dtype=dtype), units)
-def checkpoint(path, seed=0, **kw): n = net(seed, **kw); save_checkpoint(path, n.state_dict(), header(n.config, units)); return str(path)
 
-@pytest.mark.parametrize('shape', [dict(), dict(height=48), dict(stride=2), dict(stride=8), dict(height=32, stride=8), dict(reading='attention')])
+
+def lines():
+    return collate(
+        [
+            (np.random.default_rng(i).integers(0, 255, (40, 60 + 30 * i)).astype(np.uint8), t)
+            for i, t in enumerate(texts)
+        ]
+    )
+
+
+def net(seed, **kw):
+    torch.manual_seed(seed)
+    return CTCNet(len(units), CTCConfig(**(dict(channels=(4, 4, 4, 4, 8), hidden=8, layers=1) | kw))).eval()
+
+
+def Teacher(n, theirs=units, dtype=None):
+    return Member(
+        Reader(
+            n, theirs, header(n.config, theirs) if isinstance(n, CTCNet) else dict(height=n.config.height), dtype=dtype
+        ),
+        units,
+    )
+
+
+def checkpoint(path, seed=0, **kw):
+    n = net(seed, **kw)
+    save_checkpoint(path, n.state_dict(), header(n.config, units))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    'shape',
+    [dict(), dict(height=48), dict(stride=2), dict(stride=8), dict(height=32, stride=8), dict(reading='attention')],
+)
 def test_teachers_of_any_shape(shape):
-    pupil = net(1); loss = DistilLoss(CTCLoss(units), [Teacher(net(2, **shape))])(pupil, lines()); loss.backward()
+    pupil = net(1)
+    loss = DistilLoss(CTCLoss(units), [Teacher(net(2, **shape))])(pupil, lines())
+    loss.backward()
     assert loss.isfinite() and loss > 0 and pupil.name.weight.grad.abs().sum() > 0
+
 
 def test_padding_teaches_nothing():
     "More white behind the lines changes the lesson of an attention reader by nothing: it sees the widths, and frames behind a line do not count"
-    wide, plain = lines(), lines(); wide['images'] = torch.nn.functional.pad(wide['images'], (0, 64), value=255)
-    pupil, one = net(1, reading='conv', layers=0), DistilLoss(CTCLoss(units), [Teacher(net(2, reading='conv', layers=0), dtype=torch.float32)], share=1.)
-    with torch.no_grad(): assert torch.isclose(one(pupil, plain), one(pupil, wide), rtol=1e-4)
+    wide, plain = lines(), lines()
+    wide['images'] = torch.nn.functional.pad(wide['images'], (0, 64), value=255)
+    pupil, one = (
+        net(1, reading='conv', layers=0),
+        DistilLoss(CTCLoss(units), [Teacher(net(2, reading='conv', layers=0), dtype=torch.float32)], share=1.0),
+    )
+    with torch.no_grad():
+        assert torch.isclose(one(pupil, plain), one(pupil, wide), rtol=1e-4)
+
 
 def test_two_teachers_are_their_mean():
-    a, b = (Teacher(net(i), dtype=torch.float32) for i in (2, 3)); of = lambda *t: DistilLoss(CTCLoss(units), t).heard(lines(), 30)
-    assert torch.allclose(of(a, b), (of(a)+of(b))/2, atol=1e-6) and torch.allclose(of(a, b).sum(-1), torch.ones(4, 30), atol=1e-4)
+    a, b = (Teacher(net(i), dtype=torch.float32) for i in (2, 3))
+    of = lambda *t: DistilLoss(CTCLoss(units), t).heard(lines(), 30)
+    assert torch.allclose(of(a, b), (of(a) + of(b)) / 2, atol=1e-6) and torch.allclose(
+        of(a, b).sum(-1), torch.ones(4, 30), atol=1e-4
+    )
+
 
 def test_units_go_by_name():
-    small = Units(charset('buoy2022')); extra = [u for u in small.units if u not in units.units]
+    small = Units(charset('buoy2022'))
+    extra = [u for u in small.units if u not in units.units]
     if extra:
-        with pytest.raises(KhmerOCRError, match='no unit for'): columns(units, small)
-    at = columns(units, units); assert at[0] == 0 and at.tolist() == list(range(len(units)))
-    with pytest.raises(KhmerOCRError, match='no unit for'): columns(make_units(seq2seq_preset('buoy2022').config), units)
+        with pytest.raises(KhmerOCRError, match='no unit for'):
+            columns(units, small)
+    at = columns(units, units)
+    assert at[0] == 0 and at.tolist() == list(range(len(units)))
+    with pytest.raises(KhmerOCRError, match='no unit for'):
+        columns(make_units(seq2seq_preset('buoy2022').config), units)
+
 
 def test_a_teacher_that_does_not_hear():
-    config = seq2seq_preset('buoy2022').config; theirs = make_units(config)
-    with pytest.raises(KhmerOCRError, match='without a CTC head'): Teacher(Seq2Seq(len(theirs), config), theirs)
+    config = seq2seq_preset('buoy2022').config
+    theirs = make_units(config)
+    with pytest.raises(KhmerOCRError, match='without a CTC head'):
+        Teacher(Seq2Seq(len(theirs), config), theirs)
+
 
 class StopAt(Callback):
-    def __init__(self, n): self.n = n
+    def __init__(self, n):
+        self.n = n
+
     def after_step(self, learn):
-        if learn.step == self.n: raise CancelFit
+        if learn.step == self.n:
+            raise CancelFit
+
 
 def test_resumed_lessons_end_with_the_same_weights(tmp_path):
-    teaching = Teaching((checkpoint(tmp_path/'teacher.safetensors'),), .6, 2., .5)
-    loop = TrainConfig(steps=4, batch_size=2, log_every=1, eval_every=100, save_every=100, precision='32-true', tensorboard=False)
-    go = lambda out, **kw: train_ctc(tmp_path/out, Recipe(random_text=True, seed=4), loop, tiny, texts=texts, pool=2, verbose=False, teacher=teaching, **kw)
-    go('whole'); go('parts', callbacks=[StopAt(2)]); go('parts', resume='latest')
-    a, b = (load_ctc(tmp_path/p/'latest.safetensors') for p in ('whole', 'parts'))
+    teaching = Teaching((checkpoint(tmp_path / 'teacher.safetensors'),), 0.6, 2.0, 0.5)
+    loop = TrainConfig(
+        steps=4, batch_size=2, log_every=1, eval_every=100, save_every=100, precision='32-true', tensorboard=False
+    )
+    go = lambda out, **kw: train_ctc(
+        tmp_path / out,
+        Recipe(random_text=True, seed=4),
+        loop,
+        tiny,
+        texts=texts,
+        pool=2,
+        verbose=False,
+        teacher=teaching,
+        **kw,
+    )
+    go('whole')
+    go('parts', callbacks=[StopAt(2)])
+    go('parts', resume='latest')
+    a, b = (load_ctc(tmp_path / p / 'latest.safetensors') for p in ('whole', 'parts'))
     assert all(torch.equal(v, b[0].state_dict()[k]) for k, v in a[0].state_dict().items())
     assert a[2]['teacher'].endswith('teacher.safetensors: share 0.6, temperature 2, words 0.5')
     assert str(tmp_path.parent) not in a[2]['teacher']
 
-def test_plans_with_teachers(tmp_path):
-    plan = dict(name='a', model='ctc', settings=dict(channels=[4, 4, 4, 4, 8], hidden=8, layers=1), train=dict(batch_size=2, precision='32-true', tensorboard=False),
-        stage=[dict(name='one', train=dict(steps=1)), dict(name='two', train=dict(steps=1), distil=dict(teachers=[checkpoint(tmp_path/'t.safetensors')]))])
-    write = lambda **change: (tmp_path/'plan.json').write_text(json.dumps(plan | change), encoding='utf-8') and tmp_path/'plan.json'
-    made = read_plan(write()); assert made.stages[0].distil is None and made.stages[1].distil.share == .5
-    card = make_card(made, carry_out(made, tmp_path/'models', texts=texts, verbose=False, pool=2), {})
-    assert 'teacher' not in card['stages'][0] and 't.safetensors' in card['stages'][1]['teacher']
-    with pytest.raises(KhmerOCRError, match='only CTC readers'): read_plan(write(model='seq2seq', settings={}))
-    with pytest.raises(KhmerOCRError, match='did you mean teachers'): read_plan(write(distil=dict(teacher='best')))
 
-@pytest.mark.parametrize('table, words', [('teachers = ["bset"]', "'bset'"), ('teacher = "best"', 'did you mean teachers'), ('share = 2.0', 'from 0 to 1'), ('teachers = []', 'list of model names')])
+def test_plans_with_teachers(tmp_path):
+    plan = dict(
+        name='a',
+        model='ctc',
+        settings=dict(channels=[4, 4, 4, 4, 8], hidden=8, layers=1),
+        train=dict(batch_size=2, precision='32-true', tensorboard=False),
+        stage=[
+            dict(name='one', train=dict(steps=1)),
+            dict(name='two', train=dict(steps=1), distil=dict(teachers=[checkpoint(tmp_path / 't.safetensors')])),
+        ],
+    )
+    write = lambda **change: (
+        (tmp_path / 'plan.json').write_text(json.dumps(plan | change), encoding='utf-8') and tmp_path / 'plan.json'
+    )
+    made = read_plan(write())
+    assert made.stages[0].distil is None and made.stages[1].distil.share == 0.5
+    card = make_card(made, carry_out(made, tmp_path / 'models', texts=texts, verbose=False, pool=2), {})
+    assert 'teacher' not in card['stages'][0] and 't.safetensors' in card['stages'][1]['teacher']
+    with pytest.raises(KhmerOCRError, match='only CTC readers'):
+        read_plan(write(model='seq2seq', settings={}))
+    with pytest.raises(KhmerOCRError, match='did you mean teachers'):
+        read_plan(write(distil=dict(teacher='best')))
+
+
+@pytest.mark.parametrize(
+    'table, words',
+    [
+        ('teachers = ["bset"]', "'bset'"),
+        ('teacher = "best"', 'did you mean teachers'),
+        ('share = 2.0', 'from 0 to 1'),
+        ('teachers = []', 'list of model names'),
+    ],
+)
 def test_settings_with_teachers(tmp_path, table, words):
     from types import SimpleNamespace
     from khmer_ocr.cli.train import _teaching
-    (tmp_path/'s.toml').write_text(f'[distil]\n{table}\n', encoding='utf-8')
-    with pytest.raises(KhmerOCRError) as e: _teaching(SimpleNamespace(config=str(tmp_path/'s.toml'), model='ctc'))['teacher'](CTCLoss(units))
+
+    (tmp_path / 's.toml').write_text(f'[distil]\n{table}\n', encoding='utf-8')
+    with pytest.raises(KhmerOCRError) as e:
+        _teaching(SimpleNamespace(config=str(tmp_path / 's.toml'), model='ctc'))['teacher'](CTCLoss(units))
     assert words in str(e.value) and '\n' not in str(e.value)
-    with pytest.raises(KhmerOCRError, match='only a CTC reader'): _teaching(SimpleNamespace(config=str(tmp_path/'s.toml'), model='seq2seq'))
+    with pytest.raises(KhmerOCRError, match='only a CTC reader'):
+        _teaching(SimpleNamespace(config=str(tmp_path / 's.toml'), model='seq2seq'))
     assert _teaching(SimpleNamespace(config=None, model='seq2seq')) == {}

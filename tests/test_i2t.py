@@ -1,4 +1,5 @@
 "The dataset layout of founding document 003: any source, any interruption, every fault of a list."
+
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
@@ -11,101 +12,170 @@ from khmer_ocr.synth.generator import Recipe
 from khmer_ocr.text.khmer import Charset, charset
 from khmer_ocr.core.errors import KhmerOCRError
 
+
 @pytest.fixture(scope='module')
-def tiny(tmp_path_factory): return make_tiny(tmp_path_factory.mktemp('tiny'), model=False)
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp('tiny'), model=False)
+
 
 @pytest.fixture
-def recipe(tiny): return Recipe(corpus=str(tiny/'corpus'))
+def recipe(tiny):
+    return Recipe(corpus=str(tiny / 'corpus'))
 
-def content(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
+
+def content(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
+
 
 def test_the_layout_is_that_of_the_document(recipe, tmp_path):
-    made = export_i2t(recipe, tmp_path/'i2t', max_lines=dict(train=6, val=3), progress=False)
+    made = export_i2t(recipe, tmp_path / 'i2t', max_lines=dict(train=6, val=3), progress=False)
     assert made['train']['lines'] == 6 and made['val']['lines'] == 3 and made['images_made'] == 9
     for s, n in (('train', 6), ('val', 3)):
-        rows = json.loads((tmp_path/f'i2t/{s}/{s}.json').read_text(encoding='utf-8'))
-        assert [sorted(r) for r in rows] == [['image', 'text']]*n and all((tmp_path/f'i2t/{s}/images'/r['image']).is_file() for r in rows)
-    assert check_i2t(tmp_path/'i2t', charset()) == [] and not (tmp_path/'i2t/train/parts').exists()
+        rows = json.loads((tmp_path / f'i2t/{s}/{s}.json').read_text(encoding='utf-8'))
+        assert [sorted(r) for r in rows] == [['image', 'text']] * n and all(
+            (tmp_path / f'i2t/{s}/images' / r['image']).is_file() for r in rows
+        )
+    assert check_i2t(tmp_path / 'i2t', charset()) == [] and not (tmp_path / 'i2t/train/parts').exists()
+
 
 def test_the_same_bytes_again_and_with_workers(recipe, tmp_path):
-    for name, workers in (('a', 1), ('b', 1), ('c', 2)): export_i2t(recipe, tmp_path/name, max_lines=5, workers=workers, progress=False)
-    assert content(tmp_path/'a') == content(tmp_path/'b') == content(tmp_path/'c')
+    for name, workers in (('a', 1), ('b', 1), ('c', 2)):
+        export_i2t(recipe, tmp_path / name, max_lines=5, workers=workers, progress=False)
+    assert content(tmp_path / 'a') == content(tmp_path / 'b') == content(tmp_path / 'c')
+
 
 def test_a_killed_export_goes_on_to_the_same_bytes(tiny, tmp_path):
-    drawn = Recipe(corpus=str(tiny/'corpus'), random_text=True, preset='clean'); n = 2*CHUNK+20
-    go = lambda out: f"from khmer_ocr.i2t import *; from khmer_ocr.synth import Recipe; export_i2t(Recipe(corpus={str(tiny/'corpus')!r}, random_text=True, preset='clean'), {str(out)!r}, max_lines=dict(train={n}, val=2), progress=False)"
-    p = subprocess.Popen([sys.executable, '-c', go(tmp_path/'cut')])
-    part = tmp_path/'cut/train/parts/000000.json'
-    while not part.exists() and p.poll() is None: time.sleep(.02)
-    p.send_signal(signal.SIGKILL); p.wait()
-    if p.returncode != 0: assert not (tmp_path/'cut/train/train.json').exists()
-    done = len(list((tmp_path/'cut/train/parts').glob('*.json')))
-    made = export_i2t(drawn, tmp_path/'cut', max_lines=dict(train=n, val=2), progress=False)['images_made']
-    assert 1 <= done <= 3 and made == n+2-min(n, done*CHUNK)
-    export_i2t(drawn, tmp_path/'whole', max_lines=dict(train=n, val=2), progress=False)
-    assert content(tmp_path/'cut') == content(tmp_path/'whole')
+    drawn = Recipe(corpus=str(tiny / 'corpus'), random_text=True, preset='clean')
+    n = 2 * CHUNK + 20
+    go = lambda out: (
+        f"from khmer_ocr.i2t import *; from khmer_ocr.synth import Recipe; export_i2t(Recipe(corpus={str(tiny / 'corpus')!r}, random_text=True, preset='clean'), {str(out)!r}, max_lines=dict(train={n}, val=2), progress=False)"
+    )
+    p = subprocess.Popen([sys.executable, '-c', go(tmp_path / 'cut')])
+    part = tmp_path / 'cut/train/parts/000000.json'
+    while not part.exists() and p.poll() is None:
+        time.sleep(0.02)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    if p.returncode != 0:
+        assert not (tmp_path / 'cut/train/train.json').exists()
+    done = len(list((tmp_path / 'cut/train/parts').glob('*.json')))
+    made = export_i2t(drawn, tmp_path / 'cut', max_lines=dict(train=n, val=2), progress=False)['images_made']
+    assert 1 <= done <= 3 and made == n + 2 - min(n, done * CHUNK)
+    export_i2t(drawn, tmp_path / 'whole', max_lines=dict(train=n, val=2), progress=False)
+    assert content(tmp_path / 'cut') == content(tmp_path / 'whole')
+
 
 def test_another_source_never_mixes_with_what_is_there(recipe, tiny, tmp_path):
-    export_i2t(recipe, tmp_path/'i2t', max_lines=3, progress=False); before = content(tmp_path/'i2t')
-    for data, kw in ((recipe, dict(max_lines=4)), (Recipe(corpus=recipe.corpus, seed=7), dict(max_lines=3)), (tiny/'set', {})):
-        with pytest.raises(KhmerOCRError, match='something else'): export_i2t(data, tmp_path/'i2t', progress=False, **kw)
-    assert content(tmp_path/'i2t') == before
-    (tmp_path/'own/train').mkdir(parents=True); (tmp_path/'own/train/train.json').write_text('[]')
-    with pytest.raises(KhmerOCRError, match='something else'): export_i2t(recipe, tmp_path/'own', max_lines=3, progress=False)
-    assert (tmp_path/'own/train/train.json').read_text() == '[]'
+    export_i2t(recipe, tmp_path / 'i2t', max_lines=3, progress=False)
+    before = content(tmp_path / 'i2t')
+    for data, kw in (
+        (recipe, dict(max_lines=4)),
+        (Recipe(corpus=recipe.corpus, seed=7), dict(max_lines=3)),
+        (tiny / 'set', {}),
+    ):
+        with pytest.raises(KhmerOCRError, match='something else'):
+            export_i2t(data, tmp_path / 'i2t', progress=False, **kw)
+    assert content(tmp_path / 'i2t') == before
+    (tmp_path / 'own/train').mkdir(parents=True)
+    (tmp_path / 'own/train/train.json').write_text('[]')
+    with pytest.raises(KhmerOCRError, match='something else'):
+        export_i2t(recipe, tmp_path / 'own', max_lines=3, progress=False)
+    assert (tmp_path / 'own/train/train.json').read_text() == '[]'
+
 
 def test_every_reader_of_lines_takes_it(recipe, tmp_path):
-    export_i2t(recipe, tmp_path/'i2t', max_lines=4, progress=False)
-    for path, split in ((tmp_path/'i2t', 'train'), (tmp_path/'i2t/train', 'train'), (tmp_path/'i2t/val', 'val'), (tmp_path/'i2t/val/val.json', 'val')):
-        a, b = open_lines(path), I2TDataset(tmp_path/'i2t', split)
+    export_i2t(recipe, tmp_path / 'i2t', max_lines=4, progress=False)
+    for path, split in (
+        (tmp_path / 'i2t', 'train'),
+        (tmp_path / 'i2t/train', 'train'),
+        (tmp_path / 'i2t/val', 'val'),
+        (tmp_path / 'i2t/val/val.json', 'val'),
+    ):
+        a, b = open_lines(path), I2TDataset(tmp_path / 'i2t', split)
         assert [t for _, t in a] == [t for _, t in b] and all((x == y).all() for (x, _), (y, _) in zip(a, b))
-    assert len(open_lines(tmp_path/'i2t', limit=2)) == 2
-    mixed = MixedSource(open_lines(tmp_path/'i2t'), OnTheFlyDataset(Recipe(random_text=True), texts=['ក']), .25)
+    assert len(open_lines(tmp_path / 'i2t', limit=2)) == 2
+    mixed = MixedSource(open_lines(tmp_path / 'i2t'), OnTheFlyDataset(Recipe(random_text=True), texts=['ក']), 0.25)
     assert sum(t == 'ក' for _, t in mixed.take(0, 8)) == 2
-    a, b = ([x['texts'] for x, _ in zip(open_lines(tmp_path/'i2t').stream(2, pool=2, step=s), range(3))] for s in (0, 1))
+    a, b = (
+        [x['texts'] for x, _ in zip(open_lines(tmp_path / 'i2t').stream(2, pool=2, step=s), range(3))] for s in (0, 1)
+    )
     assert a[1:] == b[:2]
 
+
 def test_one_text_lies_on_one_side(tiny, tmp_path):
-    rows = open_lines(tiny/'set/train').rows
-    (tmp_path/'labels.tsv').write_text(''.join(f'{rows[i % 4][0]}\t{rows[i % 4][1]}\n' for i in range(12)), encoding='utf-8')
-    made = export_i2t(tmp_path, tmp_path/'i2t', val=.25, progress=False)
+    rows = open_lines(tiny / 'set/train').rows
+    (tmp_path / 'labels.tsv').write_text(
+        ''.join(f'{rows[i % 4][0]}\t{rows[i % 4][1]}\n' for i in range(12)), encoding='utf-8'
+    )
+    made = export_i2t(tmp_path, tmp_path / 'i2t', val=0.25, progress=False)
     assert (made['train']['lines'], made['val']['lines'], made['val']['in_train']) == (9, 3, 0)
-    cuts = {tuple(split_lines(LineFolder(tmp_path), .25, seed)['val']) for seed in range(8)}
+    cuts = {tuple(split_lines(LineFolder(tmp_path), 0.25, seed)['val']) for seed in range(8)}
     assert len(cuts) > 1
-    (tmp_path/'one').mkdir(); (tmp_path/'one/labels.tsv').write_text(f'{rows[0][0]}\tក\n', encoding='utf-8')
-    with pytest.raises(KhmerOCRError, match='two are needed'): export_i2t(tmp_path/'one', tmp_path/'x', progress=False)
+    (tmp_path / 'one').mkdir()
+    (tmp_path / 'one/labels.tsv').write_text(f'{rows[0][0]}\tក\n', encoding='utf-8')
+    with pytest.raises(KhmerOCRError, match='two are needed'):
+        export_i2t(tmp_path / 'one', tmp_path / 'x', progress=False)
+
 
 def test_a_source_with_a_missing_image_says_which(tiny, tmp_path):
-    (tmp_path/'labels.tsv').write_text('a.png\tក\nb.png\tខ\n', encoding='utf-8')
-    with pytest.raises(KhmerOCRError, match=r'[ab]\.png is missing'): export_i2t(tmp_path, tmp_path/'i2t', progress=False)
-    assert not list((tmp_path/'i2t').rglob('*.json')) or not (tmp_path/'i2t/train/train.json').exists()
+    (tmp_path / 'labels.tsv').write_text('a.png\tក\nb.png\tខ\n', encoding='utf-8')
+    with pytest.raises(KhmerOCRError, match=r'[ab]\.png is missing'):
+        export_i2t(tmp_path, tmp_path / 'i2t', progress=False)
+    assert not list((tmp_path / 'i2t').rglob('*.json')) or not (tmp_path / 'i2t/train/train.json').exists()
+
 
 # faults of a list
-faults = [('{"image": "a.png", "text": "x"}', 'a list is wanted'), ('[{"image": "a.png", "text": "x"}', 'line 1, column 33'), ('[\n {"image": "a.png"}\n]', 'entry 1 has no "text"'),
-    ('[{"text": "x"}]', 'entry 1 has no "image"'), ('[{"image": 3, "text": "x"}]', 'entry 1 has no "image"'), ('[null]', 'entry 1'), ('[]', 'no labelled lines'), ('', 'line 1, column 1'),
-    ('[{"image": "../../a.png", "text": "x"}]', 'outside images/'), ('[{"image": "/etc/passwd", "text": "x"}]', 'outside images/'), ('[{"image": "x/../../a.png", "text": "x"}]', 'outside images/'),
-    ('[{"image": "gone.png", "text": "x"}]', 'gone.png'), ('[{"image": "a.png", "text": "x"}, {"image": "a.png", "text": "x"}]', 'entry 2 names the image of entry 1'), ('['*100_000, 'not JSON')]
+faults = [
+    ('{"image": "a.png", "text": "x"}', 'a list is wanted'),
+    ('[{"image": "a.png", "text": "x"}', 'line 1, column 33'),
+    ('[\n {"image": "a.png"}\n]', 'entry 1 has no "text"'),
+    ('[{"text": "x"}]', 'entry 1 has no "image"'),
+    ('[{"image": 3, "text": "x"}]', 'entry 1 has no "image"'),
+    ('[null]', 'entry 1'),
+    ('[]', 'no labelled lines'),
+    ('', 'line 1, column 1'),
+    ('[{"image": "../../a.png", "text": "x"}]', 'outside images/'),
+    ('[{"image": "/etc/passwd", "text": "x"}]', 'outside images/'),
+    ('[{"image": "x/../../a.png", "text": "x"}]', 'outside images/'),
+    ('[{"image": "gone.png", "text": "x"}]', 'gone.png'),
+    ('[{"image": "a.png", "text": "x"}, {"image": "a.png", "text": "x"}]', 'entry 2 names the image of entry 1'),
+    ('[' * 100_000, 'not JSON'),
+]
+
 
 @pytest.mark.parametrize('text, said', faults, ids=range(len(faults)))
 def test_faults_of_a_list_are_one_line(tiny, tmp_path, text, said):
-    (tmp_path/'train/images').mkdir(parents=True); (tmp_path/'train/images/a.png').write_bytes(open_lines(tiny/'set/train').rows[0][0].read_bytes())
-    (tmp_path/'train/train.json').write_text(text, encoding='utf-8')
-    with pytest.raises(KhmerOCRError) as e: open_lines(tmp_path)
+    (tmp_path / 'train/images').mkdir(parents=True)
+    (tmp_path / 'train/images/a.png').write_bytes(open_lines(tiny / 'set/train').rows[0][0].read_bytes())
+    (tmp_path / 'train/train.json').write_text(text, encoding='utf-8')
+    with pytest.raises(KhmerOCRError) as e:
+        open_lines(tmp_path)
     assert said in str(e.value) and '\n' not in str(e.value) and 'train.json' in str(e.value)
 
+
 def test_not_utf8_and_missing(tmp_path):
-    with pytest.raises(KhmerOCRError, match='no folder train/'): I2TDataset(tmp_path)
-    (tmp_path/'train/images').mkdir(parents=True)
-    with pytest.raises(KhmerOCRError, match='train.json is missing'): I2TDataset(tmp_path)
-    with pytest.raises(KhmerOCRError, match='train.json'): open_lines(tmp_path)
-    (tmp_path/'train/train.json').write_bytes('[{"image": "a.png", "text": "ក"}]'.encode('utf-16'))
-    with pytest.raises(KhmerOCRError, match='UTF-8'): I2TDataset(tmp_path)
+    with pytest.raises(KhmerOCRError, match='no folder train/'):
+        I2TDataset(tmp_path)
+    (tmp_path / 'train/images').mkdir(parents=True)
+    with pytest.raises(KhmerOCRError, match='train.json is missing'):
+        I2TDataset(tmp_path)
+    with pytest.raises(KhmerOCRError, match='train.json'):
+        open_lines(tmp_path)
+    (tmp_path / 'train/train.json').write_bytes('[{"image": "a.png", "text": "ក"}]'.encode('utf-16'))
+    with pytest.raises(KhmerOCRError, match='UTF-8'):
+        I2TDataset(tmp_path)
     assert len(check_i2t(tmp_path)) == 2
 
+
 def test_unknown_characters_are_named_with_their_place(recipe, tmp_path):
-    export_i2t(recipe, tmp_path/'i2t', max_lines=3, progress=False)
-    p = tmp_path/'i2t/train/train.json'; rows = json.loads(p.read_text(encoding='utf-8')); rows[1]['text'] += '漢'; p.write_text(json.dumps(rows), encoding='utf-8')
-    with pytest.raises(KhmerOCRError) as e: check_labels(open_lines(tmp_path/'i2t'), charset())
+    export_i2t(recipe, tmp_path / 'i2t', max_lines=3, progress=False)
+    p = tmp_path / 'i2t/train/train.json'
+    rows = json.loads(p.read_text(encoding='utf-8'))
+    rows[1]['text'] += '漢'
+    p.write_text(json.dumps(rows), encoding='utf-8')
+    with pytest.raises(KhmerOCRError) as e:
+        check_labels(open_lines(tmp_path / 'i2t'), charset())
     assert '漢 (U+6F22)' in str(e.value) and rows[1]['image'] in str(e.value)
-    lines = open_lines(tmp_path/'i2t'); assert check_labels(lines, charset(), skip=True) == 1 and len(lines) == 2
-    assert i2t_stats(tmp_path/'i2t')['train']['lines'] == 3
+    lines = open_lines(tmp_path / 'i2t')
+    assert check_labels(lines, charset(), skip=True) == 1 and len(lines) == 2
+    assert i2t_stats(tmp_path / 'i2t')['train']['lines'] == 3

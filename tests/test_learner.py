@@ -1,4 +1,5 @@
 "What the learner promises: the same bits after any interruption, and one clear line for what is wrong."
+
 import csv, math, os, re, signal, time
 import pytest, torch
 from torch import nn
@@ -9,120 +10,204 @@ from khmer_ocr.core.config import configure
 from khmer_ocr.training.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from khmer_ocr.core.errors import KhmerOCRError
 
+
 class Net(nn.Module):
     "Everything that has a state of its own: convolution, running statistics, dropout, recurrence"
+
     def __init__(self):
         super().__init__()
-        self.conv = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(.2))
+        self.conv = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2))
         self.rnn, self.head = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 5)
-    def forward(self, x): return self.head(self.rnn(self.conv(x).mean(2).transpose(1, 2))[0])
+
+    def forward(self, x):
+        return self.head(self.rnn(self.conv(x).mean(2).transpose(1, 2))[0])
+
 
 def batches(n):
     while True:
-        g = torch.Generator().manual_seed(n); n += 1
+        g = torch.Generator().manual_seed(n)
+        n += 1
         yield dict(x=torch.rand(4, 1, 8, 12, generator=g), y=torch.randint(5, (4, 12), generator=g))
+
 
 def finite(n):  # an epoch of three batches, drawn with torch's global generator touched, as DataLoader does
     torch.rand(1)
-    for i in range(n % 3, 3): yield next(batches(i))
+    for i in range(n % 3, 3):
+        yield next(batches(i))
 
-def loss(model, b): return nn.functional.cross_entropy(model(b['x']).flatten(0, 1), b['y'].flatten())
-def evaluate(model): return dict(loss=loss(model, next(batches(10**6))))
+
+def loss(model, b):
+    return nn.functional.cross_entropy(model(b['x']).flatten(0, 1), b['y'].flatten())
+
+
+def evaluate(model):
+    return dict(loss=loss(model, next(batches(10**6))))
+
 
 def learner(folder, callbacks=(), source=batches, **kw):
     torch.manual_seed(0)
     kw = dict(steps=12, eval_every=4, save_every=4, log_every=5, tensorboard=False) | kw
-    return Learner(Net(), loss, source, TrainConfig(**kw), folder, callbacks, evaluate, dict(charset='កខ'), verbose=False)
+    return Learner(
+        Net(), loss, source, TrainConfig(**kw), folder, callbacks, evaluate, dict(charset='កខ'), verbose=False
+    )
+
 
 class At(Callback):
-    def __init__(self, step, do): self.step, self.do = step, do
+    def __init__(self, step, do):
+        self.step, self.do = step, do
+
     def after_loss(self, learn):
-        if learn.step == self.step and not learn.stopping: self.do(learn)
+        if learn.step == self.step and not learn.stopping:
+            self.do(learn)
 
-def die(learn): raise RuntimeError('power cut')
-def cancel(learn): raise CancelFit
-def ctrl_c(learn): os.kill(os.getpid(), signal.SIGINT)
-def sigterm(learn): os.kill(os.getpid(), signal.SIGTERM)
 
-@pytest.mark.parametrize('kw,source', [(dict(), finite), (dict(precision='bf16-mixed', channels_last=True, accumulate=2), batches), (dict(ema=0., schedule='onecycle', clip=0.), batches)])
+def die(learn):
+    raise RuntimeError('power cut')
+
+
+def cancel(learn):
+    raise CancelFit
+
+
+def ctrl_c(learn):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def sigterm(learn):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    'kw,source',
+    [
+        (dict(), finite),
+        (dict(precision='bf16-mixed', channels_last=True, accumulate=2), batches),
+        (dict(ema=0.0, schedule='onecycle', clip=0.0), batches),
+    ],
+)
 @pytest.mark.parametrize('how,at,kept', [(die, 7, 4), (cancel, 5, 6), (ctrl_c, 6, 7), (sigterm, 6, 7), (die, 8, 8)])
 def test_resume_is_bit_equal(tmp_path, kw, how, at, kept, source):
-    learner(tmp_path/'whole', source=source, **kw).fit()
-    try: learner(tmp_path/'cut', [At(at, how)], source, **kw).fit()
-    except RuntimeError: pass
-    assert load_checkpoint(tmp_path/'cut'/'latest.safetensors')[1]['step'] == kept
-    learner(tmp_path/'cut', source=source, **kw).fit('latest')
+    learner(tmp_path / 'whole', source=source, **kw).fit()
+    try:
+        learner(tmp_path / 'cut', [At(at, how)], source, **kw).fit()
+    except RuntimeError:
+        pass
+    assert load_checkpoint(tmp_path / 'cut' / 'latest.safetensors')[1]['step'] == kept
+    learner(tmp_path / 'cut', source=source, **kw).fit('latest')
     for f in ('best.safetensors', 'latest.safetensors', 'history.csv'):
-        assert (tmp_path/'cut'/f).read_bytes() == (tmp_path/'whole'/f).read_bytes(), f
+        assert (tmp_path / 'cut' / f).read_bytes() == (tmp_path / 'whole' / f).read_bytes(), f
+
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
     learner(tmp_path).fit()
-    before = (tmp_path/'latest.safetensors').read_bytes()
+    before = (tmp_path / 'latest.safetensors').read_bytes()
     learner(tmp_path).fit('latest')
-    assert (tmp_path/'latest.safetensors').read_bytes() == before
+    assert (tmp_path / 'latest.safetensors').read_bytes() == before
+
 
 def test_best_is_the_average_with_the_header(tmp_path):
     learn = learner(tmp_path).fit()
-    tensors, header = load_checkpoint(tmp_path/'best.safetensors')
+    tensors, header = load_checkpoint(tmp_path / 'best.safetensors')
     assert header['charset'] == 'កខ' and header['kind'] == 'weights'
     assert header['metrics']['valid_loss'] == min(r['valid_loss'] for r in learn.history if 'valid_loss' in r)
     assert tensors.keys() == Net().state_dict().keys()
-    weights, _ = load_weights(tmp_path/'latest.safetensors')
+    weights, _ = load_weights(tmp_path / 'latest.safetensors')
     assert all(weights[k].equal(v) for k, v in learn.ema.state_dict().items())
+
 
 def test_broken_batches_are_skipped(tmp_path):
     def poisoned(n):
-        for i, b in enumerate(batches(n), n): yield {**b, 'x': b['x']*math.nan} if i in (2, 6) else b
+        for i, b in enumerate(batches(n), n):
+            yield {**b, 'x': b['x'] * math.nan} if i in (2, 6) else b
+
     learn = learner(tmp_path, source=poisoned).fit()
     assert learn.skipped == 2 and learn.history[-1]['skipped'] == 2
     assert all(v.isfinite().all() for v in learn.net.state_dict().values())
     assert math.isfinite(learn.metrics['valid_loss'])
 
+
 def test_ten_broken_batches_end_the_run(tmp_path):
-    def poisoned(n): return ({**b, 'x': b['x']*math.nan} for b in batches(n))
-    with pytest.raises(KhmerOCRError, match='10 steps in a row'): learner(tmp_path, source=poisoned).fit()
+    def poisoned(n):
+        return ({**b, 'x': b['x'] * math.nan} for b in batches(n))
+
+    with pytest.raises(KhmerOCRError, match='10 steps in a row'):
+        learner(tmp_path, source=poisoned).fit()
+
 
 def test_no_data_leaves_nothing(tmp_path):
-    with pytest.raises(KhmerOCRError, match='No data'): learner(tmp_path/'run', source=lambda n: iter([]), tensorboard=True).fit()
-    assert not (tmp_path/'run').exists()
+    with pytest.raises(KhmerOCRError, match='No data'):
+        learner(tmp_path / 'run', source=lambda n: iter([]), tensorboard=True).fit()
+    assert not (tmp_path / 'run').exists()
+
 
 def test_waiting_and_what_callbacks_show(tmp_path, capsys):
     "The share of waiting is that of a source that sleeps; numbers of callbacks stand beside it, in the file and in the log"
+
     def slow(n):
-        for b in batches(n): time.sleep(.05); yield b
+        for b in batches(n):
+            time.sleep(0.05)
+            yield b
+
     class Shows(Callback):
-        def after_loss(self, learn): learn.shown['padding'] = .25
+        def after_loss(self, learn):
+            learn.shown['padding'] = 0.25
+
     learn = learner(tmp_path, [Shows()], slow, steps=10, log_every=5)
-    next(cb for cb in learn.callbacks if isinstance(cb, Progress)).__init__(True, 0.)
+    next(cb for cb in learn.callbacks if isinstance(cb, Progress)).__init__(True, 0.0)
     learn.fit()
-    with (tmp_path/'speed.csv').open() as f: rows = list(csv.DictReader(f))
-    assert [float(r['padding']) for r in rows] == [.25]*2 and .3 < float(rows[-1]['waiting']) <= 1
+    with (tmp_path / 'speed.csv').open() as f:
+        rows = list(csv.DictReader(f))
+    assert [float(r['padding']) for r in rows] == [0.25] * 2 and 0.3 < float(rows[-1]['waiting']) <= 1
     said = capsys.readouterr().err
     assert 'padding 0.25' in said and re.search(r'waiting \d+\.\d%', said) and 'waited for data' in said
 
-def test_unknown_metric_is_named(tmp_path):
-    with pytest.raises(KhmerOCRError, match='did you mean valid_loss'): learner(tmp_path, metric='valid_los').fit()
 
-@pytest.mark.parametrize('given,says', [(dict(stepz=3), 'steps'), (dict(lr='fast'), 'must be float'), (dict(steps=True), 'must be int'), (dict(mode='low'), 'one of'), (dict(steps=0), 'at least 1'), (dict(ema=1.), 'below 1')])
+def test_unknown_metric_is_named(tmp_path):
+    with pytest.raises(KhmerOCRError, match='did you mean valid_loss'):
+        learner(tmp_path, metric='valid_los').fit()
+
+
+@pytest.mark.parametrize(
+    'given,says',
+    [
+        (dict(stepz=3), 'steps'),
+        (dict(lr='fast'), 'must be float'),
+        (dict(steps=True), 'must be int'),
+        (dict(mode='low'), 'one of'),
+        (dict(steps=0), 'at least 1'),
+        (dict(ema=1.0), 'below 1'),
+    ],
+)
 def test_settings_are_checked(given, says):
-    with pytest.raises(KhmerOCRError, match=says): configure(TrainConfig, given)
+    with pytest.raises(KhmerOCRError, match=says):
+        configure(TrainConfig, given)
+
 
 def test_rate_of_learning():
     c = TrainConfig(steps=100)
     rates = [lr_at(i, c) for i in range(100)]
-    assert max(rates) == pytest.approx(c.lr) and rates[0] < rates[5] < rates[9] and rates[-1] < c.lr/100
+    assert max(rates) == pytest.approx(c.lr) and rates[0] < rates[5] < rates[9] and rates[-1] < c.lr / 100
 
-@pytest.mark.parametrize('spoil', [lambda b: b[:-1], lambda b: b[:len(b)//2], lambda b: b'', lambda b: b'PK\x03\x04'+b, lambda b: b'\xff'*64])
+
+@pytest.mark.parametrize(
+    'spoil',
+    [lambda b: b[:-1], lambda b: b[: len(b) // 2], lambda b: b'', lambda b: b'PK\x03\x04' + b, lambda b: b'\xff' * 64],
+)
 def test_spoilt_checkpoint(tmp_path, spoil):
-    p = tmp_path/'a.safetensors'
+    p = tmp_path / 'a.safetensors'
     save_checkpoint(p, dict(w=torch.ones(100)), {})
     p.write_bytes(spoil(p.read_bytes()))
-    with pytest.raises(KhmerOCRError, match='truncated or no safetensors'): load_checkpoint(p)
+    with pytest.raises(KhmerOCRError, match='truncated or no safetensors'):
+        load_checkpoint(p)
+
 
 def test_wrong_checkpoints(tmp_path):
-    with pytest.raises(KhmerOCRError, match='is a folder'): load_checkpoint(tmp_path)
-    save_checkpoint(tmp_path/'o.safetensors', nn.Linear(2, 2).state_dict(), {})
-    with pytest.raises(KhmerOCRError, match='cannot be resumed'): learner(tmp_path).fit(tmp_path/'o.safetensors')
-    learner(tmp_path/'a').fit()
-    small = Learner(nn.Linear(2, 2), loss, batches, TrainConfig(tensorboard=False), tmp_path/'b', verbose=False)
-    with pytest.raises(KhmerOCRError, match='another model'): small.fit(tmp_path/'a'/'latest.safetensors')
+    with pytest.raises(KhmerOCRError, match='is a folder'):
+        load_checkpoint(tmp_path)
+    save_checkpoint(tmp_path / 'o.safetensors', nn.Linear(2, 2).state_dict(), {})
+    with pytest.raises(KhmerOCRError, match='cannot be resumed'):
+        learner(tmp_path).fit(tmp_path / 'o.safetensors')
+    learner(tmp_path / 'a').fit()
+    small = Learner(nn.Linear(2, 2), loss, batches, TrainConfig(tensorboard=False), tmp_path / 'b', verbose=False)
+    with pytest.raises(KhmerOCRError, match='another model'):
+        small.fit(tmp_path / 'a' / 'latest.safetensors')

@@ -1,4 +1,5 @@
 "Peers that read or draw: what a peer's environment must answer, what is said of one that is missing or fails, and how lines are compared."
+
 import json, sys
 from pathlib import Path
 import numpy as np, pytest
@@ -14,151 +15,254 @@ font = next(f for f in find_fonts(split='train') if f.style in ('Regular', 'Vari
 kiri = next(p for p in dp.DRAW_PEERS if p.name == 'kiri-ocr')
 raqm = pytest.mark.skipif(not features.check('raqm'), reason='this Pillow has no Raqm')
 
+
 def fake(folder, monkeypatch, script, home='kiri'):
     "An environment whose Python is a shell script; $1 to $3 are `-I -c DRIVER`, what it is told begins at $4"
-    (program := folder/home/'bin/python').parent.mkdir(parents=True)
-    program.write_text(f'#!/bin/sh\n{script}\n'); program.chmod(0o755)
+    (program := folder / home / 'bin/python').parent.mkdir(parents=True)
+    program.write_text(f'#!/bin/sh\n{script}\n')
+    program.chmod(0o755)
     monkeypatch.setenv('KHMER_OCR_PEERS', str(folder))
+
 
 def test_only_installed_peers_are_listed(tmp_path, monkeypatch):
     monkeypatch.delenv('KHMER_OCR_PEERS', raising=False)
     assert all(not p.home for p in dp.draw_peers())
-    monkeypatch.setenv('KHMER_OCR_PEERS', str(tmp_path/'nowhere')); assert kiri not in dp.draw_peers()
-    fake(tmp_path, monkeypatch, 'exit 0'); assert kiri in dp.draw_peers()
+    monkeypatch.setenv('KHMER_OCR_PEERS', str(tmp_path / 'nowhere'))
+    assert kiri not in dp.draw_peers()
+    fake(tmp_path, monkeypatch, 'exit 0')
+    assert kiri in dp.draw_peers()
     assert len([p for p in dp.draw_peers() if p.home]) == 1
 
-def test_a_peer_is_asked_and_believed(tmp_path, monkeypatch):
-    fake(tmp_path, monkeypatch, 'echo noise; cp "$4" "$8/got.txt"; echo "$5 $6 $7 $9" >> "$8/got.txt"; echo \'{"seconds": 0.5, "version": "9.9"}\'')
-    (out := tmp_path/'out').mkdir()
-    assert dp.draw_with(kiri, texts, font, 24, 'degraded', out, seed=3) == (.5, '9.9')
-    assert (out/'got.txt').read_text(encoding='utf-8') == '\n'.join(texts) + f'{Path(font.path).resolve()} 24 {kiri.written} 3\n'
 
-@pytest.mark.parametrize('script, says', [('echo "ImportError: no glue" >&2; exit 1', 'kiri-ocr failed: ImportError: no glue'), ('exit 3', 'kiri-ocr failed: exit 3'), ('echo hello', 'kiri-ocr failed'), ('echo "[1]"', 'kiri-ocr failed')])
+def test_a_peer_is_asked_and_believed(tmp_path, monkeypatch):
+    fake(
+        tmp_path,
+        monkeypatch,
+        'echo noise; cp "$4" "$8/got.txt"; echo "$5 $6 $7 $9" >> "$8/got.txt"; echo \'{"seconds": 0.5, "version": "9.9"}\'',
+    )
+    (out := tmp_path / 'out').mkdir()
+    assert dp.draw_with(kiri, texts, font, 24, 'degraded', out, seed=3) == (0.5, '9.9')
+    assert (out / 'got.txt').read_text(encoding='utf-8') == '\n'.join(
+        texts
+    ) + f'{Path(font.path).resolve()} 24 {kiri.written} 3\n'
+
+
+@pytest.mark.parametrize(
+    'script, says',
+    [
+        ('echo "ImportError: no glue" >&2; exit 1', 'kiri-ocr failed: ImportError: no glue'),
+        ('exit 3', 'kiri-ocr failed: exit 3'),
+        ('echo hello', 'kiri-ocr failed'),
+        ('echo "[1]"', 'kiri-ocr failed'),
+    ],
+)
 def test_a_failing_peer_is_one_line(tmp_path, monkeypatch, script, says):
     fake(tmp_path, monkeypatch, script)
-    with pytest.raises(KhmerOCRError, match=says) as e: dp.draw_with(kiri, texts, font, 24, 'bare', tmp_path)
+    with pytest.raises(KhmerOCRError, match=says) as e:
+        dp.draw_with(kiri, texts, font, 24, 'bare', tmp_path)
     assert '\n' not in str(e.value)
+
 
 def test_an_environment_may_be_named_from_here(tmp_path, monkeypatch):
     fake(tmp_path, monkeypatch, 'echo \'{"seconds": 1, "version": "1"}\'')
-    monkeypatch.chdir(tmp_path); monkeypatch.setenv('KHMER_OCR_PEERS', '.')
-    assert dp.draw_with(kiri, texts, font, 24, 'bare', tmp_path) == (1., '1')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('KHMER_OCR_PEERS', '.')
+    assert dp.draw_with(kiri, texts, font, 24, 'bare', tmp_path) == (1.0, '1')
+
 
 def test_unknown_recipe_is_named(tmp_path):
-    with pytest.raises(KhmerOCRError, match='did you mean kiri'): dp.install_draw_peers(tmp_path, ['kirii'])
+    with pytest.raises(KhmerOCRError, match='did you mean kiri'):
+        dp.install_draw_peers(tmp_path, ['kirii'])
     assert not list(tmp_path.iterdir())
+
 
 def test_a_missing_peer_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv('KHMER_OCR_PEERS', raising=False)
-    with pytest.raises(KhmerOCRError, match='KHMER_OCR_PEERS'): dp.draw_with(kiri, texts, font, 24, 'bare', tmp_path)
+    with pytest.raises(KhmerOCRError, match='KHMER_OCR_PEERS'):
+        dp.draw_with(kiri, texts, font, 24, 'bare', tmp_path)
+
 
 def test_the_table_names_who_is_missing(monkeypatch):
-    monkeypatch.delenv('KHMER_OCR_PEERS', raising=False); monkeypatch.setenv('PATH', '')
+    monkeypatch.delenv('KHMER_OCR_PEERS', raising=False)
+    monkeypatch.setenv('PATH', '')
     speeds = {font.family: dp.time_ways(dp.drawing_ways(texts, font, peer_lines=1), rounds=1)}
     rows = dp.drawing_table(speeds)
     assert {r['who'] for r in rows if r['work'] == 'not installed'} == {p.name for p in dp.DRAW_PEERS}
     assert [r[f'× {font.family}'] for r in rows if r['who'] == 'khmer_ocr'] == [1, 1, 1, 1]
     look = dict(lines=3, right=2, cut=1, same_bytes=True, version='1')
-    assert dp.seen_table({'a': {'kiri-ocr': look}, 'b': {'kiri-ocr': look | dict(same_bytes=False)}}) == [{'who': 'kiri-ocr', 'version': '1', 'right': '4 of 6', 'cut': '2 of 6', 'same bytes': 'no', 'note': kiri.note}]
+    assert dp.seen_table({'a': {'kiri-ocr': look}, 'b': {'kiri-ocr': look | dict(same_bytes=False)}}) == [
+        {'who': 'kiri-ocr', 'version': '1', 'right': '4 of 6', 'cut': '2 of 6', 'same bytes': 'no', 'note': kiri.note}
+    ]
+
 
 def test_drivers_are_python():
-    for p in dp.DRAW_PEERS: compile(p.driver, p.name, 'exec')
+    for p in dp.DRAW_PEERS:
+        compile(p.driver, p.name, 'exec')
+
 
 def test_agreement_at_other_sizes_and_its_faults():
     ink = render(texts[1], font, 48).ink
     for size in (20, 24, 31, 96):
         share, lack = dp.agreement(255 - np.pad(render(texts[1], font, size).ink, 5), ink)
-        assert share > .93 and abs(lack) <= 4, size
-    share, lack = dp.agreement(255-ink, ink); assert share == 1 and abs(lack) <= 1          # a row of the faintest ink may not count
-    assert dp.agreement(255-ink[:-9], ink)[1] >= 8                                                   # cut below
-    assert dp.agreement(255-render(texts[0]+texts[2], font, 48).ink, ink)[0] < .8                    # another line
-    for empty in (np.full((30, 100), 255, np.uint8), np.zeros((9, 9), np.uint8)): assert 0 <= dp.agreement(empty, ink)[0] < .8
+        assert share > 0.93 and abs(lack) <= 4, size
+    share, lack = dp.agreement(255 - ink, ink)
+    assert share == 1 and abs(lack) <= 1  # a row of the faintest ink may not count
+    assert dp.agreement(255 - ink[:-9], ink)[1] >= 8  # cut below
+    assert dp.agreement(255 - render(texts[0] + texts[2], font, 48).ink, ink)[0] < 0.8  # another line
+    for empty in (np.full((30, 100), 255, np.uint8), np.zeros((9, 9), np.uint8)):
+        assert 0 <= dp.agreement(empty, ink)[0] < 0.8
+
 
 @raqm
 def test_pillow_twin_repeats_and_takes_variable_fonts(tmp_path):
-    for k in 'ab': (tmp_path/k).mkdir(); dp.draw_pillow(texts, font, 24, 'written', tmp_path/k)
-    assert dp._digest(tmp_path/'a') == dp._digest(tmp_path/'b')
-    for t in texts: assert dp.agreement(np.asarray(dp.pillow_line(t, dp.pillow_face(font, 48))), render(t, font, 48).ink)[0] > .9
-    thin, thick = ((np.asarray(dp.pillow_line(texts[0], dp.pillow_face(f, 48))) < 128).mean() for name in ('Light', 'Black') for f in find_fonts() if f.name == f'Noto Sans Khmer Variable {name}')
-    assert thick > 1.3*thin
+    for k in 'ab':
+        (tmp_path / k).mkdir()
+        dp.draw_pillow(texts, font, 24, 'written', tmp_path / k)
+    assert dp._digest(tmp_path / 'a') == dp._digest(tmp_path / 'b')
+    for t in texts:
+        assert dp.agreement(np.asarray(dp.pillow_line(t, dp.pillow_face(font, 48))), render(t, font, 48).ink)[0] > 0.9
+    thin, thick = (
+        (np.asarray(dp.pillow_line(texts[0], dp.pillow_face(f, 48))) < 128).mean()
+        for name in ('Light', 'Black')
+        for f in find_fonts()
+        if f.name == f'Noto Sans Khmer Variable {name}'
+    )
+    assert thick > 1.3 * thin
+
 
 @raqm
 def test_pillow_twin_takes_lines_of_all_sizes():
     from PIL import Image
+
     for h, w in ((1, 1), (3, 200), (14, 9), (300, 60)):
-        im = Image.new('L', (w, h), 255); im.putpixel((0, h//2), 0)
+        im = Image.new('L', (w, h), 255)
+        im.putpixel((0, h // 2), 0)
         for op, _ in dp.pillow_operations(im):
             for seed in range(3):
-                out = op(im, np.random.default_rng(seed)); assert out.mode == 'L' and min(out.size) > 0
+                out = op(im, np.random.default_rng(seed))
+                assert out.mode == 'L' and min(out.size) > 0
+
 
 @pytest.mark.parametrize('peer', dp.DRAW_PEERS, ids=lambda p: p.name)
 def test_installed_peers_draw(peer):
-    if not dp._program(peer): pytest.skip('not installed')
+    if not dp._program(peer):
+        pytest.skip('not installed')
     seen = dp.inspect_drawing(dp.drawers()[peer.name], texts, font)
     assert seen['lines'] == 3 and seen['missing'] == 0 and seen['right'] == (3 if peer.name != 'trdg' else 0)
 
+
 # readers
+
 
 @pytest.fixture
 def lines(tmp_path):
     "Three rendered lines as files"
-    paths = [tmp_path/f'{i}.png' for i in range(3)]
-    for p, t in zip(paths, texts): Image.fromarray(255-np.pad(render(t, font, 32).ink, 8)).save(p)
+    paths = [tmp_path / f'{i}.png' for i in range(3)]
+    for p, t in zip(paths, texts):
+        Image.fromarray(255 - np.pad(render(t, font, 32).ink, 8)).save(p)
     return paths
+
 
 WRITES = 'printf \'{"text": "a"}\\n{"text": "b"}\\n{"text": ""}\\n\' > "$5"; echo noise; echo \'{"seconds": 0.5, "version": "9.9"}\''
 
+
 def test_only_installed_readers_are_listed(tmp_path, monkeypatch):
     here = lambda *a: [n for n in peers.available_peers(*a) if not n.startswith('Tesseract ')]
-    monkeypatch.delenv('KHMER_OCR_PEERS', raising=False); assert here() == []
-    fake(tmp_path, monkeypatch, 'exit 0', 'netra-ocr'); assert here() == ['netra-ocr'] == here(tmp_path)
-    assert here(tmp_path/'nowhere') == []
-    monkeypatch.setenv('PATH', ''); assert peers.available_peers() == ['netra-ocr']
+    monkeypatch.delenv('KHMER_OCR_PEERS', raising=False)
+    assert here() == []
+    fake(tmp_path, monkeypatch, 'exit 0', 'netra-ocr')
+    assert here() == ['netra-ocr'] == here(tmp_path)
+    assert here(tmp_path / 'nowhere') == []
+    monkeypatch.setenv('PATH', '')
+    assert peers.available_peers() == ['netra-ocr']
+
 
 def test_a_reader_is_asked_and_believed(tmp_path, monkeypatch, lines):
     fake(tmp_path, monkeypatch, f'cp "$4" "{tmp_path}/asked.json"; {WRITES}', 'kiri-ocr')
     run = peers.run_peer('kiri-ocr', lines)
-    assert (run.engine, run.texts, run.cpu_seconds, run.lines_per_cpu_second) == ('kiri-ocr 9.9', ['a', 'b', ''], .5, 6)
-    assert json.loads((tmp_path/'asked.json').read_text()) == [str(p) for p in lines]
+    assert (run.engine, run.texts, run.cpu_seconds, run.lines_per_cpu_second) == (
+        'kiri-ocr 9.9',
+        ['a', 'b', ''],
+        0.5,
+        6,
+    )
+    assert json.loads((tmp_path / 'asked.json').read_text()) == [str(p) for p in lines]
 
-@pytest.mark.parametrize('script, says', [
-    ('echo "some" >&2; echo "ImportError: no glue" >&2; exit 1', 'kiri-ocr failed: ImportError: no glue'), ('exit 3', 'kiri-ocr failed: exit 3'), ('echo "{}"', 'kiri-ocr failed'),
-    ('echo \'{"seconds": 1, "version": "1"}\'', 'it read 0 of 3 lines'), (WRITES.replace('{"text": "b"}', ''), 'it read 0 of 3'), (WRITES.replace('{"text": "b"}\\n', ''), 'it read 2 of 3')])
+
+@pytest.mark.parametrize(
+    'script, says',
+    [
+        ('echo "some" >&2; echo "ImportError: no glue" >&2; exit 1', 'kiri-ocr failed: ImportError: no glue'),
+        ('exit 3', 'kiri-ocr failed: exit 3'),
+        ('echo "{}"', 'kiri-ocr failed'),
+        ('echo \'{"seconds": 1, "version": "1"}\'', 'it read 0 of 3 lines'),
+        (WRITES.replace('{"text": "b"}', ''), 'it read 0 of 3'),
+        (WRITES.replace('{"text": "b"}\\n', ''), 'it read 2 of 3'),
+    ],
+)
 def test_a_failing_reader_is_one_line(tmp_path, monkeypatch, lines, script, says):
     fake(tmp_path, monkeypatch, script, 'kiri-ocr')
-    with pytest.raises(KhmerOCRError, match=says) as e: peers.run_peer('kiri-ocr', lines)
+    with pytest.raises(KhmerOCRError, match=says) as e:
+        peers.run_peer('kiri-ocr', lines)
     assert '\n' not in str(e.value)
+
 
 def test_unknown_and_missing_readers(tmp_path, monkeypatch, lines):
     monkeypatch.delenv('KHMER_OCR_PEERS', raising=False)
-    with pytest.raises(KhmerOCRError, match="Unknown peer 'netra'.* did you mean netra-ocr"): peers.run_peer('netra', lines)
-    with pytest.raises(KhmerOCRError, match='KHMER_OCR_PEERS'): peers.run_peer('netra-ocr', lines)
-    with pytest.raises(KhmerOCRError, match='did you mean kiri'): peers.install_peers(tmp_path/'homes', ['kiri-orc'])
-    assert not (tmp_path/'homes').exists()
-    with pytest.raises(KhmerOCRError, match='tesseract'): peers.run_peer('Tesseract no_such_model', lines)
+    with pytest.raises(KhmerOCRError, match="Unknown peer 'netra'.* did you mean netra-ocr"):
+        peers.run_peer('netra', lines)
+    with pytest.raises(KhmerOCRError, match='KHMER_OCR_PEERS'):
+        peers.run_peer('netra-ocr', lines)
+    with pytest.raises(KhmerOCRError, match='did you mean kiri'):
+        peers.install_peers(tmp_path / 'homes', ['kiri-orc'])
+    assert not (tmp_path / 'homes').exists()
+    with pytest.raises(KhmerOCRError, match='tesseract'):
+        peers.run_peer('Tesseract no_such_model', lines)
 
-BEGIN = peers._BEGIN.replace('import torch\ntorch.set_num_threads(1)\n', '')       # it takes long, and is not asked for anything here
+
+BEGIN = peers._BEGIN.replace(
+    'import torch\ntorch.set_num_threads(1)\n', ''
+)  # it takes long, and is not asked for anything here
+
 
 def drive(tmp_path, read, paths, first=''):
     "What a driver that reads by the expression `read` answers, run by our own Python"
-    (tmp_path/'paths.json').write_text(json.dumps(paths))
-    said = peers.ask_peer('toy', sys.executable, BEGIN + f"{first}\nfinish('torch', lambda some: {read})", [str(tmp_path/'paths.json'), str(tmp_path/'texts.jsonl')])
-    return said, [json.loads(l)['text'] for l in open(tmp_path/'texts.jsonl')]
+    (tmp_path / 'paths.json').write_text(json.dumps(paths))
+    said = peers.ask_peer(
+        'toy',
+        sys.executable,
+        BEGIN + f"{first}\nfinish('torch', lambda some: {read})",
+        [str(tmp_path / 'paths.json'), str(tmp_path / 'texts.jsonl')],
+    )
+    return said, [json.loads(l)['text'] for l in open(tmp_path / 'texts.jsonl')]
+
 
 def test_a_driver_reads_what_can_be_read(tmp_path):
     said, got = drive(tmp_path, '[p.upper() if p != "bad" else 1/0 for p in some]', ['a', 'bad', 'c'])
     assert BEGIN != peers._BEGIN and got == ['A', '', 'C'] and said['seconds'] >= 0 and said['version'].startswith('2.')
-    with pytest.raises(KhmerOCRError, match='toy failed: ZeroDivisionError') as e: drive(tmp_path, '1/0', ['a', 'b'])
+    with pytest.raises(KhmerOCRError, match='toy failed: ZeroDivisionError') as e:
+        drive(tmp_path, '1/0', ['a', 'b'])
     assert '\n' not in str(e.value)
-    with pytest.raises(KhmerOCRError, match='toy failed: ValueError'): drive(tmp_path, '["too", "many", "texts"]', ['a', 'b'])
+    with pytest.raises(KhmerOCRError, match='toy failed: ValueError'):
+        drive(tmp_path, '["too", "many", "texts"]', ['a', 'b'])
+
 
 def test_the_clock_of_a_driver_starts_late(tmp_path):
     "Only the reading counts: not what came before, nor the line that is read to warm up"
-    said, _ = drive(tmp_path, '[now.append(now[-1]+1) or p for p in some]', ['a', 'b', 'c', 'd'], 'now = [7]; time.process_time = lambda: now[-1]')
+    said, _ = drive(
+        tmp_path,
+        '[now.append(now[-1]+1) or p for p in some]',
+        ['a', 'b', 'c', 'd'],
+        'now = [7]; time.process_time = lambda: now[-1]',
+    )
     assert said['seconds'] == 4
+
 
 @pytest.mark.parametrize('name', peers.READ_RECIPES)
 def test_installed_readers_read(name, lines):
-    if not peers.peer_python(name): pytest.skip('not installed')
+    if not peers.peer_python(name):
+        pytest.skip('not installed')
     run = peers.run_peer(name, lines)
-    assert len(run.texts) == 3 and run.cpu_seconds > 0 and peers.compare([run], texts)[0]['CER folded, no spaces %'] < 60
+    assert (
+        len(run.texts) == 3 and run.cpu_seconds > 0 and peers.compare([run], texts)[0]['CER folded, no spaces %'] < 60
+    )

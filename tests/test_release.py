@@ -1,4 +1,5 @@
 "Plans and cards of the weights that ship: they fit the weights, and bad plans get one line."
+
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -9,37 +10,59 @@ from khmer_ocr.models.zoo import models
 from khmer_ocr.models.release import carry_out, plans, read_plan
 from khmer_ocr.core.errors import KhmerOCRError
 
-weights = Path(khmer_ocr.__file__).parent/'weights'
+weights = Path(khmer_ocr.__file__).parent / 'weights'
 good = dict(name='a', model='ctc', stage=[dict(name='one', train=dict(steps=2))])
 
+
 def write(tmp_path, **change):
-    (tmp_path/'plan.json').write_text(json.dumps(good | change), encoding='utf-8')
-    return tmp_path/'plan.json'
+    (tmp_path / 'plan.json').write_text(json.dumps(good | change), encoding='utf-8')
+    return tmp_path / 'plan.json'
+
 
 @pytest.mark.parametrize('name', sorted(models()))
 def test_three_files(name):
     "Each reader that ships has a plan and a card that speak of the same network"
-    plan, card, (_, head) = read_plan(name), json.loads((weights/f'{name}.json').read_text(encoding='utf-8')), load_weights(models()[name])
+    plan, card, (_, head) = (
+        read_plan(name),
+        json.loads((weights / f'{name}.json').read_text(encoding='utf-8')),
+        load_weights(models()[name]),
+    )
     as_stored = lambda c: json.loads(json.dumps(asdict(c)))
     full = {f: head['config'].get(f, v) for f, v in as_stored(plan.stages[-1].settings).items()}
     assert as_stored(plan.stages[-1].settings) == full and card['name'] == head['name'] == plan.name == name
     assert [s['train']['steps'] for s in card['stages']] == [s.train.steps for s in plan.stages]
-    assert card['samples'] == sum(s['train']['steps']*s['train']['batch_size'] for s in card['stages'])
-    assert (weights/f'{name}.md').read_text(encoding='utf-8').startswith(f'# {name}\n')
+    assert card['samples'] == sum(s['train']['steps'] * s['train']['batch_size'] for s in card['stages'])
+    assert (weights / f'{name}.md').read_text(encoding='utf-8').startswith(f'# {name}\n')
     assert not plan.start or plan.start in models()
 
-def test_every_plan_has_weights(): assert set(plans()) == set(models())
 
-@pytest.mark.parametrize('change, words', [
-    (dict(model='lstm'), ['model', 'ctc']), (dict(stage=[]), ['at least one']), (dict(stages=[1]), ["'stages'", 'stage']),
-    (dict(train=dict(stpes=3)), ["'stpes'", 'steps']), (dict(settings=dict(widht=3)), ["'widht'"]), (dict(recipe=dict(preset='rainy')), ['rainy']),
-    (dict(stage=[dict(name='one', seed=3)]), ["'seed'", 'one']), (dict(settings=dict(hidden=0)), ['hidden']),
-    (dict(stage=[dict(name='one', keep=.5)]), ['keep', 'came before']), (dict(start='fast', stage=[dict(name='one', keep=1)]), ['keep', 'below 1'])])
+def test_every_plan_has_weights():
+    assert set(plans()) == set(models())
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (dict(model='lstm'), ['model', 'ctc']),
+        (dict(stage=[]), ['at least one']),
+        (dict(stages=[1]), ["'stages'", 'stage']),
+        (dict(train=dict(stpes=3)), ["'stpes'", 'steps']),
+        (dict(settings=dict(widht=3)), ["'widht'"]),
+        (dict(recipe=dict(preset='rainy')), ['rainy']),
+        (dict(stage=[dict(name='one', seed=3)]), ["'seed'", 'one']),
+        (dict(settings=dict(hidden=0)), ['hidden']),
+        (dict(stage=[dict(name='one', keep=0.5)]), ['keep', 'came before']),
+        (dict(start='fast', stage=[dict(name='one', keep=1)]), ['keep', 'below 1']),
+    ],
+)
 def test_bad_plans(tmp_path, change, words):
-    with pytest.raises(KhmerOCRError) as e: read_plan(write(tmp_path, **change))
+    with pytest.raises(KhmerOCRError) as e:
+        read_plan(write(tmp_path, **change))
     assert '\n' not in str(e.value) and all(w in str(e.value) for w in words)
 
+
 def test_missing_start(tmp_path):
-    plan = read_plan(write(tmp_path, start=str(tmp_path/'none.safetensors')))
-    with pytest.raises(KhmerOCRError, match='none.safetensors'): carry_out(plan, tmp_path/'models', texts=['កក'], verbose=False)
-    assert not (tmp_path/'models/1_one/latest.safetensors').exists()
+    plan = read_plan(write(tmp_path, start=str(tmp_path / 'none.safetensors')))
+    with pytest.raises(KhmerOCRError, match='none.safetensors'):
+        carry_out(plan, tmp_path / 'models', texts=['កក'], verbose=False)
+    assert not (tmp_path / 'models/1_one/latest.safetensors').exists()

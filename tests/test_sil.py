@@ -1,4 +1,5 @@
 "Compare `normalise` with SIL's khnormal, as PyPI's khmerspell carries it: every difference must have a reason that we chose"
+
 import importlib, importlib.util, pickle, re, types
 from collections import Counter
 from pathlib import Path
@@ -30,23 +31,38 @@ def test_same_on_legal_syllables(khnormal):
     "base, robat or subscripts, shifter, vowel, signs in order: neither changes them (but for subscript DA)"
     rng = np.random.default_rng(5)
     letters = [chr(c) for c in [*range(0x1780, 0x17A3), *range(0x17A5, 0x17A8), *range(0x17A9, 0x17B4)] if c != 0x178A]
-    def pick(chars, p): return str(rng.choice(list(chars))) if rng.random() < p else ''
+
+    def pick(chars, p):
+        return str(rng.choice(list(chars))) if rng.random() < p else ''
 
     for _ in range(5000):
-        vowel = pick([chr(c) for c in range(0x17B6, 0x17C6)], .7)
-        subscripts = ''.join('\u17D2' + str(rng.choice(letters)) for _ in range(rng.integers(3)))
-        if '\u17D2រ' in subscripts[:2]: subscripts = subscripts[:2]
-        shifter = pick('\u17C9\u17CA', .1)
-        s = str(rng.choice(letters)) + subscripts + shifter + vowel + (pick('\u17C6\u17CB\u17CD\u17CF', .3) if vowel != '\u17BB' else '') + pick('\u17C7', .1)
+        vowel = pick([chr(c) for c in range(0x17B6, 0x17C6)], 0.7)
+        subscripts = ''.join('\u17d2' + str(rng.choice(letters)) for _ in range(rng.integers(3)))
+        if '\u17d2រ' in subscripts[:2]:
+            subscripts = subscripts[:2]
+        shifter = pick('\u17c9\u17ca', 0.1)
+        s = (
+            str(rng.choice(letters))
+            + subscripts
+            + shifter
+            + vowel
+            + (pick('\u17c6\u17cb\u17cd\u17cf', 0.3) if vowel != '\u17bb' else '')
+            + pick('\u17c7', 0.1)
+        )
         assert normalise(s) == s == khnormal(s), s
 
 
 def test_real_words(khnormal):
     spec = importlib.util.find_spec('rdlab_dataset')
-    if not spec: pytest.skip('rdlab_dataset 0.4.4 (real words) is not installed')
+    if not spec:
+        pytest.skip('rdlab_dataset 0.4.4 (real words) is not installed')
+
     class Plain(pickle.Unpickler):
-        def find_class(self, *name): raise ValueError(f'{name} in a list of strings')
-    with open(Path(spec.origin).parent/'data/wild_khmer_data.pkl', 'rb') as f: words = Plain(f).load()
+        def find_class(self, *name):
+            raise ValueError(f'{name} in a list of strings')
+
+    with open(Path(spec.origin).parent / 'data/wild_khmer_data.pkl', 'rb') as f:
+        words = Plain(f).load()
     found = Counter(difference(s, khnormal) for s in words[::40] if isinstance(s, str))
     print(dict(found))
-    assert found['unexplained'] == 0 and found[''] > .98 * found.total()
+    assert found['unexplained'] == 0 and found[''] > 0.98 * found.total()

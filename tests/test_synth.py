@@ -1,4 +1,5 @@
 "Samples: decided by seed, split and index alone, drawn in training fonts, from settings that are checked."
+
 from dataclasses import replace
 import pytest
 from khmer_ocr.synth.fonts import find_fonts
@@ -6,18 +7,26 @@ from khmer_ocr.synth.generator import Recipe, Synth, sample_rng
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.text.khmer import normalise
 
-lines = [f'{t} {i}' for i in range(60) for t in ('ព្រះរាជាណាចក្រកម្ពុជា', 'ស្ត្រីខ្មែរ', 'ឆ្នាំ ២០២៥ "ថ្មី"', 'តម្លៃ - ៥.០០០ រៀល...', 'Khmer OCR ភ្នំពេញ')]
+lines = [
+    f'{t} {i}'
+    for i in range(60)
+    for t in ('ព្រះរាជាណាចក្រកម្ពុជា', 'ស្ត្រីខ្មែរ', 'ឆ្នាំ ២០២៥ "ថ្មី"', 'តម្លៃ - ៥.០០០ រៀល...', 'Khmer OCR ភ្នំពេញ')
+]
+
 
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):
     d = tmp_path_factory.mktemp('corpus')
-    for s in ('train', 'val', 'test'): (d/f'{s}.txt').write_text(''.join(normalise(l)+'\n' for l in lines), encoding='utf-8')
+    for s in ('train', 'val', 'test'):
+        (d / f'{s}.txt').write_text(''.join(normalise(l) + '\n' for l in lines), encoding='utf-8')
     return str(d)
+
 
 def test_validation_images_do_not_depend_on_what_is_asked_for(corpus):
     r = Recipe(corpus=corpus)
-    a, b = Synth(r)('val', 3), Synth(replace(r, preset='hard', styles=.9))('val', 3)
+    a, b = Synth(r)('val', 3), Synth(replace(r, preset='hard', styles=0.9))('val', 3)
     assert (a.image == b.image).all() and a.meta == b.meta and a.meta['ops'] == []
+
 
 def test_every_sample_is_its_own(corpus):
     s = Synth(Recipe(corpus=corpus, random_text=True))
@@ -26,19 +35,46 @@ def test_every_sample_is_its_own(corpus):
     assert s('train', 7).image.tobytes() == images[7]
     assert sample_rng(1, 'train', 5).integers(1 << 60) != sample_rng(1, 'test', 5).integers(1 << 60)
 
+
 def test_labels_are_normal_and_drawn_in_training_fonts(corpus):
     s, held = Synth(Recipe(corpus=corpus, random_text=True)), {f.family for f in find_fonts() if f.split == 'heldout'}
     for i in range(60):
         x = s('train', i)
-        assert x.text == normalise(x.text) and not any(x.meta['font'].startswith(h) and not x.meta['font'].startswith(h+' OS') for h in held), x.meta
+        assert x.text == normalise(x.text) and not any(
+            x.meta['font'].startswith(h) and not x.meta['font'].startswith(h + ' OS') for h in held
+        ), x.meta
+
 
 def test_faults(corpus):
-    for f, why in ((lambda: Recipe.from_dict(dict(presett='hard')), 'preset'), (lambda: Recipe.from_dict(dict(preset='hrad')), 'hard'), (lambda: Recipe.from_dict(dict(size=[50, 20])), 'size'),
-            (lambda: Synth(Recipe(corpus=corpus, families=('Nonesuch',))), 'Nonesuch'), (lambda: sample_rng(1, 'dev', 0), 'dev')):
-        with pytest.raises(KhmerOCRError, match=why): f()
+    for f, why in (
+        (lambda: Recipe.from_dict(dict(presett='hard')), 'preset'),
+        (lambda: Recipe.from_dict(dict(preset='hrad')), 'hard'),
+        (lambda: Recipe.from_dict(dict(size=[50, 20])), 'size'),
+        (lambda: Synth(Recipe(corpus=corpus, families=('Nonesuch',))), 'Nonesuch'),
+        (lambda: sample_rng(1, 'dev', 0), 'dev'),
+    ):
+        with pytest.raises(KhmerOCRError, match=why):
+            f()
 
-@pytest.mark.parametrize('bad', [dict(seed='x'), dict(seed=-1), dict(common=5), dict(styles=True), dict(wording=3), dict(wording=dict(lengths=[1])), dict(wording=dict(blank=2)), dict(augment='no'), dict(families='Moul'), dict(size=[13]), dict(size=[13, 'a']), dict(preset=3)])
+
+@pytest.mark.parametrize(
+    'bad',
+    [
+        dict(seed='x'),
+        dict(seed=-1),
+        dict(common=5),
+        dict(styles=True),
+        dict(wording=3),
+        dict(wording=dict(lengths=[1])),
+        dict(wording=dict(blank=2)),
+        dict(augment='no'),
+        dict(families='Moul'),
+        dict(size=[13]),
+        dict(size=[13, 'a']),
+        dict(preset=3),
+    ],
+)
 def test_recipe_values_of_the_wrong_kind(bad):
-    with pytest.raises(KhmerOCRError, match='(?i)' + next(iter(bad))) as e: Recipe.from_dict(bad)
+    with pytest.raises(KhmerOCRError, match='(?i)' + next(iter(bad))) as e:
+        Recipe.from_dict(bad)
     assert '\n' not in str(e.value)
-

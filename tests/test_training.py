@@ -1,4 +1,5 @@
 "Settings that act in the loop: float16, memory, freezing, the best few, enough, weights of samples, several processes."
+
 import csv, json, math, os, signal, socket, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,190 +14,325 @@ from khmer_ocr.training.settings import TrainConfig, lr_at
 from khmer_ocr.training.memory import auto_batch_size, is_out_of_memory, kept_bytes, split_batch
 from khmer_ocr.core.config import configure
 
+
 class Net(nn.Module):
     "Convolution, norm and recurrence; `norm=False` for sums that must come out equal"
+
     def __init__(self, norm=True):
         super().__init__()
-        self.look = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6) if norm else nn.Identity(), nn.ReLU())
+        self.look = nn.Sequential(
+            nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6) if norm else nn.Identity(), nn.ReLU()
+        )
         self.read, self.name = nn.LSTM(6, 6, batch_first=True), nn.Linear(6, 5)
-    def forward(self, x): return self.name(self.read(self.look(x).mean(2).transpose(1, 2))[0])
+
+    def forward(self, x):
+        return self.name(self.read(self.look(x).mean(2).transpose(1, 2))[0])
+
 
 def batches(n, size=lambda n: 4):
     while True:
-        g = torch.Generator().manual_seed(n); k = size(n); n += 1
-        yield dict(x=torch.rand(k, 1, 6, 8, generator=g), y=torch.randint(5, (k, 8), generator=g), texts=['a']*k)
+        g = torch.Generator().manual_seed(n)
+        k = size(n)
+        n += 1
+        yield dict(x=torch.rand(k, 1, 6, 8, generator=g), y=torch.randint(5, (k, 8), generator=g), texts=['a'] * k)
 
-def loss(model, b): return nn.functional.cross_entropy(model(b['x']).flatten(0, 1), b['y'].flatten())
-def evaluate(model): return dict(cer=loss(model, next(batches(10**6))), exact=.5)
-def equal(a, b): return all(v.equal(w) for v, w in zip(a.state_dict().values(), b.state_dict().values()))
-def near(a, b, eps=1e-5): return all(torch.allclose(v, w, atol=eps) for v, w in zip(a.state_dict().values(), b.state_dict().values()))
 
-def run(folder, loss=loss, source=batches, norm=True, callbacks=(), resume=None, evaluate=evaluate, verbose=False, **kw):
+def loss(model, b):
+    return nn.functional.cross_entropy(model(b['x']).flatten(0, 1), b['y'].flatten())
+
+
+def evaluate(model):
+    return dict(cer=loss(model, next(batches(10**6))), exact=0.5)
+
+
+def equal(a, b):
+    return all(v.equal(w) for v, w in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def near(a, b, eps=1e-5):
+    return all(torch.allclose(v, w, atol=eps) for v, w in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def run(
+    folder, loss=loss, source=batches, norm=True, callbacks=(), resume=None, evaluate=evaluate, verbose=False, **kw
+):
     torch.manual_seed(0)
-    kw = dict(steps=12, batch_size=4, eval_every=3, save_every=4, log_every=1, tensorboard=False, precision='32-true') | kw
+    kw = (
+        dict(steps=12, batch_size=4, eval_every=3, save_every=4, log_every=1, tensorboard=False, precision='32-true')
+        | kw
+    )
     return Learner(Net(norm), loss, source, TrainConfig(**kw), folder, callbacks, evaluate, verbose=verbose).fit(resume)
 
+
 class At(Callback):
-    def __init__(self, step, error=CancelFit): self.step, self.error = step, error
+    def __init__(self, step, error=CancelFit):
+        self.step, self.error = step, error
+
     def before_batch(self, learn):
-        if learn.step == self.step: raise self.error
+        if learn.step == self.step:
+            raise self.error
+
 
 # float16
-def loud(model, b): return loss(model, b)*3e5          # its gradients do not fit into 16 bits at the first scale
+def loud(model, b):
+    return loss(model, b) * 3e5  # its gradients do not fit into 16 bits at the first scale
+
 
 def test_float16_finds_its_scale_and_resumes_with_it(tmp_path):
-    whole = run(tmp_path/'whole', loud, precision='16-mixed', steps=24, accumulate=2)
+    whole = run(tmp_path / 'whole', loud, precision='16-mixed', steps=24, accumulate=2)
     assert 0 < whole.skipped < 20 and whole.scaler.get_scale() < 2**16 and math.isfinite(whole.metrics['cer'])
-    run(tmp_path/'cut', loud, precision='16-mixed', steps=24, accumulate=2, callbacks=[At(6)])
-    assert load_checkpoint(tmp_path/'cut/latest.safetensors')[1]['run']['scaler']['scale'] < 2**16
-    run(tmp_path/'cut', loud, precision='16-mixed', steps=24, accumulate=2, resume='latest')
-    for f in ('latest.safetensors', 'history.csv'): assert (tmp_path/'cut'/f).read_bytes() == (tmp_path/'whole'/f).read_bytes()
+    run(tmp_path / 'cut', loud, precision='16-mixed', steps=24, accumulate=2, callbacks=[At(6)])
+    assert load_checkpoint(tmp_path / 'cut/latest.safetensors')[1]['run']['scaler']['scale'] < 2**16
+    run(tmp_path / 'cut', loud, precision='16-mixed', steps=24, accumulate=2, resume='latest')
+    for f in ('latest.safetensors', 'history.csv'):
+        assert (tmp_path / 'cut' / f).read_bytes() == (tmp_path / 'whole' / f).read_bytes()
+
 
 def test_float16_gives_up_on_a_loss_that_is_no_number(tmp_path):
-    with pytest.raises(KhmerOCRError, match='10 steps in a row'): run(tmp_path, lambda m, b: loss(m, b)*math.nan, precision='16-mixed', steps=40)
+    with pytest.raises(KhmerOCRError, match='10 steps in a row'):
+        run(tmp_path, lambda m, b: loss(m, b) * math.nan, precision='16-mixed', steps=40)
+
 
 def test_precision_is_what_was_asked_for(tmp_path):
-    for p in ('16-mixed', 'bf16-mixed', '32-true'): assert run(tmp_path/p, precision=p, steps=1).fabric._precision.precision == p
+    for p in ('16-mixed', 'bf16-mixed', '32-true'):
+        assert run(tmp_path / p, precision=p, steps=1).fabric._precision.precision == p
+
 
 # memory
 class Machine:
     "A loss that runs out of memory above `most` samples, in one of the ways of PyTorch"
-    def __init__(self, most, error=lambda: torch.OutOfMemoryError('CUDA out of memory'), after=0): self.most, self.error, self.after, self.calls = most, error, after, []
+
+    def __init__(self, most, error=lambda: torch.OutOfMemoryError('CUDA out of memory'), after=0):
+        self.most, self.error, self.after, self.calls = most, error, after, []
+
     def __call__(self, model, b):
-        self.calls.append(n := len(b['x'])); out = loss(model, b)
-        if n > self.most and len(self.calls) > self.after: raise self.error()
+        self.calls.append(n := len(b['x']))
+        out = loss(model, b)
+        if n > self.most and len(self.calls) > self.after:
+            raise self.error()
         return out
 
-ways = [lambda: torch.OutOfMemoryError('CUDA out of memory'), MemoryError, lambda: RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")]
+
+ways = [
+    lambda: torch.OutOfMemoryError('CUDA out of memory'),
+    MemoryError,
+    lambda: RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+    ),
+]
+
 
 @pytest.mark.parametrize('error', ways)
 def test_out_of_memory_goes_on_with_the_same_gradient(tmp_path, error, capsys):
     eight = lambda n: batches(n, lambda n: 8)
-    whole = run(tmp_path/'whole', norm=False, source=eight, accumulate=2)
+    whole = run(tmp_path / 'whole', norm=False, source=eight, accumulate=2)
     small = Machine(2, error, after=9)
-    learn = run(tmp_path/'small', small, eight, norm=False, accumulate=2, verbose=True)
+    learn = run(tmp_path / 'small', small, eight, norm=False, accumulate=2, verbose=True)
     assert learn.split == 4 and learn.step == 12 and learn.taken == whole.taken == 24 and max(small.calls[-20:]) == 2
     assert near(learn.net, whole.net) and near(learn.ema, whole.ema)
-    for a, b in zip(read_history(tmp_path/'whole/history.csv'), read_history(tmp_path/'small/history.csv')): assert a['loss'] == pytest.approx(b['loss'], abs=1e-5)
+    for a, b in zip(read_history(tmp_path / 'whole/history.csv'), read_history(tmp_path / 'small/history.csv')):
+        assert a['loss'] == pytest.approx(b['loss'], abs=1e-5)
     said = [l for l in capsys.readouterr().err.splitlines() if 'out of memory' in l]
     assert len(said) == 2 and 'in 2 parts' in said[0] and 'in 4 parts' in said[1]
 
+
 def test_a_second_attempt_leaves_no_trace_of_the_first(tmp_path):
     "Running statistics, gradients and random numbers are as if memory had never run out: a run that starts in parts ends with the same bits"
+
     class Start(Callback):
-        def before_fit(self, learn): learn.split = 2
-    a = run(tmp_path/'a', Machine(2)); b = run(tmp_path/'b', callbacks=[Start()])
+        def before_fit(self, learn):
+            learn.split = 2
+
+    a = run(tmp_path / 'a', Machine(2))
+    b = run(tmp_path / 'b', callbacks=[Start()])
     assert equal(a.net, b.net) and equal(a.ema, b.ema)
 
+
 def test_a_resumed_run_keeps_its_parts(tmp_path):
-    run(tmp_path/'whole', Machine(2)); run(tmp_path/'cut', Machine(2), callbacks=[At(5)])
-    assert load_checkpoint(tmp_path/'cut/latest.safetensors')[1]['run']['split'] == 2
-    machine = Machine(2); run(tmp_path/'cut', machine, resume='latest')
-    assert set(machine.calls) == {2} and (tmp_path/'cut/latest.safetensors').read_bytes() == (tmp_path/'whole/latest.safetensors').read_bytes()
+    run(tmp_path / 'whole', Machine(2))
+    run(tmp_path / 'cut', Machine(2), callbacks=[At(5)])
+    assert load_checkpoint(tmp_path / 'cut/latest.safetensors')[1]['run']['split'] == 2
+    machine = Machine(2)
+    run(tmp_path / 'cut', machine, resume='latest')
+    assert (
+        set(machine.calls) == {2}
+        and (tmp_path / 'cut/latest.safetensors').read_bytes() == (tmp_path / 'whole/latest.safetensors').read_bytes()
+    )
+
 
 def test_too_little_memory_for_one_sample_and_other_errors(tmp_path):
-    with pytest.raises(KhmerOCRError, match='even with one sample'): run(tmp_path/'a', Machine(0))
-    with pytest.raises(RuntimeError, match='shapes'): run(tmp_path/'b', Machine(0, lambda: RuntimeError('shapes cannot be multiplied')))
+    with pytest.raises(KhmerOCRError, match='even with one sample'):
+        run(tmp_path / 'a', Machine(0))
+    with pytest.raises(RuntimeError, match='shapes'):
+        run(tmp_path / 'b', Machine(0, lambda: RuntimeError('shapes cannot be multiplied')))
+
 
 def test_several_processes_cannot_make_room_by_themselves(tmp_path):
     from types import SimpleNamespace
-    learn = run(tmp_path, steps=1); learn.fabric = SimpleNamespace(world_size=2, device=torch.device('cpu'))
-    with pytest.raises(KhmerOCRError, match='halve batch_size .now 4. and double accumulate'): learn.make_room(4)
+
+    learn = run(tmp_path, steps=1)
+    learn.fabric = SimpleNamespace(world_size=2, device=torch.device('cpu'))
+    with pytest.raises(KhmerOCRError, match='halve batch_size .now 4. and double accumulate'):
+        learn.make_room(4)
+
 
 def test_parts_of_every_kind_of_batch():
     x = torch.arange(10)
     for parts in (1, 2, 3, 7, 10, 99):
         got = list(split_batch((x, dict(t=list('abcdefghij'), k=3), 'name'), parts))
-        assert torch.cat([p[0] for p, _ in got]).equal(x) and ''.join(t for p, _ in got for t in p[1]['t']) == 'abcdefghij'
-        assert len(got) <= parts and sum(s for _, s in got) == pytest.approx(1) and all(p[1]['k'] == 3 and p[2] == 'name' for p, _ in got)
+        assert (
+            torch.cat([p[0] for p, _ in got]).equal(x) and ''.join(t for p, _ in got for t in p[1]['t']) == 'abcdefghij'
+        )
+        assert (
+            len(got) <= parts
+            and sum(s for _, s in got) == pytest.approx(1)
+            and all(p[1]['k'] == 3 and p[2] == 'name' for p, _ in got)
+        )
+
 
 def test_automatic_batch_size_grows_with_memory():
     net, four = Net(), next(batches(0))
     sizes = [auto_batch_size(net, loss, four, m, 64) for m in (0, 10**4, 10**5, 10**6, 10**9)]
     assert sizes[0] == 1 and sizes[-1] == 64 and sizes == sorted(sizes) and len(set(sizes)) > 2
-    assert kept_bytes(net, loss, next(batches(0, lambda n: 512))) > 1.8*kept_bytes(net, loss, next(batches(0, lambda n: 256)))
+    assert kept_bytes(net, loss, next(batches(0, lambda n: 512))) > 1.8 * kept_bytes(
+        net, loss, next(batches(0, lambda n: 256))
+    )
+
 
 # weights of samples
 def test_every_sample_weighs_the_same(tmp_path):
     "Batches of 2 and 6 lines, one step: by sample it is one batch of 8, by batch it is not"
     two = lambda n: batches(n, lambda n: (2, 6)[n % 2])
+
     def joined(n):
-        while True: a, b = next(two(2*n)), next(two(2*n+1)); n += 1; yield {k: torch.cat([a[k], b[k]]) if k != 'texts' else a[k]+b[k] for k in a}
-    want = run(tmp_path/'a', norm=False, source=joined, batch_size=8, steps=5)
-    got = run(tmp_path/'b', norm=False, source=two, batch_size=4, accumulate=2, weigh='sample', steps=5)
-    other = run(tmp_path/'c', norm=False, source=two, batch_size=4, accumulate=2, steps=5)
+        while True:
+            a, b = next(two(2 * n)), next(two(2 * n + 1))
+            n += 1
+            yield {k: torch.cat([a[k], b[k]]) if k != 'texts' else a[k] + b[k] for k in a}
+
+    want = run(tmp_path / 'a', norm=False, source=joined, batch_size=8, steps=5)
+    got = run(tmp_path / 'b', norm=False, source=two, batch_size=4, accumulate=2, weigh='sample', steps=5)
+    other = run(tmp_path / 'c', norm=False, source=two, batch_size=4, accumulate=2, steps=5)
     assert near(want.net, got.net) and not near(want.net, other.net, 1e-4)
+
 
 # freezing
 def test_frozen_parts_keep_their_bytes(tmp_path):
-    torch.manual_seed(0); before = Net().state_dict()
+    torch.manual_seed(0)
+    before = Net().state_dict()
     learn = run(tmp_path, freeze=('look',))
-    for tensors in (learn.net.state_dict(), learn.ema.state_dict(), load_weights(tmp_path/'best.safetensors')[0]):
-        for k, v in before.items(): assert tensors[k].numpy().tobytes() == v.numpy().tobytes() if k.startswith('look.') else not tensors[k].equal(v), k
+    for tensors in (learn.net.state_dict(), learn.ema.state_dict(), load_weights(tmp_path / 'best.safetensors')[0]):
+        for k, v in before.items():
+            assert (
+                tensors[k].numpy().tobytes() == v.numpy().tobytes()
+                if k.startswith('look.')
+                else not tensors[k].equal(v)
+            ), k
     assert not learn.net.look[1].training and learn.net.read.training
 
+
 def test_freezing_what_is_not_there(tmp_path):
-    with pytest.raises(KhmerOCRError, match="no part 'loo'.*did you mean look"): run(tmp_path/'a', freeze=('loo',))
-    with pytest.raises(KhmerOCRError, match='nothing to train'): run(tmp_path/'b', freeze=('look', 'read', 'name'))
-    with pytest.raises(KhmerOCRError, match='list of names'): configure(TrainConfig, dict(freeze=[3]))
-    assert not (tmp_path/'a').exists() and not (tmp_path/'b').exists()
-    run(tmp_path/'c', freeze=('read',), steps=4)
-    with pytest.raises(KhmerOCRError, match='other parts frozen'): run(tmp_path/'c', resume='latest')
+    with pytest.raises(KhmerOCRError, match="no part 'loo'.*did you mean look"):
+        run(tmp_path / 'a', freeze=('loo',))
+    with pytest.raises(KhmerOCRError, match='nothing to train'):
+        run(tmp_path / 'b', freeze=('look', 'read', 'name'))
+    with pytest.raises(KhmerOCRError, match='list of names'):
+        configure(TrainConfig, dict(freeze=[3]))
+    assert not (tmp_path / 'a').exists() and not (tmp_path / 'b').exists()
+    run(tmp_path / 'c', freeze=('read',), steps=4)
+    with pytest.raises(KhmerOCRError, match='other parts frozen'):
+        run(tmp_path / 'c', resume='latest')
+
 
 # which weights, and when to stop
 def scores(values):
     "An evaluation that gives these, one after the other"
-    it = iter(values); return lambda model: dict(cer=next(it))
+    it = iter(values)
+    return lambda model: dict(cer=next(it))
+
 
 def test_the_best_few(tmp_path):
-    run(tmp_path, evaluate=scores([.5, .2, .4, .3]), keep_best=2)
-    assert sorted(p.name for p in tmp_path.glob('step-*')) == ['step-000006-cer-0.200000.safetensors', 'step-000012-cer-0.300000.safetensors']
-    assert load_checkpoint(tmp_path/'best.safetensors')[1]['step'] == 6 and load_checkpoint(tmp_path/'step-000012-cer-0.300000.safetensors')[1]['kind'] == 'weights'
+    run(tmp_path, evaluate=scores([0.5, 0.2, 0.4, 0.3]), keep_best=2)
+    assert sorted(p.name for p in tmp_path.glob('step-*')) == [
+        'step-000006-cer-0.200000.safetensors',
+        'step-000012-cer-0.300000.safetensors',
+    ]
+    assert (
+        load_checkpoint(tmp_path / 'best.safetensors')[1]['step'] == 6
+        and load_checkpoint(tmp_path / 'step-000012-cer-0.300000.safetensors')[1]['kind'] == 'weights'
+    )
+
 
 def test_a_death_while_saving_leaves_the_old_ones(tmp_path, monkeypatch):
     real = learner_module.save_checkpoint
+
     def dies(path, *rest):
-        if 'step-000009' in str(path): raise OSError('no space')
+        if 'step-000009' in str(path):
+            raise OSError('no space')
         real(path, *rest)
+
     monkeypatch.setattr(learner_module, 'save_checkpoint', dies)
-    with pytest.raises(OSError): run(tmp_path, evaluate=scores([.5, .4, .3, .2]), keep_best=2)
+    with pytest.raises(OSError):
+        run(tmp_path, evaluate=scores([0.5, 0.4, 0.3, 0.2]), keep_best=2)
     assert [p.name[:11] for p in sorted(tmp_path.glob('step-*'))] == ['step-000003', 'step-000006']
 
+
 def test_the_best_few_after_a_restart(tmp_path):
-    run(tmp_path/'whole', keep_best=2); run(tmp_path/'cut', keep_best=2, callbacks=[At(7)]); run(tmp_path/'cut', keep_best=2, resume='latest')
+    run(tmp_path / 'whole', keep_best=2)
+    run(tmp_path / 'cut', keep_best=2, callbacks=[At(7)])
+    run(tmp_path / 'cut', keep_best=2, resume='latest')
     names = lambda f: {p.name: p.read_bytes() for p in f.glob('*.safetensors')}
-    assert names(tmp_path/'whole') == names(tmp_path/'cut') and len(names(tmp_path/'cut')) == 4
+    assert names(tmp_path / 'whole') == names(tmp_path / 'cut') and len(names(tmp_path / 'cut')) == 4
+
 
 def test_enough_is_enough(tmp_path):
-    learn = run(tmp_path/'a', evaluate=scores([.5, .009, .001, 0.]), stop_at=.01)
-    assert learn.step == 6 and learn.stopping.startswith('cer 0.009') and load_checkpoint(tmp_path/'a/latest.safetensors')[1]['step'] == 6
-    learn = run(tmp_path/'b', evaluate=lambda m: dict(cer=1., exact=.97), stop_at=.95, metric='exact', mode='max')
+    learn = run(tmp_path / 'a', evaluate=scores([0.5, 0.009, 0.001, 0.0]), stop_at=0.01)
+    assert (
+        learn.step == 6
+        and learn.stopping.startswith('cer 0.009')
+        and load_checkpoint(tmp_path / 'a/latest.safetensors')[1]['step'] == 6
+    )
+    learn = run(tmp_path / 'b', evaluate=lambda m: dict(cer=1.0, exact=0.97), stop_at=0.95, metric='exact', mode='max')
     assert learn.step == 3
 
+
 def test_patience_counts_the_score_that_decides(tmp_path):
-    learn = run(tmp_path, evaluate=scores([.5, .4, .45, .4, .1]), patience=2, steps=15)
-    assert learn.step == 12 and learn.best == .4
+    learn = run(tmp_path, evaluate=scores([0.5, 0.4, 0.45, 0.4, 0.1]), patience=2, steps=15)
+    assert learn.step == 12 and learn.best == 0.4
+
 
 def test_patience_survives_a_restart(tmp_path):
-    run(tmp_path, evaluate=scores([.5, .6]), patience=2, steps=15, callbacks=[At(6)], save_every=1)
-    assert run(tmp_path, evaluate=scores([.6, .1]), patience=2, steps=15, resume='latest').step == 9
+    run(tmp_path, evaluate=scores([0.5, 0.6]), patience=2, steps=15, callbacks=[At(6)], save_every=1)
+    assert run(tmp_path, evaluate=scores([0.6, 0.1]), patience=2, steps=15, resume='latest').step == 9
+
 
 @pytest.mark.parametrize('name', ['adamw', 'adam'])
 def test_optimisers(tmp_path, name):
-    learn = run(tmp_path, optimizer=name, weight_decay=.5, steps=2)
-    assert type(learn.opt.optimizer).__name__.lower() == name and max(g['weight_decay'] for g in learn.opt.param_groups) == (.5 if name == 'adamw' else 0)
+    learn = run(tmp_path, optimizer=name, weight_decay=0.5, steps=2)
+    assert type(learn.opt.optimizer).__name__.lower() == name and max(
+        g['weight_decay'] for g in learn.opt.param_groups
+    ) == (0.5 if name == 'adamw' else 0)
+
 
 def test_logs_in_a_folder_of_their_own(tmp_path):
-    run(tmp_path/'models/mine', logs=str(tmp_path/'logs'), tensorboard=True, steps=3)
-    names = {p.name.split('.')[0] for p in (tmp_path/'logs/mine').iterdir()}
-    assert {'history', 'speed'} <= names and {p.name for p in (tmp_path/'models/mine').iterdir()} == {'best.safetensors', 'latest.safetensors'}
-    if 'events' not in names: pytest.skip('TensorBoard is not installed')
+    run(tmp_path / 'models/mine', logs=str(tmp_path / 'logs'), tensorboard=True, steps=3)
+    names = {p.name.split('.')[0] for p in (tmp_path / 'logs/mine').iterdir()}
+    assert {'history', 'speed'} <= names and {p.name for p in (tmp_path / 'models/mine').iterdir()} == {
+        'best.safetensors',
+        'latest.safetensors',
+    }
+    if 'events' not in names:
+        pytest.skip('TensorBoard is not installed')
+
 
 def test_checkpoints_of_the_version_before_can_be_resumed(tmp_path):
-    run(tmp_path, steps=4); path = tmp_path/'latest.safetensors'
-    tensors, header = load_checkpoint(path); del header['run']['split'], header['settings']['freeze']
+    run(tmp_path, steps=4)
+    path = tmp_path / 'latest.safetensors'
+    tensors, header = load_checkpoint(path)
+    del header['run']['split'], header['settings']['freeze']
     learner_module.save_checkpoint(path, tensors, {k: v for k, v in header.items() if k != 'format'})
     assert run(tmp_path, resume='latest').step == 12
+
 
 # several processes
 script = '''
@@ -205,30 +341,57 @@ from test_training import run
 run({out!r}, norm=False, ema=.9, clip=.5, eval_every=4, threads=1)
 '''
 
+
 def free_port():
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
 
 def torchrun(*args, n=2, **kw):
     "Two processes on this machine, over gloo"
     env = os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-    return subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(n), '--master_addr', '127.0.0.1', '--master_port', str(free_port()), *map(str, args)], capture_output=True, text=True, env=env, timeout=300, **kw)
+    return subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--nproc_per_node',
+            str(n),
+            '--master_addr',
+            '127.0.0.1',
+            '--master_port',
+            str(free_port()),
+            *map(str, args),
+        ],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=300,
+        **kw,
+    )
+
 
 @pytest.mark.skipif(os.name == 'nt', reason='gloo')
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    (tmp_path/'go.py').write_text(script.format(tests=str(Path(__file__).parent), out=str(tmp_path/'two')))
-    r = torchrun(tmp_path/'go.py')
+    (tmp_path / 'go.py').write_text(script.format(tests=str(Path(__file__).parent), out=str(tmp_path / 'two')))
+    r = torchrun(tmp_path / 'go.py')
     assert r.returncode == 0, r.stderr
-    one = run(tmp_path/'one', norm=False, ema=.9, clip=.5, eval_every=4, accumulate=2)
-    a, b = (read_history(tmp_path/k/'history.csv') for k in ('one', 'two'))
+    one = run(tmp_path / 'one', norm=False, ema=0.9, clip=0.5, eval_every=4, accumulate=2)
+    a, b = (read_history(tmp_path / k / 'history.csv') for k in ('one', 'two'))
     assert len(a) == len(b) == 12
     for x, y in zip(a, b):
-        for k in x: assert x[k] == pytest.approx(y[k], rel=1e-4, abs=1e-6), (x['step'], k)
-    two = load_weights(tmp_path/'two/latest.safetensors')[0]
+        for k in x:
+            assert x[k] == pytest.approx(y[k], rel=1e-4, abs=1e-6), (x['step'], k)
+    two = load_weights(tmp_path / 'two/latest.safetensors')[0]
     assert all(torch.allclose(v, two[k], atol=1e-5) for k, v in one.ema.state_dict().items())
+
 
 @pytest.mark.parametrize('d', (128, 768))
 def test_the_transformer_s_rate_is_tied_to_its_width(d):
     "Vaswani et al. 2017, formula 3: d_model^-0.5 * min(step^-0.5, step * warmup^-1.5), steps from 1"
-    c = TrainConfig(steps=1000, warmup=.2, schedule='noam', lr=2., d_model=d)
-    for step in (1, 50, 200, 201, 1000): assert lr_at(step-1, c) == pytest.approx(2*d**-.5*min(step**-.5, step*200**-1.5))
-    with pytest.raises(KhmerOCRError, match='d_model'): TrainConfig(d_model=0)
+    c = TrainConfig(steps=1000, warmup=0.2, schedule='noam', lr=2.0, d_model=d)
+    for step in (1, 50, 200, 201, 1000):
+        assert lr_at(step - 1, c) == pytest.approx(2 * d**-0.5 * min(step**-0.5, step * 200**-1.5))
+    with pytest.raises(KhmerOCRError, match='d_model'):
+        TrainConfig(d_model=0)

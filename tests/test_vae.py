@@ -1,4 +1,5 @@
 "The VAE: shapes and sizes of both forms, the losses by hand, a decoder that heeds nothing at first, resuming to the same bits, seeds, what is done with codes, one pair learnt by heart, and what users get wrong."
+
 import math, numpy as np, pytest, torch
 from dataclasses import replace
 from khmer_ocr.synth.fonts import find_fonts
@@ -10,220 +11,465 @@ from khmer_ocr.generative.tiling import paint
 from khmer_ocr.generative.pix2pix_training import similarity
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.core.config import configure
-from khmer_ocr.generative.vae_training import ELBO, Styled, interpolate, load_vae, reconstruct, sample, style_of, train_vae
-from khmer_ocr.generative.vae import VAE, VAEConfig, active_units, beta_at, colours, grain, grain_loss, kl_loss, kl_units, reparameterise, starlet, starlet_norms, strengths
+from khmer_ocr.generative.vae_training import (
+    ELBO,
+    Styled,
+    interpolate,
+    load_vae,
+    reconstruct,
+    sample,
+    style_of,
+    train_vae,
+)
+from khmer_ocr.generative.vae import (
+    VAE,
+    VAEConfig,
+    active_units,
+    beta_at,
+    colours,
+    grain,
+    grain_loss,
+    kl_loss,
+    kl_units,
+    reparameterise,
+    starlet,
+    starlet_norms,
+    strengths,
+)
 
 noto = next(f for f in find_fonts() if f.name == 'Noto Sans Khmer Variable Regular')
 words = ['ភ្នំពេញ', 'សាលា', 'ខ្មែរ', 'ជាតិ']
 toy = VAEConfig(resolution=32, width=4, latent=8, bands=2)
 forms = dict(style=toy, conditional=replace(toy, conditional=True), plain=replace(toy, resolution=64, form='plain'))
 quick = dict(verbose=False, precision='32-true', device='cpu', tensorboard=False, log_every=1)
+
+
 @pytest.fixture(scope='module')
-def pages(): return rendered_pairs(words, [noto], 3, seed=2, shape=(72, 90), size=(16, 20))
+def pages():
+    return rendered_pairs(words, [noto], 3, seed=2, shape=(72, 90), size=(16, 20))
+
+
 def error(f):
-    with pytest.raises(KhmerOCRError) as e: f()
+    with pytest.raises(KhmerOCRError) as e:
+        f()
     assert '\n' not in str(e.value)
     return str(e.value)
-def count(net): return sum(p.numel() for p in net.parameters())
+
+
+def count(net):
+    return sum(p.numel() for p in net.parameters())
+
+
 def meta(**kw):
-    with torch.device('meta'): return VAE(VAEConfig(**kw))
-def batch(pages, config, n=4, seed=1): return PairBatches(pages, n, CropConfig(config.resolution), seed)[0]
+    with torch.device('meta'):
+        return VAE(VAEConfig(**kw))
+
+
+def batch(pages, config, n=4, seed=1):
+    return PairBatches(pages, n, CropConfig(config.resolution), seed)[0]
+
 
 class StopAt(Callback):
-    def __init__(self, n): self.n = n
+    def __init__(self, n):
+        self.n = n
+
     def after_step(self, learn):
-        if learn.step == self.n: raise CancelFit
+        if learn.step == self.n:
+            raise CancelFit
+
 
 # --- networks
 
+
 def test_the_founding_document_s_shapes():
-    net = meta(form='plain'); mask, z = torch.empty(1, 1, 256, 256, device='meta'), torch.empty(1, 512, device='meta')
-    assert [t.shape for t in net.encode(mask)] == [(1, 512)]*2 and net.decoder.start(z).shape == (1, 256, 16, 16) and net.decode(z).shape == (1, 3, 256, 256)
+    net = meta(form='plain')
+    mask, z = torch.empty(1, 1, 256, 256, device='meta'), torch.empty(1, 512, device='meta')
+    assert (
+        [t.shape for t in net.encode(mask)] == [(1, 512)] * 2
+        and net.decoder.start(z).shape == (1, 256, 16, 16)
+        and net.decode(z).shape == (1, 3, 256, 256)
+    )
     net, image = meta(), torch.empty(1, 3, 256, 256, device='meta')
     assert net.decoder.downs(mask).shape == (1, 256, 16, 16)
     made, mu, logvar, scales = net(image, mask)
-    assert (made.shape, mu.shape, logvar.shape, scales.shape) == ((1, 3, 256, 256), (1, 512), (1, 512), (1, 5, 3, 256, 256))
-    assert meta(bands=0)(image, mask)[3] is None and meta(texture=0.)(image, mask)[3] is None
+    assert (made.shape, mu.shape, logvar.shape, scales.shape) == (
+        (1, 3, 256, 256),
+        (1, 512),
+        (1, 512),
+        (1, 5, 3, 256, 256),
+    )
+    assert meta(bands=0)(image, mask)[3] is None and meta(texture=0.0)(image, mask)[3] is None
     assert net.decode(z, torch.empty(1, 1, 48, 2000, device='meta')).shape == (1, 3, 48, 2000)
 
+
 def test_sizes():
-    assert {k: count(meta(**kw)) for k, kw in dict(style={}, plain=dict(form='plain')).items()} == dict(style=2_679_994, plain=40_994_435)
-    assert count(meta(conditional=True))-count(meta()) == 32*16 + 256                    # one channel more in the first layer, one number more beside it
+    assert {k: count(meta(**kw)) for k, kw in dict(style={}, plain=dict(form='plain')).items()} == dict(
+        style=2_679_994, plain=40_994_435
+    )
+    assert (
+        count(meta(conditional=True)) - count(meta()) == 32 * 16 + 256
+    )  # one channel more in the first layer, one number more beside it
+
 
 @pytest.mark.parametrize('name', forms)
 def test_every_weight_is_used(name, pages):
-    torch.manual_seed(0); c = forms[name]; net = VAE(c); b = batch(pages, c)
+    torch.manual_seed(0)
+    c = forms[name]
+    net = VAE(c)
+    b = batch(pages, c)
     ELBO(c)(net, b).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
+
 def test_a_fresh_decoder_does_not_heed_the_code():
-    torch.manual_seed(0); net = VAE(replace(toy, latent=512)); m = torch.rand(1, 1, 32, 32).round()
-    with torch.no_grad(): a, s = net.parts(torch.randn(16, 512), m.expand(16, -1, -1, -1))
-    assert a.std(0).max() < .1 and s.std(0).max() < .01
-    with torch.no_grad(): mu, logvar = net.encode(torch.rand(16, 3, 32, 32)*2-1)
-    assert mu.abs().max() < .5 and logvar.abs().max() < .5                               # so nothing is said yet, and it costs little
+    torch.manual_seed(0)
+    net = VAE(replace(toy, latent=512))
+    m = torch.rand(1, 1, 32, 32).round()
+    with torch.no_grad():
+        a, s = net.parts(torch.randn(16, 512), m.expand(16, -1, -1, -1))
+    assert a.std(0).max() < 0.1 and s.std(0).max() < 0.01
+    with torch.no_grad():
+        mu, logvar = net.encode(torch.rand(16, 3, 32, 32) * 2 - 1)
+    assert mu.abs().max() < 0.5 and logvar.abs().max() < 0.5  # so nothing is said yet, and it costs little
+
 
 def test_the_code_cannot_say_where():
     "An image moved round its edges has the same colours, and nearly the same strengths"
-    torch.manual_seed(0); x = torch.rand(2, 3, 64, 64)*2-1; m = torch.rand(2, 1, 64, 64).round(); to = lambda t: t.roll((8, 14), (2, 3))
-    assert colours(to(x)).allclose(colours(x)) and colours(to(x), to(m)).allclose(colours(x, m), atol=1e-5) and colours(x).shape == (2, 12) and colours(x, m).shape == (2, 13)
-    assert (strengths(to(x), 3)-strengths(x, 3)).abs().max() < .1 and strengths(x, 3).shape == (2, 9)
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    m = torch.rand(2, 1, 64, 64).round()
+    to = lambda t: t.roll((8, 14), (2, 3))
+    assert (
+        colours(to(x)).allclose(colours(x))
+        and colours(to(x), to(m)).allclose(colours(x, m), atol=1e-5)
+        and colours(x).shape == (2, 12)
+        and colours(x, m).shape == (2, 13)
+    )
+    assert (strengths(to(x), 3) - strengths(x, 3)).abs().max() < 0.1 and strengths(x, 3).shape == (2, 9)
+
 
 def test_bands():
-    torch.manual_seed(0); x = torch.randn(1, 1, 128, 128); b = starlet(x, 4)
-    assert b.shape == (1, 4, 1, 128, 128) and b.std((0, 2, 3, 4)).allclose(starlet_norms(4), rtol=.15)
-    assert starlet(torch.ones(1, 1, 40, 40), 3).abs().max() < 1e-6                       # nothing in what is even, up to the edge
-    made = grain(torch.full((1, 4, 3, 128, 128), -30.), torch.randn(1, 3, 128, 128)); assert made.abs().max() < 1e-8
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 128, 128)
+    b = starlet(x, 4)
+    assert b.shape == (1, 4, 1, 128, 128) and b.std((0, 2, 3, 4)).allclose(starlet_norms(4), rtol=0.15)
+    assert starlet(torch.ones(1, 1, 40, 40), 3).abs().max() < 1e-6  # nothing in what is even, up to the edge
+    made = grain(torch.full((1, 4, 3, 128, 128), -30.0), torch.randn(1, 3, 128, 128))
+    assert made.abs().max() < 1e-8
+
 
 # --- losses
 
+
 def test_codes():
-    g = lambda: torch.Generator().manual_seed(3); mu, logvar = torch.zeros(4, 5, requires_grad=True), torch.zeros(4, 5, requires_grad=True)
-    z = reparameterise(mu, logvar, g()); eps = torch.randn(4, 5, generator=g())
-    assert z.equal(eps) and reparameterise(mu+1, logvar+math.log(4), g()).allclose(1+2*eps)
-    z.sum().backward(); assert mu.grad.equal(torch.ones(4, 5)) and logvar.grad.allclose(eps/2)
+    g = lambda: torch.Generator().manual_seed(3)
+    mu, logvar = torch.zeros(4, 5, requires_grad=True), torch.zeros(4, 5, requires_grad=True)
+    z = reparameterise(mu, logvar, g())
+    eps = torch.randn(4, 5, generator=g())
+    assert z.equal(eps) and reparameterise(mu + 1, logvar + math.log(4), g()).allclose(1 + 2 * eps)
+    z.sum().backward()
+    assert mu.grad.equal(torch.ones(4, 5)) and logvar.grad.allclose(eps / 2)
+
 
 def test_divergence_and_free_bits():
-    mu, logvar = torch.tensor([[1., 0., 3.], [1., 0., 1.]]), torch.tensor([[0., math.log(2), 0.], [0., math.log(2), 0.]])
-    assert kl_units(mu, logvar).allclose(torch.tensor([.5, (2-math.log(2)-1)/2, 2.5]))
-    p, q = torch.distributions.Normal(mu, (logvar/2).exp()), torch.distributions.Normal(0., 1.)
+    mu, logvar = (
+        torch.tensor([[1.0, 0.0, 3.0], [1.0, 0.0, 1.0]]),
+        torch.tensor([[0.0, math.log(2), 0.0], [0.0, math.log(2), 0.0]]),
+    )
+    assert kl_units(mu, logvar).allclose(torch.tensor([0.5, (2 - math.log(2) - 1) / 2, 2.5]))
+    p, q = torch.distributions.Normal(mu, (logvar / 2).exp()), torch.distributions.Normal(0.0, 1.0)
     assert kl_units(mu, logvar).allclose(torch.distributions.kl_divergence(p, q).mean(0))
-    assert abs(kl_loss(mu, logvar).item()-(.5+(1-math.log(2))/2+2.5)) < 1e-6 and abs(kl_loss(mu, logvar, 1.).item()-(1+1+2.5)) < 1e-6
-    mu.requires_grad_(); kl_loss(mu, logvar, 1.).backward()
-    assert mu.grad[:, 0].eq(0).all() and mu.grad[:, 2].ne(0).all()                       # nothing to be won below the free bits
+    assert (
+        abs(kl_loss(mu, logvar).item() - (0.5 + (1 - math.log(2)) / 2 + 2.5)) < 1e-6
+        and abs(kl_loss(mu, logvar, 1.0).item() - (1 + 1 + 2.5)) < 1e-6
+    )
+    mu.requires_grad_()
+    kl_loss(mu, logvar, 1.0).backward()
+    assert mu.grad[:, 0].eq(0).all() and mu.grad[:, 2].ne(0).all()  # nothing to be won below the free bits
+
 
 def test_beta_rises_and_stays():
-    c = VAEConfig(beta=4., warmup=.5)
-    assert [beta_at(s, 40, c) for s in (0, 5, 10, 20, 39)] == [0., 1., 2., 4., 4.]
-    assert beta_at(0, 40, replace(c, warmup=0.)) == 4. and beta_at(0, 1, c) == 0. and beta_at(39, 40, replace(c, warmup=1.)) < 4.
+    c = VAEConfig(beta=4.0, warmup=0.5)
+    assert [beta_at(s, 40, c) for s in (0, 5, 10, 20, 39)] == [0.0, 1.0, 2.0, 4.0, 4.0]
+    assert (
+        beta_at(0, 40, replace(c, warmup=0.0)) == 4.0
+        and beta_at(0, 1, c) == 0.0
+        and beta_at(39, 40, replace(c, warmup=1.0)) < 4.0
+    )
+
 
 def test_active_units():
-    torch.manual_seed(0); mu = torch.randn(200, 6)*torch.tensor([1., .5, .2, .05, .01, 0.]) + 7
+    torch.manual_seed(0)
+    mu = torch.randn(200, 6) * torch.tensor([1.0, 0.5, 0.2, 0.05, 0.01, 0.0]) + 7
     assert active_units(mu) == 3 and active_units(mu, 1e-3) == 4 and active_units(mu[:1]) == 0
+
 
 @pytest.mark.parametrize('name', forms)
 def test_loss_by_hand(name, pages):
-    torch.manual_seed(0); c = replace(forms[name], beta=3., free_bits=.01, texture=.5); net = VAE(c).eval(); b = batch(pages, c)
-    loss = ELBO(c); got = loss(net, b)
-    mu, logvar = net.encode(b['mask'] if net.plain else b['image'], b['mask']); made, scales = net.parts(mu, b['mask'])
-    want = ((made-b['image'])**2).sum()/4 + 3*((mu**2+logvar.exp()-logvar-1)/2).mean(0).clamp_min(.01).sum()
+    torch.manual_seed(0)
+    c = replace(forms[name], beta=3.0, free_bits=0.01, texture=0.5)
+    net = VAE(c).eval()
+    b = batch(pages, c)
+    loss = ELBO(c)
+    got = loss(net, b)
+    mu, logvar = net.encode(b['mask'] if net.plain else b['image'], b['mask'])
+    made, scales = net.parts(mu, b['mask'])
+    want = ((made - b['image']) ** 2).sum() / 4 + 3 * ((mu**2 + logvar.exp() - logvar - 1) / 2).mean(0).clamp_min(
+        0.01
+    ).sum()
     if scales is not None:
-        axes = torch.tensor([[1., 1, 1], [1, 0, -1], [1, -2, 1]]); axes = axes/axes.norm(dim=1, keepdim=True)
-        bands = starlet(torch.einsum('oc,bchw->bohw', axes, b['image']-made), 2); floor = (starlet_norms(2)*2/255/12**.5)[:, None, None, None]
-        want = want + .5*(scales + (bands**2+floor**2)/(2*(2*scales).exp())).sum()/4
-    assert abs(got.item()-want.item()) < 1e-4*abs(want.item())
-    assert abs(loss.seen['mse'].item()-((made-b['image'])**2).mean().item()) < 1e-5 and loss.seen['kl'] >= 0
+        axes = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]])
+        axes = axes / axes.norm(dim=1, keepdim=True)
+        bands = starlet(torch.einsum('oc,bchw->bohw', axes, b['image'] - made), 2)
+        floor = (starlet_norms(2) * 2 / 255 / 12**0.5)[:, None, None, None]
+        want = want + 0.5 * (scales + (bands**2 + floor**2) / (2 * (2 * scales).exp())).sum() / 4
+    assert abs(got.item() - want.item()) < 1e-4 * abs(want.item())
+    assert abs(loss.seen['mse'].item() - ((made - b['image']) ** 2).mean().item()) < 1e-5 and loss.seen['kl'] >= 0
+
 
 def test_the_mean_is_shaped_by_the_squared_error_alone(pages):
     grads = []
-    for texture in (.1, 9.):
-        torch.manual_seed(0); c = replace(toy, texture=texture); net = VAE(c); torch.manual_seed(1)
-        ELBO(c)(net, batch(pages, c)).backward(); grads.append((net.decoder.colours.weight.grad, net.decoder.out.weight.grad[:3], net.decoder.out.weight.grad[3:]))
+    for texture in (0.1, 9.0):
+        torch.manual_seed(0)
+        c = replace(toy, texture=texture)
+        net = VAE(c)
+        torch.manual_seed(1)
+        ELBO(c)(net, batch(pages, c)).backward()
+        grads.append(
+            (net.decoder.colours.weight.grad, net.decoder.out.weight.grad[:3], net.decoder.out.weight.grad[3:])
+        )
     assert grads[0][0].equal(grads[1][0]) and grads[0][1].equal(grads[1][1]) and not grads[0][2].allclose(grads[1][2])
+
 
 # --- training
 
+
 @pytest.mark.parametrize('name', forms)
 def test_resume_to_the_same_bits(name, tmp_path, pages):
-    c = replace(forms[name], free_bits=.05)
+    c = replace(forms[name], free_bits=0.05)
     data = PairBatches(pages[:2], 2, CropConfig(c.resolution))
-    run = lambda to, **kw: train_vae(tmp_path/to, data, c, epochs=2 if c.resolution < 64 else 6, held_out=pages[2:], ema=.9, **quick, **kw)
-    whole = run('whole'); at = whole.step//2-1
-    run('cut', callbacks=[StopAt(at)]); assert load_checkpoint(tmp_path/'cut'/'latest.safetensors')[1]['step'] == at < whole.step
+    run = lambda to, **kw: train_vae(
+        tmp_path / to, data, c, epochs=2 if c.resolution < 64 else 6, held_out=pages[2:], ema=0.9, **quick, **kw
+    )
+    whole = run('whole')
+    at = whole.step // 2 - 1
+    run('cut', callbacks=[StopAt(at)])
+    assert load_checkpoint(tmp_path / 'cut' / 'latest.safetensors')[1]['step'] == at < whole.step
     run('cut', resume='latest')
-    for f in ('latest.safetensors', 'vae.safetensors', 'best.safetensors', 'history.csv', 'elbo.csv'): assert (tmp_path/'cut'/f).read_bytes() == (tmp_path/'whole'/f).read_bytes(), f
-    run('twin'); assert (tmp_path/'twin'/'latest.safetensors').read_bytes() == (tmp_path/'whole'/'latest.safetensors').read_bytes()
-    run('other', seed=1); assert (tmp_path/'other'/'vae.safetensors').read_bytes() != (tmp_path/'whole'/'vae.safetensors').read_bytes()
-    rows = read_history(tmp_path/'cut'/'elbo.csv')
-    assert [r['step'] for r in rows] == list(range(1, whole.step+1)) and [r['beta'] for r in rows] == [beta_at(i, whole.step, c) for i in range(whole.step)]
-    assert {'mse', 'ssim', 'kl', 'active'} <= read_history(tmp_path/'cut'/'history.csv')[-1].keys() and list((tmp_path/'cut'/'samples').glob('*.png'))
+    for f in ('latest.safetensors', 'vae.safetensors', 'best.safetensors', 'history.csv', 'elbo.csv'):
+        assert (tmp_path / 'cut' / f).read_bytes() == (tmp_path / 'whole' / f).read_bytes(), f
+    run('twin')
+    assert (tmp_path / 'twin' / 'latest.safetensors').read_bytes() == (
+        tmp_path / 'whole' / 'latest.safetensors'
+    ).read_bytes()
+    run('other', seed=1)
+    assert (tmp_path / 'other' / 'vae.safetensors').read_bytes() != (
+        tmp_path / 'whole' / 'vae.safetensors'
+    ).read_bytes()
+    rows = read_history(tmp_path / 'cut' / 'elbo.csv')
+    assert [r['step'] for r in rows] == list(range(1, whole.step + 1)) and [r['beta'] for r in rows] == [
+        beta_at(i, whole.step, c) for i in range(whole.step)
+    ]
+    assert {'mse', 'ssim', 'kl', 'active'} <= read_history(tmp_path / 'cut' / 'history.csv')[-1].keys() and list(
+        (tmp_path / 'cut' / 'samples').glob('*.png')
+    )
+
 
 def test_collapse_is_seen_and_free_bits_mend_it(tmp_path, pages):
-    for name, bits in dict(hushed=0., freed=2.).items(): train_vae(tmp_path/name, pages, replace(toy, beta=1e4, warmup=0., free_bits=bits), epochs=10, batch_size=2, lr=2e-3, **quick | dict(log_every=30))
-    hushed, freed = (read_history(tmp_path/n/'elbo.csv')[-1] for n in ('hushed', 'freed'))
-    assert hushed['active'] == 0 and hushed['kl'] < .2 and freed['active'] > 0 and freed['kl'] > 5*hushed['kl']
+    for name, bits in dict(hushed=0.0, freed=2.0).items():
+        train_vae(
+            tmp_path / name,
+            pages,
+            replace(toy, beta=1e4, warmup=0.0, free_bits=bits),
+            epochs=10,
+            batch_size=2,
+            lr=2e-3,
+            **quick | dict(log_every=30),
+        )
+    hushed, freed = (read_history(tmp_path / n / 'elbo.csv')[-1] for n in ('hushed', 'freed'))
+    assert hushed['active'] == 0 and hushed['kl'] < 0.2 and freed['active'] > 0 and freed['kl'] > 5 * hushed['kl']
+
 
 def test_fewer_pages_than_a_batch(tmp_path, pages):
     learn = train_vae(tmp_path, pages[:1], toy, epochs=2, batch_size=16, **quick)
-    assert learn.step == 2 and (tmp_path/'samples'/'epoch-0002.png').exists()
+    assert learn.step == 2 and (tmp_path / 'samples' / 'epoch-0002.png').exists()
+
 
 def test_learns_one_pair_by_heart(tmp_path):
-    page, = rendered_pairs(words, [noto], 1, seed=5, shape=(64, 64), size=(18, 20), look=[('paper', 1.), ('contrast', 1.), ('light', 1.)])
-    train_vae(tmp_path, [page], VAEConfig(resolution=64, width=12, latent=8, bands=0), epochs=300, batch_size=1, lr=4e-3, samples_every=1000, **quick | dict(log_every=100))
-    b = as_batch([(page.image, page.mask)]); vae = load_vae(tmp_path/'vae.safetensors')
-    assert similarity(reconstruct(vae, b['image'], b['mask']), b['image']) > .95
+    (page,) = rendered_pairs(
+        words,
+        [noto],
+        1,
+        seed=5,
+        shape=(64, 64),
+        size=(18, 20),
+        look=[('paper', 1.0), ('contrast', 1.0), ('light', 1.0)],
+    )
+    train_vae(
+        tmp_path,
+        [page],
+        VAEConfig(resolution=64, width=12, latent=8, bands=0),
+        epochs=300,
+        batch_size=1,
+        lr=4e-3,
+        samples_every=1000,
+        **quick | dict(log_every=100),
+    )
+    b = as_batch([(page.image, page.mask)])
+    vae = load_vae(tmp_path / 'vae.safetensors')
+    assert similarity(reconstruct(vae, b['image'], b['mask']), b['image']) > 0.95
     ink, paper = (page.image[w].mean(0) for w in (page.mask > 0, page.mask == 0))
     flat = np.where(page.mask[..., None] > 0, ink, paper).round().astype(np.uint8)
-    assert similarity(as_batch([(flat, page.mask)])['image'], b['image']) < .9           # two flat colours would not have done
+    assert similarity(as_batch([(flat, page.mask)])['image'], b['image']) < 0.9  # two flat colours would not have done
     image = paint(Styled(vae, style_of(vae, b['image'])), page.mask, tile=64, overlap=0)
-    assert similarity(as_batch([(image, page.mask)])['image'], b['image']) > .9          # padded by paper, it is the same page
+    assert similarity(as_batch([(image, page.mask)])['image'], b['image']) > 0.9  # padded by paper, it is the same page
+
 
 # --- what is done with codes
 
+
 @pytest.mark.parametrize('name', forms)
 def test_looks(name, pages):
-    torch.manual_seed(0); c = forms[name]; vae = VAE(c).eval(); b = batch(pages, c); s = c.resolution
-    for p in vae.parameters(): p.data += .02*torch.randn_like(p)                         # as if it had learnt to heed its code
+    torch.manual_seed(0)
+    c = forms[name]
+    vae = VAE(c).eval()
+    b = batch(pages, c)
+    s = c.resolution
+    for p in vae.parameters():
+        p.data += 0.02 * torch.randn_like(p)  # as if it had learnt to heed its code
     state = torch.get_rng_state()
-    m = b['mask'][:1]; looks = sample(vae, m, 11, seed=1)
+    m = b['mask'][:1]
+    looks = sample(vae, m, 11, seed=1)
     assert looks.shape == (11, 3, s, s) and looks.dtype == torch.float32 and looks.min() >= -1 and looks.max() <= 1
-    assert looks.equal(sample(vae, m[0], 11, seed=1)) and looks.equal(sample(vae, m[0, 0], 11, seed=1)) and not looks.equal(sample(vae, m, 11, seed=2))
-    assert sample(vae, m, 3, seed=1, spread=0.).shape[0] == 3 and pair_distance(looks) > 0
-    codes = style_of(vae, b['mask'] if vae.plain else b['image'], b['mask']); assert codes.shape == (4, 8)
-    kept = reconstruct(vae, b['image'], b['mask']); assert kept.shape == (4, 3, s, s) and kept.equal(reconstruct(vae, b['image'], b['mask']))
+    assert (
+        looks.equal(sample(vae, m[0], 11, seed=1))
+        and looks.equal(sample(vae, m[0, 0], 11, seed=1))
+        and not looks.equal(sample(vae, m, 11, seed=2))
+    )
+    assert sample(vae, m, 3, seed=1, spread=0.0).shape[0] == 3 and pair_distance(looks) > 0
+    codes = style_of(vae, b['mask'] if vae.plain else b['image'], b['mask'])
+    assert codes.shape == (4, 8)
+    kept = reconstruct(vae, b['image'], b['mask'])
+    assert kept.shape == (4, 3, s, s) and kept.equal(reconstruct(vae, b['image'], b['mask']))
     rough = reconstruct(vae, b['image'], b['mask'], grain=True, seed=1)
     assert rough.equal(reconstruct(vae, b['image'], b['mask'], grain=True, seed=1)) and rough.equal(kept) == vae.plain
-    way = interpolate(vae, m, codes[0], codes[1:2], n=5, seed=4); assert way.shape == (5, 3, s, s) and way.equal(interpolate(vae, m, codes[0], codes[1], n=5, seed=4))
-    with torch.no_grad(): ends = [vae.decode(codes[i:i+1], m, torch.randn(1, 3, s, s, generator=torch.Generator().manual_seed(4))) for i in (0, 1)]
+    way = interpolate(vae, m, codes[0], codes[1:2], n=5, seed=4)
+    assert way.shape == (5, 3, s, s) and way.equal(interpolate(vae, m, codes[0], codes[1], n=5, seed=4))
+    with torch.no_grad():
+        ends = [
+            vae.decode(codes[i : i + 1], m, torch.randn(1, 3, s, s, generator=torch.Generator().manual_seed(4)))
+            for i in (0, 1)
+        ]
     assert way[:1].allclose(ends[0], atol=1e-5) and way[-1:].allclose(ends[1], atol=1e-5)
     assert torch.get_rng_state().equal(state)
     assert vae.generate(b['mask']).shape == (4, 3, s, s)
-    if vae.plain: assert sample(vae, None, 2).shape == (2, 3, s, s)
+    if vae.plain:
+        assert sample(vae, None, 2).shape == (2, 3, s, s)
+
 
 def test_a_style_fits_pages_of_any_size():
-    torch.manual_seed(0); vae = VAE(toy).eval(); z = torch.randn(8)
+    torch.manual_seed(0)
+    vae = VAE(toy).eval()
+    z = torch.randn(8)
     for shape in ((1, 1), (40, 700), (97, 33)):
-        mask = (np.indices(shape).sum(0) % 7 == 0).astype(np.uint8)*255
+        mask = (np.indices(shape).sum(0) % 7 == 0).astype(np.uint8) * 255
         a, b, mean = (paint(Styled(vae, z, g), mask, 32, 8, seed=s) for g, s in ((True, 1), (True, 2), (False, 1)))
-        assert a.shape == (*shape, 3) and (a == paint(Styled(vae, z), mask, 32, 8, seed=1)).all() and (mean == paint(Styled(vae, z, False), mask, 32, 8, seed=5)).all()
+        assert (
+            a.shape == (*shape, 3)
+            and (a == paint(Styled(vae, z), mask, 32, 8, seed=1)).all()
+            and (mean == paint(Styled(vae, z, False), mask, 32, 8, seed=5)).all()
+        )
         assert shape == (1, 1) or (a != b).any() and (a != mean).any()
+
 
 # --- faults
 
+
 def test_settings():
-    for bad in (dict(form='vq'), dict(latent=0), dict(width=0), dict(beta=-1.), dict(beta=math.nan), dict(free_bits=-1.), dict(warmup=1.5), dict(resolution=48), dict(resolution=16), dict(bands=6),
-        dict(form='plain', resolution=32), dict(form='plain', resolution=64, conditional=True)): assert 'Setting' in error(lambda: replace(toy, **bad)), bad
+    for bad in (
+        dict(form='vq'),
+        dict(latent=0),
+        dict(width=0),
+        dict(beta=-1.0),
+        dict(beta=math.nan),
+        dict(free_bits=-1.0),
+        dict(warmup=1.5),
+        dict(resolution=48),
+        dict(resolution=16),
+        dict(bands=6),
+        dict(form='plain', resolution=32),
+        dict(form='plain', resolution=64, conditional=True),
+    ):
+        assert 'Setting' in error(lambda: replace(toy, **bad)), bad
     assert 'did you mean' in error(lambda: configure(VAEConfig, dict(latnt=5)))
 
+
 def test_faults_are_one_line(tmp_path, pages):
-    torch.manual_seed(0); style, told, plain = (VAE(c).eval() for c in forms.values()); b = batch(pages, toy); m = b['mask'][:1]; z = torch.zeros(1, 8)
-    assert 'give one beside the code' in error(lambda: sample(style, None, 1)) and 'at least one' in error(lambda: sample(style, m, 0))
-    assert 'One mask' in error(lambda: sample(style, b['mask'], 2)) and 'One mask' in error(lambda: interpolate(style, b['mask'], z, z))
-    assert 'multiples of 16' in error(lambda: style.decode(z, m[..., :20])) and 'at least 16' in error(lambda: style.decode(z, m[..., :8]))
-    assert 'conditional=True' in error(lambda: style_of(told, b['image'])) and '3 channels' in error(lambda: style_of(style, m)) and 'at least 32 x 32' in error(lambda: style_of(style, b['image'][..., :16]))
+    torch.manual_seed(0)
+    style, told, plain = (VAE(c).eval() for c in forms.values())
+    b = batch(pages, toy)
+    m = b['mask'][:1]
+    z = torch.zeros(1, 8)
+    assert 'give one beside the code' in error(lambda: sample(style, None, 1)) and 'at least one' in error(
+        lambda: sample(style, m, 0)
+    )
+    assert 'One mask' in error(lambda: sample(style, b['mask'], 2)) and 'One mask' in error(
+        lambda: interpolate(style, b['mask'], z, z)
+    )
+    assert 'multiples of 16' in error(lambda: style.decode(z, m[..., :20])) and 'at least 16' in error(
+        lambda: style.decode(z, m[..., :8])
+    )
+    assert (
+        'conditional=True' in error(lambda: style_of(told, b['image']))
+        and '3 channels' in error(lambda: style_of(style, m))
+        and 'at least 32 x 32' in error(lambda: style_of(style, b['image'][..., :16]))
+    )
     assert 'not 1 x 32 x 32' in error(lambda: sample(plain, m, 1))
-    assert 'form=style' in error(lambda: Styled(plain, z)) and '5 numbers' in error(lambda: Styled(style, torch.zeros(5)))
-    assert 'no pairs' in error(lambda: train_vae(tmp_path/'x', [], toy, **quick)) and 'give crops of that size' in error(lambda: train_vae(tmp_path/'x', PairBatches(pages, 1, CropConfig(48)), toy, **quick))
-    save_checkpoint(tmp_path/'ctc.safetensors', dict(w=torch.ones(1)), dict(model='ctc'))
-    assert 'not of a VAE' in error(lambda: load_vae(tmp_path/'ctc.safetensors')) and 'not found' in error(lambda: load_vae(tmp_path/'no.safetensors'))
-    assert not (tmp_path/'x').exists()
+    assert 'form=style' in error(lambda: Styled(plain, z)) and '5 numbers' in error(
+        lambda: Styled(style, torch.zeros(5))
+    )
+    assert 'no pairs' in error(
+        lambda: train_vae(tmp_path / 'x', [], toy, **quick)
+    ) and 'give crops of that size' in error(
+        lambda: train_vae(tmp_path / 'x', PairBatches(pages, 1, CropConfig(48)), toy, **quick)
+    )
+    save_checkpoint(tmp_path / 'ctc.safetensors', dict(w=torch.ones(1)), dict(model='ctc'))
+    assert 'not of a VAE' in error(lambda: load_vae(tmp_path / 'ctc.safetensors')) and 'not found' in error(
+        lambda: load_vae(tmp_path / 'no.safetensors')
+    )
+    assert not (tmp_path / 'x').exists()
+
 
 def test_every_checkpoint_opens(tmp_path, pages):
-    learn = train_vae(tmp_path, pages, toy, epochs=1, ema=.5, **quick); m = batch(pages, toy)['mask'][:1]; want = sample(learn.ema.eval(), m, 2)
-    for f in ('vae', 'best', 'latest'): assert sample(load_vae(tmp_path/f'{f}.safetensors'), m, 2).equal(want), f
+    learn = train_vae(tmp_path, pages, toy, epochs=1, ema=0.5, **quick)
+    m = batch(pages, toy)['mask'][:1]
+    want = sample(learn.ema.eval(), m, 2)
+    for f in ('vae', 'best', 'latest'):
+        assert sample(load_vae(tmp_path / f'{f}.safetensors'), m, 2).equal(want), f
+
 
 def test_nan_keeps_the_last_good_checkpoint(tmp_path, pages):
-    data = PairBatches(pages, 1, CropConfig(32)); good = data.batches
+    data = PairBatches(pages, 1, CropConfig(32))
+    good = data.batches
+
     def sick(n=0):
-        for i, b in enumerate(good(n), n): yield dict(b, image=b['image']*math.nan) if i >= 6 else b
+        for i, b in enumerate(good(n), n):
+            yield dict(b, image=b['image'] * math.nan) if i >= 6 else b
+
     data.batches = sick
     e = error(lambda: train_vae(tmp_path, data, toy, epochs=9, save_every=2, **quick))
     assert 'lower lr' in e and 'lower texture (now 0.02) or raise beta (now 1)' in e
-    tensors, header = load_checkpoint(tmp_path/'latest.safetensors')
+    tensors, header = load_checkpoint(tmp_path / 'latest.safetensors')
     assert header['step'] >= 6 and all(v.isfinite().all() for v in tensors.values() if v.is_floating_point())
 
+
 def test_out_of_memory_names_the_settings(tmp_path, pages, monkeypatch):
-    def full(self, z, mask=None): raise torch.OutOfMemoryError('CUDA out of memory')
+    def full(self, z, mask=None):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+
     monkeypatch.setattr(VAE, 'parts', full)
     e = error(lambda: train_vae(tmp_path, pages, toy, epochs=1, batch_size=2, **quick))
-    assert 'Out of memory at step 1, even with one square at a time' in e and 'lower width (now 4) or resolution (now 32)' in e
+    assert (
+        'Out of memory at step 1, even with one square at a time' in e
+        and 'lower width (now 4) or resolution (now 32)' in e
+    )

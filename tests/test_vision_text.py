@@ -1,4 +1,5 @@
 "The image-to-text transformer: padding, batches, the cache, checkpointing and the gate by equality; beam search against brute force; training, starting points, checkpoints, settings."
+
 import itertools, math
 import numpy as np, pytest, torch
 from dataclasses import asdict, replace
@@ -19,219 +20,501 @@ from khmer_ocr.text.khmer import charset, normalise
 from khmer_ocr.training.settings import TrainConfig
 from khmer_ocr.core.config import configure
 from khmer_ocr.training.memory import kept_bytes
-from khmer_ocr.models.transformer_training import Blocks, VisionTextLoss, evaluate_vision_text, load_vision_text, start_from, train_vision_text, vision_text_header, vision_text_preset
+from khmer_ocr.models.transformer_training import (
+    Blocks,
+    VisionTextLoss,
+    evaluate_vision_text,
+    load_vision_text,
+    start_from,
+    train_vision_text,
+    vision_text_header,
+    vision_text_preset,
+)
 from khmer_ocr.models.transformer import VisionText, VisionTextConfig, shifted, targets_of
 
 texts = [normalise(t) for t in ('ព្រះរាជាណាចក្រ', 'ភ្នំពេញ', 'សុខសប្បាយទេ?', 'ឆ្នាំ២០២៥')]
 reader = CTCConfig(channels=(4, 4, 4, 4, 8), hidden=8, layers=2, blocks=(1, 1, 1))
-tiny = VisionTextConfig(channels=(4, 4, 8, 8), encoder_depth=2, encoder_width=16, encoder_heads=2, decoder_depth=3, decoder_width=16, decoder_heads=2, mix=2, cross=(0, 2))
-kinds = dict(plain=dict(), relative=dict(positions='relative', reach=6), patches=dict(stem='patches'), far=dict(stem='patches', positions='relative', patch=(24, 4)), table=dict(stem='patches', positions='learned', reach=12),
-    convolutions=dict(stem='ctc', ctc=reader), large=dict(stem='ctc', ctc=replace(reader, block='large')), stride2=dict(stem='ctc', ctc=replace(reader, stride=2)), stride8=dict(stem='ctc', ctc=replace(reader, stride=8)),
-    reader=dict(stem='reader', ctc=reader, encoder_depth=0), itself=dict(stem='reader', ctc=reader, ctc_head='stem'), everywhere=dict(cross='all', gate=False), mute=dict(ctc_weight=0.))
+tiny = VisionTextConfig(
+    channels=(4, 4, 8, 8),
+    encoder_depth=2,
+    encoder_width=16,
+    encoder_heads=2,
+    decoder_depth=3,
+    decoder_width=16,
+    decoder_heads=2,
+    mix=2,
+    cross=(0, 2),
+)
+kinds = dict(
+    plain=dict(),
+    relative=dict(positions='relative', reach=6),
+    patches=dict(stem='patches'),
+    far=dict(stem='patches', positions='relative', patch=(24, 4)),
+    table=dict(stem='patches', positions='learned', reach=12),
+    convolutions=dict(stem='ctc', ctc=reader),
+    large=dict(stem='ctc', ctc=replace(reader, block='large')),
+    stride2=dict(stem='ctc', ctc=replace(reader, stride=2)),
+    stride8=dict(stem='ctc', ctc=replace(reader, stride=8)),
+    reader=dict(stem='reader', ctc=reader, encoder_depth=0),
+    itself=dict(stem='reader', ctc=reader, ctc_head='stem'),
+    everywhere=dict(cross='all', gate=False),
+    mute=dict(ctc_weight=0.0),
+)
 each = pytest.mark.parametrize('kind', kinds)
 
+
 def net_of(kind, n=20, seed=0):
-    torch.manual_seed(seed); net = VisionText(n, replace(tiny, **kinds[kind])).eval()
+    torch.manual_seed(seed)
+    net = VisionText(n, replace(tiny, **kinds[kind])).eval()
     for m in net.modules():
-        if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.normal_(); m.bias.data.normal_()      # norms that turn white into something
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean.normal_()
+            m.bias.data.normal_()  # norms that turn white into something
     return net
+
+
 def lines(height, *widths, seed=0):
     rng = np.random.default_rng(seed)
     return [(rng.integers(0, 255, (height, w)).astype(np.uint8), '') for w in widths]
-def loop(steps, **kw): return TrainConfig(**(dict(steps=steps, batch_size=2, log_every=1, eval_every=100, save_every=100, precision='32-true', tensorboard=False, label_smoothing=.1) | kw))
-def train(out, config=tiny, steps=4, more={}, **kw): return train_vision_text(out, Recipe(random_text=True, seed=4), loop(steps, **more), config, **(dict(texts=texts, pool=2, verbose=False) | kw))
-def weights(path): return load_vision_text(path)[0].state_dict()
+
+
+def loop(steps, **kw):
+    return TrainConfig(
+        **(
+            dict(
+                steps=steps,
+                batch_size=2,
+                log_every=1,
+                eval_every=100,
+                save_every=100,
+                precision='32-true',
+                tensorboard=False,
+                label_smoothing=0.1,
+            )
+            | kw
+        )
+    )
+
+
+def train(out, config=tiny, steps=4, more={}, **kw):
+    return train_vision_text(
+        out,
+        Recipe(random_text=True, seed=4),
+        loop(steps, **more),
+        config,
+        **(dict(texts=texts, pool=2, verbose=False) | kw),
+    )
+
+
+def weights(path):
+    return load_vision_text(path)[0].state_dict()
+
 
 @each
 def test_padding_changes_nothing(kind):
     "Logits, CTC's logits, looks and texts of a line: alone, beside a longer one, in a wider picture"
-    net = net_of(kind); c = net.config; items = lines(c.height, 8, 37, 90, 161); many = collate(items); ids = torch.randint(1, 20, (4, 6))
+    net = net_of(kind)
+    c = net.config
+    items = lines(c.height, 8, 37, 90, 161)
+    many = collate(items)
+    ids = torch.randint(1, 20, (4, 6))
     with torch.inference_mode():
-        x = as_input(many['images']); logits, heard, n, _ = net(x, many['widths'], ids); memory = net.encode(x, many['widths'])
+        x = as_input(many['images'])
+        logits, heard, n, _ = net(x, many['widths'], ids)
+        memory = net.encode(x, many['widths'])
         wrote, found = write_greedy(net, memory, 0, 9), beam_search(net, memory, 0, limit=9)
         for i, (image, _) in enumerate(items):
             for extra in (0, 50):
-                y = torch.nn.functional.pad(as_input(torch.from_numpy(image)[None, None]), (0, extra)); w = torch.tensor([image.shape[1]])
-                a, b, m, _ = net(y, w, ids[i:i+1]); assert torch.allclose(a[0], logits[i], atol=1e-5) and m == n[i] == -(-image.shape[1]//c.stride)
-                if heard is not None: assert torch.allclose(b[0, :m], heard[i, :m], atol=1e-5)
-                alone = net.encode(y, w); got = write_greedy(net, alone, 0, 9)[0]
-                assert got.ids == wrote[i].ids and torch.allclose(got.looks, wrote[i].looks, atol=1e-5) and beam_search(net, alone, 0, limit=9)[0].ids == found[i].ids
+                y = torch.nn.functional.pad(as_input(torch.from_numpy(image)[None, None]), (0, extra))
+                w = torch.tensor([image.shape[1]])
+                a, b, m, _ = net(y, w, ids[i : i + 1])
+                assert torch.allclose(a[0], logits[i], atol=1e-5) and m == n[i] == -(-image.shape[1] // c.stride)
+                if heard is not None:
+                    assert torch.allclose(b[0, :m], heard[i, :m], atol=1e-5)
+                alone = net.encode(y, w)
+                got = write_greedy(net, alone, 0, 9)[0]
+                assert (
+                    got.ids == wrote[i].ids
+                    and torch.allclose(got.looks, wrote[i].looks, atol=1e-5)
+                    and beam_search(net, alone, 0, limit=9)[0].ids == found[i].ids
+                )
+
 
 @each
 def test_the_cache_changes_nothing(kind):
     "Unit by unit with kept keys and values: the logits of the whole text at once, for several texts of a line too"
-    net = net_of(kind, seed=1); b = collate(lines(net.config.height, 64, 120)); x, w = as_input(b['images']), b['widths']; ids = torch.randint(1, 20, (2, 3, 8))
+    net = net_of(kind, seed=1)
+    b = collate(lines(net.config.height, 64, 120))
+    x, w = as_input(b['images']), b['widths']
+    ids = torch.randint(1, 20, (2, 3, 8))
     with torch.inference_mode():
-        memory = net.encode(x, w); state, outs, looks = net.begin(memory), [], []
+        memory = net.encode(x, w)
+        state, outs, looks = net.begin(memory), [], []
         state = state._replace(s=state.s.expand(-1, 3, *state.s.shape[2:]), prev=state.prev.expand(-1, 3))
         for u in range(8):
-            state, out = net.step(memory, state); outs.append(net.name(out)); looks.append(state.look); state = state._replace(prev=ids[..., u])
-        for k in range(3): assert torch.allclose(torch.stack(outs, 2)[:, k], net(x, w, ids[:, k])[0], atol=1e-5)
+            state, out = net.step(memory, state)
+            outs.append(net.name(out))
+            looks.append(state.look)
+            state = state._replace(prev=ids[..., u])
+        for k in range(3):
+            assert torch.allclose(torch.stack(outs, 2)[:, k], net(x, w, ids[:, k])[0], atol=1e-5)
         shown = net.say(memory, shifted(ids[:, 0])[:, None], show=True).look[:, 0]
-    assert torch.allclose(torch.stack(looks, 2)[:, 0], shown, atol=1e-5) and torch.allclose(shown.sum(-1), torch.ones(2, 8), atol=1e-5)
+    assert torch.allclose(torch.stack(looks, 2)[:, 0], shown, atol=1e-5) and torch.allclose(
+        shown.sum(-1), torch.ones(2, 8), atol=1e-5
+    )
     assert state.s.shape == (2, 3, 3, 2, 8, 16) and len(memory.keys) == len(net.config.looking)
 
+
 def test_later_units_change_nothing_before_them():
-    net = net_of('plain'); b = collate(lines(48, 64)); x = as_input(b['images']); a = torch.randint(1, 20, (1, 8)); other = a.clone(); other[:, 5:] = 3
-    with torch.inference_mode(): p, q = net(x, b['widths'], a)[0], net(x, b['widths'], other)[0]
+    net = net_of('plain')
+    b = collate(lines(48, 64))
+    x = as_input(b['images'])
+    a = torch.randint(1, 20, (1, 8))
+    other = a.clone()
+    other[:, 5:] = 3
+    with torch.inference_mode():
+        p, q = net(x, b['widths'], a)[0], net(x, b['widths'], other)[0]
     assert torch.equal(p[:, :6], q[:, :6]) and not torch.equal(p[:, 6:], q[:, 6:])
+
 
 @pytest.mark.parametrize('kind', ('plain', 'relative', 'patches', 'reader', 'everywhere'))
 def test_checkpointing_changes_nothing_but_memory(kind):
-    units = targets_of(tiny); batch = collate([(i, t) for (i, _), t in zip(lines(replace(tiny, **kinds[kind]).height, 64, 90), ('កខ', 'គឃង'))])
+    units = targets_of(tiny)
+    batch = collate([(i, t) for (i, _), t in zip(lines(replace(tiny, **kinds[kind]).height, 64, 90), ('កខ', 'គឃង'))])
+
     def gradients(again):
-        torch.manual_seed(0); net = VisionText(len(units), replace(tiny, **kinds[kind], guide=.5, checkpointing=again)).train(); loss = VisionTextLoss(units, net.config)
-        torch.manual_seed(1); loss(net, batch).backward(); got = [p.grad.clone() for p in net.parameters()]          # with dropout
+        torch.manual_seed(0)
+        net = VisionText(len(units), replace(tiny, **kinds[kind], guide=0.5, checkpointing=again)).train()
+        loss = VisionTextLoss(units, net.config)
+        torch.manual_seed(1)
+        loss(net, batch).backward()
+        got = [p.grad.clone() for p in net.parameters()]  # with dropout
         return got, kept_bytes(net, loss, batch)
+
     (plain, kept), (again, less) = gradients(False), gradients(True)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, again)) and less < .95*kept
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, again)) and less < 0.95 * kept
+
 
 def test_the_gate():
     "Shut: the picture has no say. Open: the units before have none but by where to look. Half open: as without a gate"
-    net = net_of('plain'); b = collate(lines(48, 64, 64)); x, w = as_input(b['images']), b['widths']; ids = torch.randint(1, 20, (1, 8)).expand(2, 8)
+    net = net_of('plain')
+    b = collate(lines(48, 64, 64))
+    x, w = as_input(b['images']), b['widths']
+    ids = torch.randint(1, 20, (1, 8)).expand(2, 8)
+
     def set_gates(v):
-        for i in net.config.looking: torch.nn.init.zeros_(net.decoder[i].gate.weight); torch.nn.init.constant_(net.decoder[i].gate.bias, v)
+        for i in net.config.looking:
+            torch.nn.init.zeros_(net.decoder[i].gate.weight)
+            torch.nn.init.constant_(net.decoder[i].gate.bias, v)
+
     with torch.inference_mode():
         gates = net.say(net.encode(x, w), shifted(ids)[:, None], show=True).gates
         assert gates.shape == (2, 1, 8, 2) and ((0 < gates) & (gates < 1)).all() and gates.std() > 0
-        p = net(x, w, ids)[0]; assert not torch.allclose(p[0], p[1], atol=1e-5)
+        p = net(x, w, ids)[0]
+        assert not torch.allclose(p[0], p[1], atol=1e-5)
     set_gates(-1e4)
-    with torch.inference_mode(): p = net(x, w, ids)[0]; assert torch.equal(p[0], p[1]) and not torch.equal(p[0, 1], p[0, 2])
+    with torch.inference_mode():
+        p = net(x, w, ids)[0]
+        assert torch.equal(p[0], p[1]) and not torch.equal(p[0, 1], p[0, 2])
     set_gates(1e4)
     with torch.inference_mode():
-        layer, h, m = net.decoder[0], torch.randn(2, 1, 5, 16), net.encode(x, w); heard, _ = layer.hear(layer.norms[0](h), None)
-        seen, _ = layer.see(layer.norms[1](h+heard), m.keys[0], m.mask, False)
-        got = layer(h, None, m.keys[0], m.mask)[0]; inside = h + 2*seen
+        layer, h, m = net.decoder[0], torch.randn(2, 1, 5, 16), net.encode(x, w)
+        heard, _ = layer.hear(layer.norms[0](h), None)
+        seen, _ = layer.see(layer.norms[1](h + heard), m.keys[0], m.mask, False)
+        got = layer(h, None, m.keys[0], m.mask)[0]
+        inside = h + 2 * seen
         assert torch.allclose(got, inside + layer.mix(layer.norms[-1](inside)), atol=1e-5)
-    set_gates(0.); half = net_of('plain'); half.load_state_dict(net.state_dict()); plain = VisionText(20, replace(tiny, gate=False)).eval()
+    set_gates(0.0)
+    half = net_of('plain')
+    half.load_state_dict(net.state_dict())
+    plain = VisionText(20, replace(tiny, gate=False)).eval()
     plain.load_state_dict({k: v for k, v in half.state_dict().items() if '.gate.' not in k})
-    with torch.inference_mode(): assert torch.allclose(half(x, w, ids)[0], plain(x, w, ids)[0], atol=1e-5)          # half open: plain addition
-    assert net_of('everywhere').decoder[0].gate is None and not hasattr(net_of('plain').decoder[1], 'query')          # layers that do not look have nothing to look with
+    with torch.inference_mode():
+        assert torch.allclose(half(x, w, ids)[0], plain(x, w, ids)[0], atol=1e-5)  # half open: plain addition
+    assert net_of('everywhere').decoder[0].gate is None and not hasattr(
+        net_of('plain').decoder[1], 'query'
+    )  # layers that do not look have nothing to look with
+
 
 def test_beam_search_finds_the_best_text():
-    torch.manual_seed(1); toy = VisionText(4, tiny).eval(); toy.name.weight.data *= 6; b = collate(lines(48, 40))
+    torch.manual_seed(1)
+    toy = VisionText(4, tiny).eval()
+    toy.name.weight.data *= 6
+    b = collate(lines(48, 40))
     with torch.inference_mode():
-        memory = toy.encode(as_input(b['images']), b['widths']); heard = ctc_frames(3*toy.ctc_logits(memory), memory.lengths)
+        memory = toy.encode(as_input(b['images']), b['widths'])
+        heard = ctc_frames(3 * toy.ctc_logits(memory), memory.lengths)
+
         def judge(text, weight):
-            logp = toy.name(toy.say(memory, torch.tensor([[[0, *text]]])).out)[0, 0].log_softmax(-1); total = float(logp[range(len(text)+1), [*text, 0]].sum())
+            logp = toy.name(toy.say(memory, torch.tensor([[[0, *text]]])).out)[0, 0].log_softmax(-1)
+            total = float(logp[range(len(text) + 1), [*text, 0]].sum())
             r, last = ctc_begin(heard), torch.zeros(1, 1, dtype=torch.long)
-            for u in text: r = ctc_extend(heard, r, last, torch.tensor([[u]])); last = torch.tensor([[u]])
-            return ((1-weight)*total + weight*float(ctc_whole(r)))/((6+len(text))/6)
+            for u in text:
+                r = ctc_extend(heard, r, last, torch.tensor([[u]]))
+                last = torch.tensor([[u]])
+            return ((1 - weight) * total + weight * float(ctc_whole(r))) / ((6 + len(text)) / 6)
+
         every = [t for n in range(4) for t in itertools.product((1, 2, 3), repeat=n)]
-        for weight in (0., .4, .8):
+        for weight in (0.0, 0.4, 0.8):
             found = beam_search(toy, memory, 0, beam=27, wide=4, limit=3, ctc=heard, weight=weight)[0]
             assert tuple(found.ids) == max(every, key=lambda t: judge(t, weight))
             logp = toy.name(toy.say(memory, torch.tensor([[[0, *found.ids]]])).out)[0, 0].softmax(-1)
-            assert found.probs == pytest.approx(logp[range(len(found.ids)+1), [*found.ids, 0]].tolist(), abs=1e-4)
+            assert found.probs == pytest.approx(logp[range(len(found.ids) + 1), [*found.ids, 0]].tolist(), abs=1e-4)
+
 
 def test_the_loss():
-    units = targets_of(tiny); torch.manual_seed(0); net = VisionText(len(units), tiny).eval(); batch = collate([(i, t) for (i, _), t in zip(lines(48, 64, 90), ('កខ', 'គ'))])
-    value = lambda w=.3, s=0., g=0.: VisionTextLoss(units, replace(tiny, ctc_weight=w, guide=g), s)(net, batch).item()
-    assert value(.25) == pytest.approx(.75*value(0.) + .25*value(1.), rel=1e-5)
-    ids = torch.tensor([[*units.encode('កខ'), 0], [*units.encode('គ'), 0, 0]]); wanted = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
-    with torch.inference_mode(): p = net(as_input(batch['images']), batch['widths'], ids)[0].log_softmax(-1)
-    nll = -p.gather(2, ids[..., None])[..., 0][wanted].mean().item(); even = -p.mean(-1)[wanted].mean().item()
-    assert value(0.) == pytest.approx(nll, rel=1e-5) and value(0., .1) == pytest.approx(.9*nll + .1*even, rel=1e-5)
+    units = targets_of(tiny)
+    torch.manual_seed(0)
+    net = VisionText(len(units), tiny).eval()
+    batch = collate([(i, t) for (i, _), t in zip(lines(48, 64, 90), ('កខ', 'គ'))])
+    value = lambda w=0.3, s=0.0, g=0.0: VisionTextLoss(units, replace(tiny, ctc_weight=w, guide=g), s)(
+        net, batch
+    ).item()
+    assert value(0.25) == pytest.approx(0.75 * value(0.0) + 0.25 * value(1.0), rel=1e-5)
+    ids = torch.tensor([[*units.encode('កខ'), 0], [*units.encode('គ'), 0, 0]])
+    wanted = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+    with torch.inference_mode():
+        p = net(as_input(batch['images']), batch['widths'], ids)[0].log_softmax(-1)
+    nll = -p.gather(2, ids[..., None])[..., 0][wanted].mean().item()
+    even = -p.mean(-1)[wanted].mean().item()
+    assert value(0.0) == pytest.approx(nll, rel=1e-5) and value(0.0, 0.1) == pytest.approx(
+        0.9 * nll + 0.1 * even, rel=1e-5
+    )
+
 
 def test_training_resumes_to_the_same_weights(tmp_path):
     class Stop(Callback):
         def after_step(self, learn):
-            if learn.step == 2: raise CancelFit
-    config = replace(tiny, guide=.5)
-    whole = train(tmp_path/'a', config); train(tmp_path/'b', config, callbacks=[Stop()]); train(tmp_path/'b', config, resume='latest')
-    a, b = weights(tmp_path/'a/latest.safetensors'), weights(tmp_path/'b/latest.safetensors'); assert all(a[k].equal(b[k]) for k in a)
+            if learn.step == 2:
+                raise CancelFit
+
+    config = replace(tiny, guide=0.5)
+    whole = train(tmp_path / 'a', config)
+    train(tmp_path / 'b', config, callbacks=[Stop()])
+    train(tmp_path / 'b', config, resume='latest')
+    a, b = weights(tmp_path / 'a/latest.safetensors'), weights(tmp_path / 'b/latest.safetensors')
+    assert all(a[k].equal(b[k]) for k in a)
     assert math.isfinite(whole.history[-1]['loss'])
+
 
 def test_it_learns(tmp_path):
     "A batch by heart"
     batch = collate([(i, t) for (i, _), t in zip(lines(48, 64, 72, 80, 88), ('កខគ', 'ឃង', 'ចឆជឈ', 'កង'))])
+
     class Four(LineSource):
-        def take(self, a, b, seed=None): return [(batch['images'][n % 4, 0, :, :int(batch['widths'][n % 4])].numpy(), batch['texts'][n % 4]) for n in range(a, b)]
-    learn = train(tmp_path, replace(tiny, dropout=0.), 150, dict(batch_size=4, lr=5e-3, ema=0., eval_every=150, label_smoothing=0.), data=Four(), validation=[batch], texts=None)
-    assert learn.metrics['exact'] == 1. and learn.metrics['cer'] == 0.
-    net, units, head = load_vision_text(tmp_path/'best.safetensors')
-    for decoder in ('greedy', 'beam'): assert read_lines(net, units, [batch], decoder, guarded=False)[0] == batch['texts']
+        def take(self, a, b, seed=None):
+            return [
+                (batch['images'][n % 4, 0, :, : int(batch['widths'][n % 4])].numpy(), batch['texts'][n % 4])
+                for n in range(a, b)
+            ]
+
+    learn = train(
+        tmp_path,
+        replace(tiny, dropout=0.0),
+        150,
+        dict(batch_size=4, lr=5e-3, ema=0.0, eval_every=150, label_smoothing=0.0),
+        data=Four(),
+        validation=[batch],
+        texts=None,
+    )
+    assert learn.metrics['exact'] == 1.0 and learn.metrics['cer'] == 0.0
+    net, units, head = load_vision_text(tmp_path / 'best.safetensors')
+    for decoder in ('greedy', 'beam'):
+        assert read_lines(net, units, [batch], decoder, guarded=False)[0] == batch['texts']
     assert head['model'] == 'vision_text' and head['height'] == 48 and head['stride'] == 4
+
 
 @pytest.mark.parametrize('kind', ('characters', 'clusters', 'subwords'))
 def test_other_targets_travel_in_the_checkpoint(kind, tmp_path):
-    config = replace(tiny, targets=kind, vocabulary=250); train(tmp_path, config, 1)
-    net, units, head = load_vision_text(tmp_path/'latest.safetensors')
-    assert head['targets']['kind'] == kind and all(units.decode(units.encode(t)) == t for t in texts) and net.n_units == len(units)
-    mine = make_targets('characters'); train(tmp_path/'own', steps=1, targets=mine)
-    assert load_vision_text(tmp_path/'own/latest.safetensors')[1].units == mine.units
+    config = replace(tiny, targets=kind, vocabulary=250)
+    train(tmp_path, config, 1)
+    net, units, head = load_vision_text(tmp_path / 'latest.safetensors')
+    assert (
+        head['targets']['kind'] == kind
+        and all(units.decode(units.encode(t)) == t for t in texts)
+        and net.n_units == len(units)
+    )
+    mine = make_targets('characters')
+    train(tmp_path / 'own', steps=1, targets=mine)
+    assert load_vision_text(tmp_path / 'own/latest.safetensors')[1].units == mine.units
+
 
 @pytest.mark.parametrize('stem', ('ctc', 'reader'))
 def test_starting_from_a_ctc_reader(stem, tmp_path):
-    units = Units(charset()); torch.manual_seed(3); net = CTCNet(len(units), reader).eval(); save_checkpoint(tmp_path/'c.safetensors', net.state_dict(), header(reader, units))
-    p = vision_text_preset('tiny', 1, tmp_path/'c.safetensors', stem); assert p.config.ctc == reader and p.config.height == 40 and p.config.stem == stem
-    train(tmp_path/'t', replace(tiny, stem=stem, ctc=reader), 1, dict(freeze=('encoder.stem',), ema=0.), init=tmp_path/'c.safetensors')
-    got, was = weights(tmp_path/'t/latest.safetensors'), net.state_dict()
-    assert got['encoder.stem.look.0.0.weight'].equal(was['look.0.0.weight']) and ('encoder.stem.read.weight_ih_l0' in got) == (stem == 'reader')
-    with pytest.raises(KhmerOCRError, match="'ctc'"): train(tmp_path/'u', init=tmp_path/'c.safetensors')
-    with pytest.raises(KhmerOCRError, match='does not fit'): train(tmp_path/'u', replace(tiny, stem=stem, ctc=replace(reader, hidden=12, channels=(8,)*5)), init=tmp_path/'c.safetensors')
+    units = Units(charset())
+    torch.manual_seed(3)
+    net = CTCNet(len(units), reader).eval()
+    save_checkpoint(tmp_path / 'c.safetensors', net.state_dict(), header(reader, units))
+    p = vision_text_preset('tiny', 1, tmp_path / 'c.safetensors', stem)
+    assert p.config.ctc == reader and p.config.height == 40 and p.config.stem == stem
+    train(
+        tmp_path / 't',
+        replace(tiny, stem=stem, ctc=reader),
+        1,
+        dict(freeze=('encoder.stem',), ema=0.0),
+        init=tmp_path / 'c.safetensors',
+    )
+    got, was = weights(tmp_path / 't/latest.safetensors'), net.state_dict()
+    assert got['encoder.stem.look.0.0.weight'].equal(was['look.0.0.weight']) and (
+        'encoder.stem.read.weight_ih_l0' in got
+    ) == (stem == 'reader')
+    with pytest.raises(KhmerOCRError, match="'ctc'"):
+        train(tmp_path / 'u', init=tmp_path / 'c.safetensors')
+    with pytest.raises(KhmerOCRError, match='does not fit'):
+        train(
+            tmp_path / 'u',
+            replace(tiny, stem=stem, ctc=replace(reader, hidden=12, channels=(8,) * 5)),
+            init=tmp_path / 'c.safetensors',
+        )
+
 
 @pytest.mark.parametrize('name', ('fast', 'best'))
 def test_the_stem_of_a_shipped_reader_sees_what_it_saw(name):
-    path = Path(khmer_ocr.__path__[0])/f'weights/{name}.safetensors'
-    if not path.exists(): pytest.skip('no weights are installed')
-    net, units, _ = load_ctc(path); seeing = VisionText(len(units), vision_text_preset('tiny', ctc=path).config).eval(); start_from(seeing, path)
-    image, _ = lines(40, 203)[0]; x, w = as_input(torch.from_numpy(image)[None, None]), torch.tensor([203])
-    with torch.inference_mode(): assert torch.allclose(seeing.encoder.stem(x, w)[0].squeeze(2).transpose(1, 2), net.features(x), atol=1e-4)
+    path = Path(khmer_ocr.__path__[0]) / f'weights/{name}.safetensors'
+    if not path.exists():
+        pytest.skip('no weights are installed')
+    net, units, _ = load_ctc(path)
+    seeing = VisionText(len(units), vision_text_preset('tiny', ctc=path).config).eval()
+    start_from(seeing, path)
+    image, _ = lines(40, 203)[0]
+    x, w = as_input(torch.from_numpy(image)[None, None]), torch.tensor([203])
+    with torch.inference_mode():
+        assert torch.allclose(seeing.encoder.stem(x, w)[0].squeeze(2).transpose(1, 2), net.features(x), atol=1e-4)
+
 
 def test_starting_from_its_own_kind(tmp_path):
-    train(tmp_path/'a', steps=1, more=dict(schedule='noam', lr=1.)); path = tmp_path/'a/latest.safetensors'; was = weights(path); net = VisionText(len(targets_of(tiny)), tiny)
-    assert load_vision_text(path)[2]['train']['d_model'] == 16          # the transformer's rate goes by the decoder's width
-    start_from(net, path, ('encoder.layers', 'name')); now = net.state_dict()
-    assert now['name.weight'].equal(was['name.weight']) and now['encoder.layers.1.out.weight'].equal(was['encoder.layers.1.out.weight']) and not now['embed.weight'].equal(was['embed.weight'])
-    start_from(net, path); assert all(net.state_dict()[k].equal(was[k]) for k in was)
+    train(tmp_path / 'a', steps=1, more=dict(schedule='noam', lr=1.0))
+    path = tmp_path / 'a/latest.safetensors'
+    was = weights(path)
+    net = VisionText(len(targets_of(tiny)), tiny)
+    assert load_vision_text(path)[2]['train']['d_model'] == 16  # the transformer's rate goes by the decoder's width
+    start_from(net, path, ('encoder.layers', 'name'))
+    now = net.state_dict()
+    assert (
+        now['name.weight'].equal(was['name.weight'])
+        and now['encoder.layers.1.out.weight'].equal(was['encoder.layers.1.out.weight'])
+        and not now['embed.weight'].equal(was['embed.weight'])
+    )
+    start_from(net, path)
+    assert all(net.state_dict()[k].equal(was[k]) for k in was)
     for parts, says in ((('eye',), 'no part'), ((), 'does not fit')):
-        with pytest.raises(KhmerOCRError, match=says): start_from(VisionText(9, tiny), path, parts)
-    with pytest.raises(KhmerOCRError, match='Backbone not found'): train(tmp_path/'b', replace(tiny, backbone='nowhere'))
+        with pytest.raises(KhmerOCRError, match=says):
+            start_from(VisionText(9, tiny), path, parts)
+    with pytest.raises(KhmerOCRError, match='Backbone not found'):
+        train(tmp_path / 'b', replace(tiny, backbone='nowhere'))
 
-@pytest.mark.parametrize('wrong,says', ((dict(cross=(1, 0)), 'rising'), (dict(cross=(3,)), '0 to 2'), (dict(cross=()), 'at least one'), (dict(cross='some'), "'all'"), (dict(stem='vit'), 'conv, patches, ctc, reader'), (dict(positions='none'), 'sinusoidal'),
-    (dict(height=40), 'multiple of 16'), (dict(stem='patches', patch=(20, 4)), 'divide'), (dict(patch=(4,)), 'two numbers'), (dict(channels=(1, 2)), 'four numbers'), (dict(encoder_width=18), 'multiple of 4'), (dict(decoder_heads=3), '3 heads'),
-    (dict(dropout=1.), 'dropout'), (dict(guide=1., ctc_weight=0.), 'CTC head'), (dict(ctc=CTCConfig()), 'left away'), (dict(stem='ctc', ctc=CTCConfig(reading='conv')), 'lstm'), (dict(targets='words'), 'subwords'), (dict(decoder_depth=0), 'decoder_depth')))
+
+@pytest.mark.parametrize(
+    'wrong,says',
+    (
+        (dict(cross=(1, 0)), 'rising'),
+        (dict(cross=(3,)), '0 to 2'),
+        (dict(cross=()), 'at least one'),
+        (dict(cross='some'), "'all'"),
+        (dict(stem='vit'), 'conv, patches, ctc, reader'),
+        (dict(positions='none'), 'sinusoidal'),
+        (dict(height=40), 'multiple of 16'),
+        (dict(stem='patches', patch=(20, 4)), 'divide'),
+        (dict(patch=(4,)), 'two numbers'),
+        (dict(channels=(1, 2)), 'four numbers'),
+        (dict(encoder_width=18), 'multiple of 4'),
+        (dict(decoder_heads=3), '3 heads'),
+        (dict(dropout=1.0), 'dropout'),
+        (dict(guide=1.0, ctc_weight=0.0), 'CTC head'),
+        (dict(ctc=CTCConfig()), 'left away'),
+        (dict(stem='ctc', ctc=CTCConfig(reading='conv')), 'lstm'),
+        (dict(targets='words'), 'subwords'),
+        (dict(decoder_depth=0), 'decoder_depth'),
+    ),
+)
 def test_wrong_settings(wrong, says):
-    with pytest.raises(KhmerOCRError, match=says) as e: replace(tiny, **wrong)
+    with pytest.raises(KhmerOCRError, match=says) as e:
+        replace(tiny, **wrong)
     assert '\n' not in str(e.value)
 
+
 def test_settings():
-    with pytest.raises(KhmerOCRError, match='did you mean'): configure(VisionTextConfig, dict(encoder_dpth=2))
+    with pytest.raises(KhmerOCRError, match='did you mean'):
+        configure(VisionTextConfig, dict(encoder_dpth=2))
     for name in ('tiny', 'small', 'base', 'seed003'):
-        p = vision_text_preset(name, 10); assert p.train.label_smoothing == .1 and p.config.dropout == .1 and VisionTextConfig(**asdict(p.config)) == p.config
-    with torch.device('meta'): assert sum(q.numel() for q in VisionText(183, vision_text_preset('small').config).parameters()) < 10e6
+        p = vision_text_preset(name, 10)
+        assert (
+            p.train.label_smoothing == 0.1
+            and p.config.dropout == 0.1
+            and VisionTextConfig(**asdict(p.config)) == p.config
+        )
+    with torch.device('meta'):
+        assert sum(q.numel() for q in VisionText(183, vision_text_preset('small').config).parameters()) < 10e6
     assert vision_text_preset('seed003').config.height == 384 and vision_text_preset('seed003').config.rows == 24
-    with pytest.raises(KhmerOCRError, match='did you mean'): vision_text_preset('smal')
+    with pytest.raises(KhmerOCRError, match='did you mean'):
+        vision_text_preset('smal')
+
 
 def test_evaluation_and_foreign_files(tmp_path):
-    units = targets_of(tiny); net = net_of('plain', len(units)); batch = collate([(i, 'កខ') for i, _ in lines(48, 64, 90)])
-    assert set(evaluate_vision_text(net, units, [batch], 'x_')) == {'x_cer', 'x_cer_raw', 'x_exact', 'x_wer', 'x_bleu', 'x_nats', 'x_ctc_cer'}
-    silent = VisionText(len(units), replace(tiny, ctc_weight=0.)); assert 'ctc_cer' not in evaluate_vision_text(silent, units, [batch])
-    with pytest.raises(KhmerOCRError, match='no CTC head'): read_lines(silent, units, [batch], 'ctc')
-    save_checkpoint(tmp_path/'x.safetensors', net.state_dict(), vision_text_header(replace(tiny, decoder_depth=4), units))
-    with pytest.raises(KhmerOCRError, match='does not fit'): load_vision_text(tmp_path/'x.safetensors')
-    save_checkpoint(tmp_path/'y.safetensors', net.state_dict(), dict(model='dcgan'))
-    with pytest.raises(KhmerOCRError, match='dcgan'): load_vision_text(tmp_path/'y.safetensors')
+    units = targets_of(tiny)
+    net = net_of('plain', len(units))
+    batch = collate([(i, 'កខ') for i, _ in lines(48, 64, 90)])
+    assert set(evaluate_vision_text(net, units, [batch], 'x_')) == {
+        'x_cer',
+        'x_cer_raw',
+        'x_exact',
+        'x_wer',
+        'x_bleu',
+        'x_nats',
+        'x_ctc_cer',
+    }
+    silent = VisionText(len(units), replace(tiny, ctc_weight=0.0))
+    assert 'ctc_cer' not in evaluate_vision_text(silent, units, [batch])
+    with pytest.raises(KhmerOCRError, match='no CTC head'):
+        read_lines(silent, units, [batch], 'ctc')
+    save_checkpoint(
+        tmp_path / 'x.safetensors', net.state_dict(), vision_text_header(replace(tiny, decoder_depth=4), units)
+    )
+    with pytest.raises(KhmerOCRError, match='does not fit'):
+        load_vision_text(tmp_path / 'x.safetensors')
+    save_checkpoint(tmp_path / 'y.safetensors', net.state_dict(), dict(model='dcgan'))
+    with pytest.raises(KhmerOCRError, match='dcgan'):
+        load_vision_text(tmp_path / 'y.safetensors')
+
 
 def test_blocks(tmp_path):
     "Lines below each other: the same from any start, as many labels as lines, and a network for blocks learns from them"
+
     class Lines(LineSource):
         path = 'here'
-        def take(self, a, b, seed=None): return [(lines(24, 60 + 20*(n % 3), seed=n)[0][0], texts[n % 4]) for n in range(a, b)]
-    blocks = Blocks(Lines(), 3, 64); some = blocks.take(0, 8)
-    assert all((a[0] == b[0]).all() and a[1] == b[1] for a, b in zip(some, blocks.take(0, 3) + blocks.take(3, 8))) and all(im.shape[0] == 64 for im, _ in some)
-    for n, (_, label) in enumerate(some): k = len(label.split()); assert label == ' '.join(texts[i % 4] for i in range(3*n, 3*n+k)) and 1 <= k <= 3
+
+        def take(self, a, b, seed=None):
+            return [(lines(24, 60 + 20 * (n % 3), seed=n)[0][0], texts[n % 4]) for n in range(a, b)]
+
+    blocks = Blocks(Lines(), 3, 64)
+    some = blocks.take(0, 8)
+    assert all(
+        (a[0] == b[0]).all() and a[1] == b[1] for a, b in zip(some, blocks.take(0, 3) + blocks.take(3, 8))
+    ) and all(im.shape[0] == 64 for im, _ in some)
+    for n, (_, label) in enumerate(some):
+        k = len(label.split())
+        assert label == ' '.join(texts[i % 4] for i in range(3 * n, 3 * n + k)) and 1 <= k <= 3
     assert len({len(t.split()) for _, t in some}) > 1
-    learn = train(tmp_path, replace(tiny, height=64, stem='patches', patch=(16, 16), ctc_weight=0.), 2, data=blocks); assert learn.step == 2
+    learn = train(tmp_path, replace(tiny, height=64, stem='patches', patch=(16, 16), ctc_weight=0.0), 2, data=blocks)
+    assert learn.step == 2
+
 
 def test_a_reader_keeps_its_own_ctc_head_and_it_stays_as_it_was(tmp_path):
-    units = Units(charset('khmer-latin')); torch.manual_seed(0); old = CTCNet(len(units), reader).eval()
-    save_checkpoint(tmp_path/'reader.safetensors', old.state_dict(), header(reader, units))
-    config = replace(tiny, stem='reader', ctc=reader, ctc_head='stem'); net = VisionText(len(units), config); start_from(net, tmp_path/'reader.safetensors')
-    x = torch.rand(2, 1, config.height, 64); w = torch.tensor([64, 64])
-    with torch.no_grad(): assert torch.allclose(net.eval().ctc_logits(net.encode(x, w)), old(x), atol=1e-5)
+    units = Units(charset('khmer-latin'))
+    torch.manual_seed(0)
+    old = CTCNet(len(units), reader).eval()
+    save_checkpoint(tmp_path / 'reader.safetensors', old.state_dict(), header(reader, units))
+    config = replace(tiny, stem='reader', ctc=reader, ctc_head='stem')
+    net = VisionText(len(units), config)
+    start_from(net, tmp_path / 'reader.safetensors')
+    x = torch.rand(2, 1, config.height, 64)
+    w = torch.tensor([64, 64])
+    with torch.no_grad():
+        assert torch.allclose(net.eval().ctc_logits(net.encode(x, w)), old(x), atol=1e-5)
     batch = dict(collate([(np.full((config.height, 64), 255, np.uint8), texts[1])]), texts=[texts[1]])
-    got = evaluate_vision_text(net, units, [batch]); assert got['nats'] > 0 and 'ctc_cer' in got and VisionTextLoss(units, config)(net, batch).item() > 0
-    with pytest.raises(KhmerOCRError, match='ctc_head'): replace(tiny, ctc_head='stem')
-    with pytest.raises(KhmerOCRError, match='ctc_head'): replace(config, ctc_weight=0.)
+    got = evaluate_vision_text(net, units, [batch])
+    assert got['nats'] > 0 and 'ctc_cer' in got and VisionTextLoss(units, config)(net, batch).item() > 0
+    with pytest.raises(KhmerOCRError, match='ctc_head'):
+        replace(tiny, ctc_head='stem')
+    with pytest.raises(KhmerOCRError, match='ctc_head'):
+        replace(config, ctc_weight=0.0)

@@ -16,39 +16,53 @@ from ..core.files import write_atomic
 def _pairs(params: list[str]) -> dict:
     "`NAME=VALUE` words as a dict"
     bad = [p for p in params or [] if '=' not in p or p.endswith('=')]
-    if bad: raise KhmerOCRError(f'-p wants a name and a value, such as -p seed 7, not {bad[0].rstrip("=")!r} alone')
+    if bad:
+        raise KhmerOCRError(f'-p wants a name and a value, such as -p seed 7, not {bad[0].rstrip("=")!r} alone')
     return dict(p.split('=', 1) for p in params or [])
+
 
 @app.command()
 def run(
     notebook: str = typer.Argument(None, metavar='NOTEBOOK', help='A name (without one, all are listed) or a path.'),
-    params: list[str] = typer.Option(None, '-p', '--parameter', metavar='NAME VALUE', help='A parameter (may be repeated).'),
+    params: list[str] = typer.Option(
+        None, '-p', '--parameter', metavar='NAME VALUE', help='A parameter (may be repeated).'
+    ),
     out: str = typer.Option(None, '--out', help='Folder of the result; default reports/NOTEBOOK.'),
     help_notebook: bool = typer.Option(False, '--help-notebook', help='Show what it does and its parameters.'),
-    as_json: bool = typer.Option(False, '--json', help='Print the metrics as JSON.')):
+    as_json: bool = typer.Option(False, '--json', help='Print the metrics as JSON.'),
+):
     "Execute a run notebook and write its report."
     from khmer_ocr.reporting.runs import available_runs, run_help, run_notebook
-    if notebook is None: return print('\n'.join(f'{n:<12}  {run_help(n).splitlines()[0]}' for n in available_runs()))
-    if help_notebook: return print(run_help(notebook))
+
+    if notebook is None:
+        return print('\n'.join(f'{n:<12}  {run_help(n).splitlines()[0]}' for n in available_runs()))
+    if help_notebook:
+        return print(run_help(notebook))
     done = run_notebook(notebook, _pairs(params), out, echo=True)
-    _print_json(done.metrics) if as_json else print(f'{done.folder/"report.html"} ({done.seconds:.0f} s)')
+    _print_json(done.metrics) if as_json else print(f'{done.folder / "report.html"} ({done.seconds:.0f} s)')
 
 # %% ../../nbs/12_cli/07_app.ipynb #b6598a7d
 def _steps(steps):
     "Runs named steps and says how each went"
     import time
-    for name,f in steps:
+
+    for name, f in steps:
         t = time.perf_counter()
-        try: said = f()
-        except KhmerOCRError as e: raise KhmerOCRError(f'{name}: {e}') from e
-        print(f'ok  {name}' + (f': {said}' if said else '') + f' ({time.perf_counter()-t:.1f} s)', flush=True)
+        try:
+            said = f()
+        except KhmerOCRError as e:
+            raise KhmerOCRError(f'{name}: {e}') from e
+        print(f'ok  {name}' + (f': {said}' if said else '') + f' ({time.perf_counter() - t:.1f} s)', flush=True)
+
 
 def _tiny_corpus(folder) -> str:
     "A few rule-made lines per split"
     import numpy as np
     from khmer_ocr.text.rules import rule_line
+
     rng = np.random.default_rng(0)
-    for split in ('train', 'val', 'test'): write_atomic(Path(folder)/f'{split}.txt', ''.join(rule_line(rng)+'\n' for _ in range(12)))
+    for split in ('train', 'val', 'test'):
+        write_atomic(Path(folder) / f'{split}.txt', ''.join(rule_line(rng) + '\n' for _ in range(12)))
     return str(folder)
 
 # %% ../../nbs/12_cli/07_app.ipynb #d97e5144
@@ -60,19 +74,34 @@ def _check_data(folder):
     from khmer_ocr.synth.fonts import find_fonts
     from khmer_ocr.synth.generator import Recipe
     from khmer_ocr.synth.store import generate_set, verify_set
-    recipe = Recipe(corpus=_tiny_corpus(folder/'corpus'), random_text=True)
+
+    recipe = Recipe(corpus=_tiny_corpus(folder / 'corpus'), random_text=True)
     flying = OnTheFlyDataset(recipe, train_samples_per_epoch=8)
+
     def again():
         a, b = list(flying), [t for part in DataLoader(flying, batch_size=4, collate_fn=collate) for t in part['texts']]
-        if [t for _, t in a] != b: raise KhmerOCRError('the same epoch was not made twice alike: report this')
+        if [t for _, t in a] != b:
+            raise KhmerOCRError('the same epoch was not made twice alike: report this')
         return f'{len(flying)} lines'
+
     def same():
-        if problems := verify_set(folder/'set'): raise KhmerOCRError(problems[0])
+        if problems := verify_set(folder / 'set'):
+            raise KhmerOCRError(problems[0])
+
     yield 'fonts', lambda: f'{len(find_fonts())} faces'
-    yield 'a set of 24 images', lambda: generate_set(Recipe(corpus=recipe.corpus), folder/'set', max_lines=8, progress=False) and None
+    yield (
+        'a set of 24 images',
+        lambda: generate_set(Recipe(corpus=recipe.corpus), folder / 'set', max_lines=8, progress=False) and None,
+    )
     yield 'its record', same
-    yield 'reading it back', lambda: f'{len([*SyntheticImageDataset(folder/"set")])} lines'
-    yield 'the same as shards', lambda: generate_set(Recipe(corpus=recipe.corpus), folder/'shards', max_lines=8, format='shards', progress=False) and f'{len([*open_lines(folder/"shards")])} lines'
+    yield 'reading it back', lambda: f'{len([*SyntheticImageDataset(folder / "set")])} lines'
+    yield (
+        'the same as shards',
+        lambda: (
+            generate_set(Recipe(corpus=recipe.corpus), folder / 'shards', max_lines=8, format='shards', progress=False)
+            and f'{len([*open_lines(folder / "shards")])} lines'
+        ),
+    )
     yield 'an epoch on the fly, twice', again
     yield 'a batch of the training stream', lambda: f'{tuple(next(flying.stream(4, pool=2))["images"].shape)}'
 
@@ -85,20 +114,36 @@ def _check_training(folder):
     from khmer_ocr.training.settings import TrainConfig
     from khmer_ocr.inference.reader import Reader
     from khmer_ocr.synth.generator import Recipe
-    recipe, net = Recipe(corpus=_tiny_corpus(folder/'corpus'), random_text=True), CTCConfig(channels=(8, 8, 8, 8, 16), hidden=8, layers=1)
-    loop = TrainConfig(steps=3, batch_size=4, eval_every=3, save_every=3, log_every=1, precision='32-true', tensorboard=False)
-    go = lambda steps, **kw: train_ctc(folder/'run', recipe, replace(loop, steps=steps), net, pool=2, verbose=False, **kw)
+
+    recipe, net = (
+        Recipe(corpus=_tiny_corpus(folder / 'corpus'), random_text=True),
+        CTCConfig(channels=(8, 8, 8, 8, 16), hidden=8, layers=1),
+    )
+    loop = TrainConfig(
+        steps=3, batch_size=4, eval_every=3, save_every=3, log_every=1, precision='32-true', tensorboard=False
+    )
+    go = lambda steps, **kw: train_ctc(
+        folder / 'run', recipe, replace(loop, steps=steps), net, pool=2, verbose=False, **kw
+    )
     yield 'three steps', lambda: f'loss {go(3).history[-1]["loss"]:.2f}'
     yield 'two more after a restart', lambda: f'at step {go(5, resume="latest").step}'
-    yield 'the checkpoint', lambda: f'{sum(p.numel() for p in load_ctc(folder/"run/best.safetensors")[0].parameters()):,} parameters'
-    yield 'reading with it', lambda: Reader.load(folder/'run/best.safetensors') and None
+    yield (
+        'the checkpoint',
+        lambda: f'{sum(p.numel() for p in load_ctc(folder / "run/best.safetensors")[0].parameters()):,} parameters',
+    )
+    yield 'reading with it', lambda: Reader.load(folder / 'run/best.safetensors') and None
     yield 'the weights that ship', lambda: Reader.load() and None
 
 # %% ../../nbs/12_cli/07_app.ipynb #5527dc6e
 @app.command()
 def check(
-    what: str = typer.Argument('data', metavar='[data|training]', callback=_one_of('data', 'training'), help='Which pieces to try.')):
+    what: str = typer.Argument(
+        'data', metavar='[data|training]', callback=_one_of('data', 'training'), help='Which pieces to try.'
+    ),
+):
     "Try the pieces on a tiny set and say what is wrong."
     import tempfile
-    with tempfile.TemporaryDirectory() as d: _steps((_check_data if what == 'data' else _check_training)(Path(d)))
+
+    with tempfile.TemporaryDirectory() as d:
+        _steps((_check_data if what == 'data' else _check_training)(Path(d)))
     print('all is well')

@@ -19,18 +19,28 @@ from ..core.errors import KhmerOCRError, suggest
 from ..core.config import read_settings
 
 # %% ../../nbs/12_cli/01_common.ipynb #7cca48c8
-class _Stopped(KhmerOCRError): "Ctrl-C"
+class _Stopped(KhmerOCRError):
+    "Ctrl-C"
 
-def _one_line(s) -> str: return ' '.join(str(s).split())
+
+def _one_line(s) -> str:
+    return ' '.join(str(s).split())
+
 
 def _complaint(e: BaseException) -> tuple[list[str], int]:  # lines for stderr, exit status
     "What to say about an exception and how to exit"
-    if isinstance(e, _Stopped): return [f'khmer-ocr: {e}'], 130
-    if isinstance(e, KhmerOCRError): return [f'khmer-ocr: {_one_line(e)}'], 1
-    if hasattr(e, 'format_message'): return _usage(e)
-    if isinstance(e, MemoryError): return ['khmer-ocr: not enough memory: give fewer or smaller images, or a smaller --batch-size'], 1
-    if isinstance(e, (FileExistsError, NotADirectoryError)): return [f'khmer-ocr: {e.filename} is a file or below one, where a folder is wanted: give another path'], 1
-    if isinstance(e, OSError): return [f'khmer-ocr: {e.filename or "output"}: {e.strerror or e}'], 1
+    if isinstance(e, _Stopped):
+        return [f'khmer-ocr: {e}'], 130
+    if isinstance(e, KhmerOCRError):
+        return [f'khmer-ocr: {_one_line(e)}'], 1
+    if hasattr(e, 'format_message'):
+        return _usage(e)
+    if isinstance(e, MemoryError):
+        return ['khmer-ocr: not enough memory: give fewer or smaller images, or a smaller --batch-size'], 1
+    if isinstance(e, (FileExistsError, NotADirectoryError)):
+        return [f'khmer-ocr: {e.filename} is a file or below one, where a folder is wanted: give another path'], 1
+    if isinstance(e, OSError):
+        return [f'khmer-ocr: {e.filename or "output"}: {e.strerror or e}'], 1
     return [f'khmer-ocr: unexpected {type(e).__name__}: {_one_line(e)} (run again with --debug to see where)'], 1
 
 # %% ../../nbs/12_cli/01_common.ipynb #951f02e1
@@ -39,7 +49,8 @@ def _usage(e) -> tuple[list[str], int]:
     command = getattr(getattr(e, 'ctx', None), 'command_path', None) or 'khmer-ocr'
     bad_value = any(k.__name__ == 'BadParameter' for k in type(e).__mro__) and type(e).__name__ != 'MissingParameter'
     said = _one_line(e.format_message()).rstrip('.')
-    if bad_value: return [f'{command}: {said}'], 1
+    if bad_value:
+        return [f'{command}: {said}'], 1
     return [f'{command}: {said}', f"Try '{command} --help'."], 2
 
 # %% ../../nbs/12_cli/01_common.ipynb #7454f22b
@@ -48,43 +59,66 @@ def _join_pairs(args: list[str]) -> list[str]:
     out, it = [], iter(args)
     for a in it:
         out.append(a)
-        if a not in ('-p', '--parameter'): continue
+        if a not in ('-p', '--parameter'):
+            continue
         name = next(it, None)
-        if name is not None: out.append(name if '=' in name else f'{name}={next(it, "")}')
+        if name is not None:
+            out.append(name if '=' in name else f'{name}={next(it, "")}')
     return out
 
 # %% ../../nbs/12_cli/01_common.ipynb #ea5fedac
-_document_words = dict(train={'--data_folder': '--data', '--model_folder': '--out', '--resume_from_checkpoint': '--resume'}, read={'--model_folder': '--model', '--input_image': ''})
+_document_words = dict(
+    train={'--data_folder': '--data', '--model_folder': '--out', '--resume_from_checkpoint': '--resume'},
+    read={'--model_folder': '--model', '--input_image': ''},
+)
+
 
 def _our_words(args: list[str]) -> list[str]:
     "Option names of founding document 003 as ours; what needs no name here loses it"
     words, out = _document_words.get(args[0] if args else '', {}), []
     for a in args:
         name, eq, value = a.partition('=')
-        if name not in words: out.append(a)
-        elif words[name] or eq: out.append(words[name]+eq+value if words[name] else value)
+        if name not in words:
+            out.append(a)
+        elif words[name] or eq:
+            out.append(words[name] + eq + value if words[name] else value)
     return out
 
 # %% ../../nbs/12_cli/01_common.ipynb #8b63fe20
 class _Group(TyperGroup):
     "Commands whose errors are one line"
+
     resumes = ('generate', 'validation-set', 'fonts', 'corpus')
+
     def invoke(self, ctx):
-        try: return super().invoke(ctx)
-        except KeyboardInterrupt: raise _Stopped('stopped; what was finished stays' + (', and the same command goes on from there' if ctx.invoked_subcommand in self.resumes else '')) from None
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _Stopped(
+                'stopped; what was finished stays'
+                + (', and the same command goes on from there' if ctx.invoked_subcommand in self.resumes else '')
+            ) from None
 
     def main(self, args=None, prog_name=None, standalone_mode=True, **kwargs):
         args = list(sys.argv[1:] if args is None else args)
         debug, args = '--debug' in args, _our_words([a for a in args if a != '--debug'])
-        if args[:1] == ['run']: args = _join_pairs(args)
-        sys.exit(_guarded(lambda: super(_Group, self).main(args, prog_name='khmer-ocr', standalone_mode=False, **kwargs), debug))
+        if args[:1] == ['run']:
+            args = _join_pairs(args)
+        sys.exit(
+            _guarded(
+                lambda: super(_Group, self).main(args, prog_name='khmer-ocr', standalone_mode=False, **kwargs), debug
+            )
+        )
 
 # %% ../../nbs/12_cli/01_common.ipynb #c4947ac3
 def _guarded(call, debug=False) -> int:  # exit status
     "Runs `call`; an exception becomes a line on stderr"
-    logging.getLogger('matplotlib').setLevel(logging.ERROR)      # a home that cannot be written to is no news to a reader of text
+    logging.getLogger('matplotlib').setLevel(
+        logging.ERROR
+    )  # a home that cannot be written to is no news to a reader of text
     for s in (sys.stdout, sys.stderr):
-        if (s.encoding or '').lower().replace('-', '') != 'utf8' and hasattr(s, 'reconfigure'): s.reconfigure(encoding='utf-8')
+        if (s.encoding or '').lower().replace('-', '') != 'utf8' and hasattr(s, 'reconfigure'):
+            s.reconfigure(encoding='utf-8')
     try:
         code = call()
         sys.stdout.flush()
@@ -93,65 +127,106 @@ def _guarded(call, debug=False) -> int:  # exit status
         sys.stdout = open(os.devnull, 'w')
         return 1
     except (Exception, KeyboardInterrupt) as e:
-        if debug: traceback.print_exc()
+        if debug:
+            traceback.print_exc()
         lines, code = _complaint(_Stopped('stopped') if isinstance(e, KeyboardInterrupt) else e)
         print('\n'.join(lines), file=sys.stderr)
         return code
 
 # %% ../../nbs/12_cli/01_common.ipynb #0f22f0f0
-app = typer.Typer(cls=_Group, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=False, context_settings=dict(help_option_names=['-h', '--help']))
+app = typer.Typer(
+    cls=_Group,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=False,
+    context_settings=dict(help_option_names=['-h', '--help']),
+)
+
 
 def _version(wanted: bool):
-    if wanted: print(f'khmer-ocr {__version__}'); raise typer.Exit()
+    if wanted:
+        print(f'khmer-ocr {__version__}')
+        raise typer.Exit()
+
 
 @app.callback(invoke_without_command=True)
-def _main(ctx: typer.Context,
-    version: bool = typer.Option(False, '--version', callback=_version, is_eager=True, help='Show the version and exit.'),
-    debug: bool = typer.Option(False, '--debug', help='Show the full traceback of an error.')):
+def _main(
+    ctx: typer.Context,
+    version: bool = typer.Option(
+        False, '--version', callback=_version, is_eager=True, help='Show the version and exit.'
+    ),
+    debug: bool = typer.Option(False, '--debug', help='Show the full traceback of an error.'),
+):
     "Khmer text recognition: make labelled lines, train readers, read pages."
-    if ctx.invoked_subcommand is None: print(ctx.get_help())
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
 
 # %% ../../nbs/12_cli/01_common.ipynb #776849b8
 def _one_of(*names):
     "A check for an option's value"
+
     def check(ctx: typer.Context, param: typer.CallbackParam, value: str):
-        if value is None or value in names: return value
-        raise KhmerOCRError(f'{param.opts[0]} takes {", ".join(names[:-1])}{" or " if len(names) > 1 else ""}{names[-1]}, not {value!r}{suggest(value, names)}')
+        if value is None or value in names:
+            return value
+        raise KhmerOCRError(
+            f'{param.opts[0]} takes {", ".join(names[:-1])}{" or " if len(names) > 1 else ""}{names[-1]}, not {value!r}{suggest(value, names)}'
+        )
+
     return check
 
-def _print_json(o): print(json.dumps(o, ensure_ascii=False, indent=1))
 
-def _positive(ctx: typer.Context, param: typer.CallbackParam, value: int|None):
+def _print_json(o):
+    print(json.dumps(o, ensure_ascii=False, indent=1))
+
+
+def _positive(ctx: typer.Context, param: typer.CallbackParam, value: int | None):
     "A check for counts"
-    if value is not None and value < 1: raise KhmerOCRError(f'{param.opts[0]} takes a whole number from 1 up, not {value}')
+    if value is not None and value < 1:
+        raise KhmerOCRError(f'{param.opts[0]} takes a whole number from 1 up, not {value}')
     return value
 
-def _seed(ctx: typer.Context, param: typer.CallbackParam, value: int|None):
+
+def _seed(ctx: typer.Context, param: typer.CallbackParam, value: int | None):
     "A check for seeds and for counts that may be 0"
-    if value is not None and not 0 <= value < 2**63: raise KhmerOCRError(f'{param.opts[0]} takes a whole number from 0 up (below 2 to the 63rd), not {value}')
+    if value is not None and not 0 <= value < 2**63:
+        raise KhmerOCRError(f'{param.opts[0]} takes a whole number from 0 up (below 2 to the 63rd), not {value}')
     return value
 
 # %% ../../nbs/12_cli/01_common.ipynb #210c6319
 _suffixes = {'.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.webp', '.gif', '.ppm', '.pgm', '.pbm', '.pnm', '.jp2'}
 
+
 def _inputs(paths: list[str]) -> list[Path]:
     "Files as given; a folder becomes its images, sorted by name"
     out = []
     for p in map(Path, paths):
-        found = sorted(f for f in p.iterdir() if f.suffix.lower() in _suffixes and not f.name.startswith('.')) if p.is_dir() else [p]
-        if not found: raise KhmerOCRError(f'{p} has no images: a folder needs files such as .png, .jpg or .tif')
+        found = (
+            sorted(f for f in p.iterdir() if f.suffix.lower() in _suffixes and not f.name.startswith('.'))
+            if p.is_dir()
+            else [p]
+        )
+        if not found:
+            raise KhmerOCRError(f'{p} has no images: a folder needs files such as .png, .jpg or .tif')
         out += found
     return out
 
 # %% ../../nbs/12_cli/01_common.ipynb #3396b3db
-def _merged(config: str|None, **given) -> dict:
+def _merged(config: str | None, **given) -> dict:
     "Settings from a file, overridden by the options that were given"
     settings = read_settings(config) if config else {}
-    return settings | {k: v for k,v in given.items() if v is not None}
+    return settings | {k: v for k, v in given.items() if v is not None}
+
 
 def _report_problems(problems: list[str], where, remedy, as_json=False):
     "Problems of a set on stderr (or all of them as JSON on stdout), and an exit status that says so"
-    if as_json: _print_json(dict(folder=str(where), problems=problems))
-    for p in [] if as_json else problems[:20]: print(p, file=sys.stderr)
-    if problems: raise KhmerOCRError(f'{where}: {len(problems)} problem{"s" if len(problems) > 1 else ""}{" (the first 20 are shown)" if len(problems) > 20 else ""}; {remedy}')
-    if not as_json: print(f'{where}: every file is as recorded')
+    if as_json:
+        _print_json(dict(folder=str(where), problems=problems))
+    for p in [] if as_json else problems[:20]:
+        print(p, file=sys.stderr)
+    if problems:
+        raise KhmerOCRError(
+            f'{where}: {len(problems)} problem{"s" if len(problems) > 1 else ""}{" (the first 20 are shown)" if len(problems) > 20 else ""}; {remedy}'
+        )
+    if not as_json:
+        print(f'{where}: every file is as recorded')

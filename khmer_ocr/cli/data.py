@@ -14,74 +14,160 @@ from ..core.errors import KhmerOCRError
 def _columns(rows: list[dict]) -> str:
     "Rows of equal keys as aligned text with a head"
     from khmer_ocr.reporting.tables import Table
+
     return repr(Table([tuple(r.values()) for r in rows], tuple(rows[0]) if rows else ()))
+
 
 @app.command()
 def fonts(
-    action: str = typer.Argument('list', metavar='[list|install|check]', callback=_one_of('list', 'install', 'check'), help='Show the families, fetch what is missing, or verify every file.'),
-    folder: str = typer.Option(None, '--folder', help='The font folder; default: KHMER_OCR_FONTS, or fonts/ of the project.'),
+    action: str = typer.Argument(
+        'list',
+        metavar='[list|install|check]',
+        callback=_one_of('list', 'install', 'check'),
+        help='Show the families, fetch what is missing, or verify every file.',
+    ),
+    folder: str = typer.Option(
+        None, '--folder', help='The font folder; default: KHMER_OCR_FONTS, or fonts/ of the project.'
+    ),
     family: list[str] = typer.Option(None, '--family', help='Only this family (may be repeated).'),
-    as_json: bool = typer.Option(False, '--json', help='Print JSON.')):
+    as_json: bool = typer.Option(False, '--json', help='Print JSON.'),
+):
     "List, fetch or check the typefaces that lines are drawn with."
     from khmer_ocr.synth.fonts import check_fonts, font_table, install_fonts
+
     if action == 'install':
         found = install_fonts(folder, families=family or None)
-        return _print_json(dict(faces=len(found), families=len({f.family for f in found}))) if as_json else print(f'{len(found)} faces of {len({f.family for f in found})} families are installed')
-    rows = font_table(folder) if action == 'list' else [dict(font=n, state=s, path=str(p)) for n,p,s in check_fonts(folder)]
-    if family: rows = [r for r in rows if any(str(r.get('family', r.get('font'))).startswith(f) for f in family)]
-    if not rows: raise KhmerOCRError(f'No family {", ".join(family)} in the font manifest: `khmer-ocr fonts list` shows them')
+        return (
+            _print_json(dict(faces=len(found), families=len({f.family for f in found})))
+            if as_json
+            else print(f'{len(found)} faces of {len({f.family for f in found})} families are installed')
+        )
+    rows = (
+        font_table(folder)
+        if action == 'list'
+        else [dict(font=n, state=s, path=str(p)) for n, p, s in check_fonts(folder)]
+    )
+    if family:
+        rows = [r for r in rows if any(str(r.get('family', r.get('font'))).startswith(f) for f in family)]
+    if not rows:
+        raise KhmerOCRError(f'No family {", ".join(family)} in the font manifest: `khmer-ocr fonts list` shows them')
     _print_json(rows) if as_json else print(_columns(rows))
     bad = sum(r.get('state', 'ok') != 'ok' for r in rows)
-    if bad: raise KhmerOCRError(f'{bad} of {len(rows)} font files are missing or changed: run `khmer-ocr fonts install`')
+    if bad:
+        raise KhmerOCRError(f'{bad} of {len(rows)} font files are missing or changed: run `khmer-ocr fonts install`')
 
 # %% ../../nbs/12_cli/02_data.ipynb #79e8102a
 @app.command()
 def corpus(
-    source: list[str] = typer.Option(None, '--source', metavar='NAME|PATH', help='A source of the manifest, or your own .txt, folder or Wikimedia dump (may be repeated).'),
-    licence: str = typer.Option('any', '--licence', metavar='open|declared|any', callback=_one_of('open', 'declared', 'any'), help='Which licence classes to accept.'),
+    source: list[str] = typer.Option(
+        None,
+        '--source',
+        metavar='NAME|PATH',
+        help='A source of the manifest, or your own .txt, folder or Wikimedia dump (may be repeated).',
+    ),
+    licence: str = typer.Option(
+        'any',
+        '--licence',
+        metavar='open|declared|any',
+        callback=_one_of('open', 'declared', 'any'),
+        help='Which licence classes to accept.',
+    ),
     out: str = typer.Option('data/processed', '--out', help='Folder for train.txt, val.txt, test.txt.'),
     seed: int = typer.Option(42, '--seed', callback=_seed, help='Decides rule-made lines and order.'),
-    limit: int = typer.Option(None, '--limit', callback=_positive, help='About this many lines in all; 400,000 by default.'),
-    as_json: bool = typer.Option(False, '--json', help='Print JSON.')):
+    limit: int = typer.Option(
+        None, '--limit', callback=_positive, help='About this many lines in all; 400,000 by default.'
+    ),
+    as_json: bool = typer.Option(False, '--json', help='Print JSON.'),
+):
     "Fetch text and make clean lines for training, validation and test."
     from khmer_ocr.text.corpus import build_corpus, stats_table
+
     stats = build_corpus(out, sources=source or None, licence=licence, seed=seed, limit=limit)
     _print_json(stats) if as_json else print(f'{stats_table(stats)}\nwritten to {out}')
 
 # %% ../../nbs/12_cli/02_data.ipynb #9e66e6a2
-def _max_lines(ctx: typer.Context, param: typer.CallbackParam, value: str|None):
+def _max_lines(ctx: typer.Context, param: typer.CallbackParam, value: str | None):
     "N, or N,N,N for train, val and test"
-    if value is None: return None
+    if value is None:
+        return None
     ns = [int(n) if n.strip().isdecimal() else 0 for n in value.split(',')]
-    if min(ns) < 1 or len(ns) not in (1, 3): raise KhmerOCRError(f'{param.opts[0]} takes a whole number from 1 up, or three of them for train,val,test, not {value!r}')
+    if min(ns) < 1 or len(ns) not in (1, 3):
+        raise KhmerOCRError(
+            f'{param.opts[0]} takes a whole number from 1 up, or three of them for train,val,test, not {value!r}'
+        )
     return ns[0] if len(ns) == 1 else dict(zip(('train', 'val', 'test'), ns))
 
 # %% ../../nbs/12_cli/02_data.ipynb #22623651
 @app.command()
 def generate(
-    out: str = typer.Option(None, '--out', help='Folder of the set; default data/synthetic, or i2t_dataset with --format i2t.'),
-    max_lines: str = typer.Option(None, '--max-lines', metavar='N[,N,N]', callback=_max_lines, help='At most this many lines per split, or for train,val,test.'),
+    out: str = typer.Option(
+        None, '--out', help='Folder of the set; default data/synthetic, or i2t_dataset with --format i2t.'
+    ),
+    max_lines: str = typer.Option(
+        None,
+        '--max-lines',
+        metavar='N[,N,N]',
+        callback=_max_lines,
+        help='At most this many lines per split, or for train,val,test.',
+    ),
     workers: int = typer.Option(1, '--workers', callback=_positive, help='Processes; the bytes do not depend on it.'),
     seed: int = typer.Option(None, '--seed', callback=_seed, help='Decides everything; default 42.'),
     stats: bool = typer.Option(False, '--stats', help='Only count what is there.'),
     verify: bool = typer.Option(False, '--verify', help='Only check every file against the record.'),
-    repair: bool = typer.Option(False, '--repair', help='Check every byte of what is there, not only sizes, and make again what has changed.'),
-    format: str = typer.Option('png', '--format', metavar='png|shards|i2t', callback=_one_of('png', 'shards', 'i2t'), help='A file per image, tar files of 2,000 samples (WebDataset), or train/train.json and val/val.json beside images/.'),
-    source: str = typer.Option(None, '--from', metavar='DIR', help='With --format i2t: labelled lines to write so, in place of drawn ones.'),
-    random_text: bool = typer.Option(False, '--random-text', help='Texts drawn as in training, not line by line; --max-lines is then the number of images.'),
+    repair: bool = typer.Option(
+        False, '--repair', help='Check every byte of what is there, not only sizes, and make again what has changed.'
+    ),
+    format: str = typer.Option(
+        'png',
+        '--format',
+        metavar='png|shards|i2t',
+        callback=_one_of('png', 'shards', 'i2t'),
+        help='A file per image, tar files of 2,000 samples (WebDataset), or train/train.json and val/val.json beside images/.',
+    ),
+    source: str = typer.Option(
+        None, '--from', metavar='DIR', help='With --format i2t: labelled lines to write so, in place of drawn ones.'
+    ),
+    random_text: bool = typer.Option(
+        False,
+        '--random-text',
+        help='Texts drawn as in training, not line by line; --max-lines is then the number of images.',
+    ),
     preset: str = typer.Option(None, '--preset', help='How the training lines are damaged.'),
     corpus: str = typer.Option(None, '--corpus', help='Folder of the corpus; default data/processed.'),
     config: str = typer.Option(None, '--config', help='A recipe as TOML or JSON.'),
-    as_json: bool = typer.Option(False, '--json', help='Print JSON.')):
+    as_json: bool = typer.Option(False, '--json', help='Print JSON.'),
+):
     "Make a set of labelled line images on disk, or go on with it."
     from khmer_ocr.synth.generator import Recipe
     from khmer_ocr.synth.store import format_stats, generate_set, set_stats, verify_set
-    if source and format != 'i2t': raise KhmerOCRError(f'--from {source} writes lines that are there in another layout: it goes with --format i2t')
-    if format == 'i2t': return _generate_i2t(out or 'i2t_dataset', source, _merged(config, seed=seed, preset=preset, corpus=corpus, random_text=random_text or None), max_lines, workers, stats, verify, as_json)
+
+    if source and format != 'i2t':
+        raise KhmerOCRError(f'--from {source} writes lines that are there in another layout: it goes with --format i2t')
+    if format == 'i2t':
+        return _generate_i2t(
+            out or 'i2t_dataset',
+            source,
+            _merged(config, seed=seed, preset=preset, corpus=corpus, random_text=random_text or None),
+            max_lines,
+            workers,
+            stats,
+            verify,
+            as_json,
+        )
     out = out or 'data/synthetic'
-    if verify: return _report_problems(verify_set(out, progress=True), out, 'generate it again with --repair', as_json)
-    if stats: made = set_stats(out)
-    else: made = generate_set(Recipe.from_dict(_merged(config, seed=seed, preset=preset, corpus=corpus, random_text=random_text or None)), out, max_lines=max_lines, workers=workers, format=format, repair=repair)
+    if verify:
+        return _report_problems(verify_set(out, progress=True), out, 'generate it again with --repair', as_json)
+    if stats:
+        made = set_stats(out)
+    else:
+        made = generate_set(
+            Recipe.from_dict(_merged(config, seed=seed, preset=preset, corpus=corpus, random_text=random_text or None)),
+            out,
+            max_lines=max_lines,
+            workers=workers,
+            format=format,
+            repair=repair,
+        )
     _print_json(made) if as_json else print(format_stats(made))
 
 # %% ../../nbs/12_cli/02_data.ipynb #f53f48d6
@@ -90,26 +176,50 @@ def _generate_i2t(out, source, recipe, max_lines, workers, stats, verify, as_jso
     from khmer_ocr.data.i2t import check_i2t, export_i2t, i2t_stats
     from khmer_ocr.synth.generator import Recipe
     from khmer_ocr.text.khmer import charset
-    if verify: return _report_problems(check_i2t(out, charset()), out, 'correct them, or make the dataset again', as_json)
+
+    if verify:
+        return _report_problems(check_i2t(out, charset()), out, 'correct them, or make the dataset again', as_json)
     made = i2t_stats(out) if stats else export_i2t(source or Recipe.from_dict(recipe), out, max_lines, workers=workers)
-    _print_json(made) if as_json else print('\n'.join([out, *(f'  {s}: {n["lines"]} lines, {n["in_train"]} of them with a text of train' if s == 'val' else f'  {s}: {n["lines"]} lines' for s,n in made.items() if s != 'images_made')]))
+    _print_json(made) if as_json else print(
+        '\n'.join(
+            [
+                out,
+                *(
+                    f'  {s}: {n["lines"]} lines, {n["in_train"]} of them with a text of train'
+                    if s == 'val'
+                    else f'  {s}: {n["lines"]} lines'
+                    for s, n in made.items()
+                    if s != 'images_made'
+                ),
+            ]
+        )
+    )
 
 # %% ../../nbs/12_cli/02_data.ipynb #6943249b
 @app.command('validation-set')
 def validation_set(
     num_samples: int = typer.Option(6400, '--num-samples', callback=_positive, help='Lines in the set.'),
     random_seed: int = typer.Option(42, '--random-seed', callback=_seed, help='Decides which lines.'),
-    output_dir: str = typer.Option(None, '--output-dir', help='Folder of the set; default data/validation_fixed, or data/validation_augmented.'),
+    output_dir: str = typer.Option(
+        None, '--output-dir', help='Folder of the set; default data/validation_fixed, or data/validation_augmented.'
+    ),
     validate_only: bool = typer.Option(False, '--validate-only', help='Only check every file against the record.'),
     augmented: bool = typer.Option(False, '--augmented', help='Damage each line, once.'),
     preset: str = typer.Option(None, '--preset', help='How; default buoy2022. Implies --augmented.'),
     corpus: str = typer.Option('data/processed', '--corpus', help='Folder of the corpus.'),
     workers: int = typer.Option(1, '--workers', callback=_positive, help='Processes.'),
-    as_json: bool = typer.Option(False, '--json', help='Print JSON.')):
+    as_json: bool = typer.Option(False, '--json', help='Print JSON.'),
+):
     "Make, repair or check the fixed validation set."
     from khmer_ocr.synth.store import make_validation_set, validate_validation_set
+
     how = preset or ('buoy2022' if augmented else None)
     output_dir = output_dir or ('data/validation_augmented' if how else 'data/validation_fixed')
-    if validate_only: return _report_problems(validate_validation_set(output_dir, progress=True), output_dir, 'make it again to repair it', as_json)
-    meta = make_validation_set(output_dir, num_samples=num_samples, random_seed=random_seed, corpus=corpus, workers=workers, augmented=how)
+    if validate_only:
+        return _report_problems(
+            validate_validation_set(output_dir, progress=True), output_dir, 'make it again to repair it', as_json
+        )
+    meta = make_validation_set(
+        output_dir, num_samples=num_samples, random_seed=random_seed, corpus=corpus, workers=workers, augmented=how
+    )
     _print_json(meta) if as_json else print(f'{num_samples:,} images in {output_dir}')

@@ -11,59 +11,108 @@ from pathlib import Path
 from .common import app, _positive, _print_json
 
 # %% ../../nbs/12_cli/05_evaluate.ipynb #1c4ae220
-def _names(given: str|None) -> list[str]:
+def _names(given: str | None) -> list[str]:
     "A comma list; 'none' and nothing are []"
     return [n.strip() for n in (given or '').split(',') if n.strip() and n.strip() != 'none']
+
 
 def _evaluation_sets(data, limit, corpus, room) -> list:
     "The sets to read: the battery, or the one at `data`"
     from khmer_ocr.evaluation.benchmark import battery, open_set, real_lines
-    if data != 'battery': return [open_set(data, room, limit=limit, title=Path(data).name)]
+
+    if data != 'battery':
+        return [open_set(data, room, limit=limit, title=Path(data).name)]
     return battery(room, limit or 500, corpus=corpus, progress=True) + [s for s in [real_lines()] if s]
+
 
 def _evaluated(readers: dict, sets: list, peers: list[str], batch_size: int) -> tuple[dict, dict]:
     "Scores by set (or part of one), and the table of engines where there is more than one"
     from khmer_ocr.evaluation.benchmark import judge, measure, parts_of, rank_parts, run_peers
     from khmer_ocr.evaluation.engines import Run
+
     scores, ranked = {}, {}
     for s in sets:
-        first, *others = [(n, judge(r, s, batch_size, progress=True)) for n,r in readers.items()]
-        scores |= {s.name: measure(first[1])} | {name: measure(first[1].part(some)) for name,some in parts_of(s).items()}
-        if others or peers: ranked |= rank_parts([Run(n, j.texts, 0.) for n,j in (first, *others)] + run_peers(s, peers), s)
+        first, *others = [(n, judge(r, s, batch_size, progress=True)) for n, r in readers.items()]
+        scores |= {s.name: measure(first[1])} | {
+            name: measure(first[1].part(some)) for name, some in parts_of(s).items()
+        }
+        if others or peers:
+            ranked |= rank_parts([Run(n, j.texts, 0.0) for n, j in (first, *others)] + run_peers(s, peers), s)
     return scores, ranked
 
 # %% ../../nbs/12_cli/05_evaluate.ipynb #9a443002
 def _evaluation_report(out, data, model, against, limit, corpus, peers, decoder, lm, batch_size, show_lines) -> dict:
     "Runs the notebook `evaluate`; its metrics"
     from khmer_ocr.reporting.runs import run_notebook
-    params = dict(model=model or '', against=against, data='' if data == 'battery' else data, lines=limit or 0, corpus=corpus, peers=peers, decoder=decoder or '', lm=lm or '', batch_size=batch_size, show_lines=show_lines)
+
+    params = dict(
+        model=model or '',
+        against=against,
+        data='' if data == 'battery' else data,
+        lines=limit or 0,
+        corpus=corpus,
+        peers=peers,
+        decoder=decoder or '',
+        lm=lm or '',
+        batch_size=batch_size,
+        show_lines=show_lines,
+    )
     return run_notebook('evaluate', params, out, echo=True).metrics
+
 
 @app.command()
 def evaluate(
-    data: str = typer.Argument(..., metavar='DIR|labels.tsv|battery', help='Labelled lines: a labels.tsv, a set (files or shards), a validation set; or the standard battery of sets.'),
-    model: str = typer.Option(None, '--model', metavar='NAME|PATH', help='Weights by name or file; the best that ships by default.'),
+    data: str = typer.Argument(
+        ...,
+        metavar='DIR|labels.tsv|battery',
+        help='Labelled lines: a labels.tsv, a set (files or shards), a validation set; or the standard battery of sets.',
+    ),
+    model: str = typer.Option(
+        None, '--model', metavar='NAME|PATH', help='Weights by name or file; the best that ships by default.'
+    ),
     against: str = typer.Option(None, '--against', metavar='NAME,...', help='Other weights to compare with.'),
-    peers: str = typer.Option(None, '--peers', metavar='NAME,...|all', help='Other engines on the same lines, such as tesseract; default none.'),
-    limit: int = typer.Option(None, '--limit', callback=_positive, help='Only the first lines; of the battery, lines of each set (default 500).'),
-    decoder: str = typer.Option(None, '--decoder', metavar='ctc|greedy|beam', help='How scores become text; default: as the model likes.'),
+    peers: str = typer.Option(
+        None,
+        '--peers',
+        metavar='NAME,...|all',
+        help='Other engines on the same lines, such as tesseract; default none.',
+    ),
+    limit: int = typer.Option(
+        None,
+        '--limit',
+        callback=_positive,
+        help='Only the first lines; of the battery, lines of each set (default 500).',
+    ),
+    decoder: str = typer.Option(
+        None, '--decoder', metavar='ctc|greedy|beam', help='How scores become text; default: as the model likes.'
+    ),
     lm: str = typer.Option(None, '--lm', metavar='ngram|PATH', help='A language model for the decoder beam.'),
     corpus: str = typer.Option('data/processed', '--corpus', help='From which the battery is drawn.'),
     batch_size: int = typer.Option(32, '--batch-size', callback=_positive, help='Lines read at once.'),
     report: str = typer.Option(None, '--report', metavar='DIR', help='Write a report here: the run notebook evaluate.'),
     hide_lines: bool = typer.Option(False, '--hide-lines', help='No text and no image in the report, only numbers.'),
-    as_json: bool = typer.Option(False, '--json', help='Print JSON.')):
+    as_json: bool = typer.Option(False, '--json', help='Print JSON.'),
+):
     "Read labelled lines and count the errors."
     import tempfile
     from khmer_ocr.evaluation.benchmark import choose_peers, open_readers
     from khmer_ocr.inference.onnx import open_reader
     from khmer_ocr.evaluation.error_analysis import engines_table, sets_table
+
     rivals, others = _names(against), choose_peers(_names(peers))
-    if report: m = _evaluation_report(report, data, model, rivals, limit, corpus, others, decoder, lm, batch_size, not hide_lines); scores, ranked = m['scores'], m['ranked']
+    if report:
+        m = _evaluation_report(
+            report, data, model, rivals, limit, corpus, others, decoder, lm, batch_size, not hide_lines
+        )
+        scores, ranked = m['scores'], m['ranked']
     else:
         readers = open_readers([model or '', *rivals], decoder, lm, open_reader)
-        with tempfile.TemporaryDirectory() as room: scores, ranked = _evaluated(readers, _evaluation_sets(data, limit, corpus, room), others, batch_size)
-    if as_json: return _print_json(dict(scores=scores) | (dict(engines=ranked) if ranked else {}))
+        with tempfile.TemporaryDirectory() as room:
+            scores, ranked = _evaluated(readers, _evaluation_sets(data, limit, corpus, room), others, batch_size)
+    if as_json:
+        return _print_json(dict(scores=scores) | (dict(engines=ranked) if ranked else {}))
     print(f'{sets_table(scores)!r}')
-    if ranked: print(f'\n{engines_table(ranked)!r}')
-    if report: print(f'\n{Path(report)/"report.html"}')
+    if ranked:
+        print(f'\n{engines_table(ranked)!r}')
+    if report:
+        print(f'\n{Path(report) / "report.html"}')

@@ -15,98 +15,201 @@ from ..core.errors import KhmerOCRError, suggest
 
 # %% ../../nbs/12_cli/06_generative.ipynb #cd03ddfd
 _painters = ('dcgan', 'pix2pix', 'vae', 'hybrid')
-gan = typer.Typer(cls=TyperGroup, help='Learn the looks of scans, and make images with them.', no_args_is_help=False, rich_markup_mode=None)
+gan = typer.Typer(
+    cls=TyperGroup,
+    help='Learn the looks of scans, and make images with them.',
+    no_args_is_help=False,
+    rich_markup_mode=None,
+)
 app.add_typer(gan, name='gan')
+
 
 def _networks(kind) -> tuple:
     "The dataclasses that know the settings of a generator"
     from khmer_ocr.generative.dcgan import DCGANConfig
     from khmer_ocr.generative.synthetic_data import CONFIGS
+
     return (DCGANConfig,) if kind == 'dcgan' else CONFIGS[kind]
+
 
 def _gan_settings(kind, config) -> tuple[dict, dict]:
     "A settings file as (settings of the networks, settings of the loop)"
     from dataclasses import fields
     from khmer_ocr.training.settings import TrainConfig
-    net = {f.name for c in _networks(kind) for f in fields(c)} | ({'batch_size', 'seed'} if kind != 'dcgan' else set()) | ({'spread'} if kind in ('vae', 'hybrid') else set())
+
+    net = (
+        {f.name for c in _networks(kind) for f in fields(c)}
+        | ({'batch_size', 'seed'} if kind != 'dcgan' else set())
+        | ({'spread'} if kind in ('vae', 'hybrid') else set())
+    )
     loop = {f.name for f in fields(TrainConfig)} | ({'samples_every', 'decay'} if kind == 'pix2pix' else set())
     given = read_settings(config) if config else {}
     for k in given:
-        if k not in net | loop: raise KhmerOCRError(f'{config}: {k!r} is no setting of {kind}{suggest(k, net | loop)}')
+        if k not in net | loop:
+            raise KhmerOCRError(f'{config}: {k!r} is no setting of {kind}{suggest(k, net | loop)}')
     return {k: v for k, v in given.items() if k in net}, {k: v for k, v in given.items() if k not in net}
 
 # %% ../../nbs/12_cli/06_generative.ipynb #52ea358a
 def _pages(data, masks, seed):
     "Pages to learn from, and pages to measure on"
     from khmer_ocr.generative.pairs import read_pairs, rendered_pairs, split_pairs
+
     if data:
-        folder = Path(data); masks = masks or (folder/'masks' if (folder/'images').is_dir() and (folder/'masks').is_dir() else None)
-        pairs = read_pairs(folder/'images' if (folder/'images').is_dir() else folder, masks)
+        folder = Path(data)
+        masks = masks or (folder / 'masks' if (folder / 'images').is_dir() and (folder / 'masks').is_dir() else None)
+        pairs = read_pairs(folder / 'images' if (folder / 'images').is_dir() else folder, masks)
     else:
         import numpy as np
         from khmer_ocr.text.rules import rule_line
         from khmer_ocr.synth.fonts import find_fonts
-        rng = np.random.default_rng(seed); pairs = rendered_pairs([rule_line(rng) for _ in range(400)], find_fonts(split='train'), 24, seed)
-    return split_pairs(pairs, .2, seed) if len({p.group or p.name for p in pairs}) > 4 else (pairs, [])
+
+        rng = np.random.default_rng(seed)
+        pairs = rendered_pairs([rule_line(rng) for _ in range(400)], find_fonts(split='train'), 24, seed)
+    return split_pairs(pairs, 0.2, seed) if len({p.group or p.name for p in pairs}) > 4 else (pairs, [])
 
 # %% ../../nbs/12_cli/06_generative.ipynb #65bded61
 @gan.command('train')
 def gan_train(
-    kind: str = typer.Argument(..., metavar='dcgan|pix2pix|vae|hybrid', callback=_one_of(*_painters), help='dcgan: surfaces out of noise; the others paint masks: one sharp look, many looks, or both.'),
-    data: str = typer.Option(None, '--data', metavar='DIR', help='Images, or a folder with images/ and masks/ (of a dcgan: with good/ or bad/); without it, some of our own making.'),
-    masks: str = typer.Option(None, '--masks', metavar='DIR', help='Masks of the same names; without them the ink is found by a threshold.'),
-    out: str = typer.Option(None, '--out', metavar='DIR', help='Folder for networks, curves and samples; default models/KIND.'),
-    config: str = typer.Option(None, '--config', metavar='FILE', help='Settings of networks and training as TOML or JSON, such as ngf = 32.'),
-    num_epochs: int = typer.Option(None, '--num-epochs', callback=_positive, help='Epochs; default 100, of a dcgan 250.'),
-    image_size: int = typer.Option(None, '--image-size', callback=_positive, help='Side of the squares in pixels; default 256, of a dcgan 128.'),
-    batch_size: int = typer.Option(None, '--batch-size', callback=_positive, help='Squares per batch; default 4, of pix2pix 1, of a dcgan 64.'),
+    kind: str = typer.Argument(
+        ...,
+        metavar='dcgan|pix2pix|vae|hybrid',
+        callback=_one_of(*_painters),
+        help='dcgan: surfaces out of noise; the others paint masks: one sharp look, many looks, or both.',
+    ),
+    data: str = typer.Option(
+        None,
+        '--data',
+        metavar='DIR',
+        help='Images, or a folder with images/ and masks/ (of a dcgan: with good/ or bad/); without it, some of our own making.',
+    ),
+    masks: str = typer.Option(
+        None, '--masks', metavar='DIR', help='Masks of the same names; without them the ink is found by a threshold.'
+    ),
+    out: str = typer.Option(
+        None, '--out', metavar='DIR', help='Folder for networks, curves and samples; default models/KIND.'
+    ),
+    config: str = typer.Option(
+        None, '--config', metavar='FILE', help='Settings of networks and training as TOML or JSON, such as ngf = 32.'
+    ),
+    num_epochs: int = typer.Option(
+        None, '--num-epochs', callback=_positive, help='Epochs; default 100, of a dcgan 250.'
+    ),
+    image_size: int = typer.Option(
+        None, '--image-size', callback=_positive, help='Side of the squares in pixels; default 256, of a dcgan 128.'
+    ),
+    batch_size: int = typer.Option(
+        None, '--batch-size', callback=_positive, help='Squares per batch; default 4, of pix2pix 1, of a dcgan 64.'
+    ),
     lr: float = typer.Option(None, '--lr', help='Rate of Adam; default 0.0002, of a VAE 0.001.'),
-    resume: str = typer.Option(None, '--resume', metavar='latest|PATH', help='Go on with a run; of a hybrid latest only.'),
-    device: str = typer.Option(None, '--device', metavar='auto|cpu|cuda', callback=_one_of('auto', 'cpu', 'cuda'), help='Where to compute; default auto.'),
-    precision: str = typer.Option(None, '--precision', metavar='auto|bf16-mixed|16-mixed|32-true', callback=_one_of('auto', 'bf16-mixed', '16-mixed', '32-true'), help='Of the arithmetic; default auto.'),
+    resume: str = typer.Option(
+        None, '--resume', metavar='latest|PATH', help='Go on with a run; of a hybrid latest only.'
+    ),
+    device: str = typer.Option(
+        None,
+        '--device',
+        metavar='auto|cpu|cuda',
+        callback=_one_of('auto', 'cpu', 'cuda'),
+        help='Where to compute; default auto.',
+    ),
+    precision: str = typer.Option(
+        None,
+        '--precision',
+        metavar='auto|bf16-mixed|16-mixed|32-true',
+        callback=_one_of('auto', 'bf16-mixed', '16-mixed', '32-true'),
+        help='Of the arithmetic; default auto.',
+    ),
     threads: int = typer.Option(None, '--threads', callback=_seed, help='CPU threads; default 0: as PyTorch likes.'),
-    seed: int = typer.Option(None, '--seed', callback=_seed, help='Decides weights, crops and noise; default 42.')):
+    seed: int = typer.Option(None, '--seed', callback=_seed, help='Decides weights, crops and noise; default 42.'),
+):
     "Learn a look from scans."
-    net, loop = _gan_settings(kind, config); out = Path(out or f'models/{kind}'); said = lambda **given: {k: v for k, v in given.items() if v is not None}
-    net |= said(batch_size=batch_size, seed=seed); loop |= said(lr=lr, device=device, precision=precision, threads=threads)
-    if kind == 'dcgan' and masks: raise KhmerOCRError('--masks is not for a dcgan, which makes images out of noise')
-    if kind == 'dcgan': return _train_dcgan(data, out, net | said(epochs=num_epochs, image_size=image_size), dict(precision='auto') | loop, resume)
+    net, loop = _gan_settings(kind, config)
+    out = Path(out or f'models/{kind}')
+    said = lambda **given: {k: v for k, v in given.items() if v is not None}
+    net |= said(batch_size=batch_size, seed=seed)
+    loop |= said(lr=lr, device=device, precision=precision, threads=threads)
+    if kind == 'dcgan' and masks:
+        raise KhmerOCRError('--masks is not for a dcgan, which makes images out of noise')
+    if kind == 'dcgan':
+        return _train_dcgan(
+            data, out, net | said(epochs=num_epochs, image_size=image_size), dict(precision='auto') | loop, resume
+        )
     from khmer_ocr.generative.synthetic_data import SyntheticDataGenerator
     from khmer_ocr.generative.painter import choose_model
-    side = net.pop('resolution', 256); side, seed = image_size or side, net.pop('seed', 42)
+
+    side = net.pop('resolution', 256)
+    side, seed = image_size or side, net.pop('seed', 42)
     train, unseen = _pages(data, masks, seed)
     print(f'{len(train)} pages to learn from, {len(unseen)} to measure on. The guide says {choose_model(len(train))}')
-    g = SyntheticDataGenerator(kind, loop.pop('device', None), (side, side), net.pop('latent', 512), net.pop('batch_size', 1 if kind == 'pix2pix' else 4), out_dir=out, seed=seed, **net)
+    g = SyntheticDataGenerator(
+        kind,
+        loop.pop('device', None),
+        (side, side),
+        net.pop('latent', 512),
+        net.pop('batch_size', 1 if kind == 'pix2pix' else 4),
+        out_dir=out,
+        seed=seed,
+        **net,
+    )
     g.train(train, num_epochs or 100, held_out=unseen, resume=resume, **loop)
-    print(f'{out/"painter.safetensors"}: paint with khmer-ocr gan generate {kind}, or draw lines with the preset learned:{out/"painter.safetensors"}')
+    print(
+        f'{out / "painter.safetensors"}: paint with khmer-ocr gan generate {kind}, or draw lines with the preset learned:{out / "painter.safetensors"}'
+    )
 
 # %% ../../nbs/12_cli/06_generative.ipynb #36f37d61
 def _train_dcgan(data, out, net, loop, resume):
     "`gan train dcgan`"
     from khmer_ocr.generative.dcgan import DCGANConfig, train_dcgan
     from khmer_ocr.core.config import configure
+
     shared = {f: loop.pop(f) for f in ('lr', 'ema', 'clip') if f in loop}
     train_dcgan(out, data, configure(DCGANConfig, net | shared), resume, **loop)
-    print(f'{out/"generator_model.safetensors"}: make images with khmer-ocr gan generate dcgan, or draw lines with the preset learned:{out/"generator_model.safetensors"}')
+    print(
+        f'{out / "generator_model.safetensors"}: make images with khmer-ocr gan generate dcgan, or draw lines with the preset learned:{out / "generator_model.safetensors"}'
+    )
+
 
 @gan.command('generate')
 def gan_generate(
-    kind: str = typer.Argument(..., metavar='dcgan|pix2pix|vae|hybrid', callback=_one_of(*_painters), help='Which kind of generator.'),
-    model: str = typer.Option(None, '--model', metavar='FILE', help='What training wrote; default models/KIND/painter.safetensors (of a dcgan generator_model.safetensors).'),
+    kind: str = typer.Argument(
+        ..., metavar='dcgan|pix2pix|vae|hybrid', callback=_one_of(*_painters), help='Which kind of generator.'
+    ),
+    model: str = typer.Option(
+        None,
+        '--model',
+        metavar='FILE',
+        help='What training wrote; default models/KIND/painter.safetensors (of a dcgan generator_model.safetensors).',
+    ),
     masks: str = typer.Option(None, '--masks', metavar='DIR', help='Masks to paint (not of a dcgan); any size.'),
-    num: int = typer.Option(None, '--num', callback=_positive, help='Images of a dcgan (default 64), or looks of each mask (default 5).'),
+    num: int = typer.Option(
+        None, '--num', callback=_positive, help='Images of a dcgan (default 64), or looks of each mask (default 5).'
+    ),
     out: str = typer.Option(None, '--out', metavar='DIR', help='Gets PNG files; default data/generated/KIND.'),
-    device: str = typer.Option('auto', '--device', metavar='auto|cpu|cuda', callback=_one_of('auto', 'cpu', 'cuda'), help='Where to compute.'),
-    seed: int = typer.Option(42, '--seed', callback=_seed, help='Decides the images.')):
+    device: str = typer.Option(
+        'auto', '--device', metavar='auto|cpu|cuda', callback=_one_of('auto', 'cpu', 'cuda'), help='Where to compute.'
+    ),
+    seed: int = typer.Option(42, '--seed', callback=_seed, help='Decides the images.'),
+):
     "Make images with a trained generator."
-    out, model = Path(out or f'data/generated/{kind}'), model or f'models/{kind}/{"generator_model" if kind == "dcgan" else "painter"}.safetensors'
-    if not Path(model).exists(): raise KhmerOCRError(f'There is no model {model}: train one with khmer-ocr gan train {kind}, or give --model FILE')
+    out, model = (
+        Path(out or f'data/generated/{kind}'),
+        model or f'models/{kind}/{"generator_model" if kind == "dcgan" else "painter"}.safetensors',
+    )
+    if not Path(model).exists():
+        raise KhmerOCRError(
+            f'There is no model {model}: train one with khmer-ocr gan train {kind}, or give --model FILE'
+        )
     if kind == 'dcgan':
-        if masks: raise KhmerOCRError('--masks is not for a dcgan, which makes images out of noise')
+        if masks:
+            raise KhmerOCRError('--masks is not for a dcgan, which makes images out of noise')
         from khmer_ocr.generative.dcgan import generate
+
         return print(f'{len(generate(model, num or 64, out, seed))} images in {out}')
     from khmer_ocr.generative.pairs import image_files, read_masks
     from khmer_ocr.generative.synthetic_data import SyntheticDataGenerator
-    if not masks: raise KhmerOCRError('There are no masks to paint: give a folder of them with --masks DIR')
-    made = SyntheticDataGenerator(kind, device, out_dir=out, seed=seed).generate_synthetic_data(list(read_masks(image_files(masks)).values()), num or 5, out, model)
-    print(f'{len(made)} images in {out/"images"}, their masks in {out/"masks"}')
+
+    if not masks:
+        raise KhmerOCRError('There are no masks to paint: give a folder of them with --masks DIR')
+    made = SyntheticDataGenerator(kind, device, out_dir=out, seed=seed).generate_synthetic_data(
+        list(read_masks(image_files(masks)).values()), num or 5, out, model
+    )
+    print(f'{len(made)} images in {out / "images"}, their masks in {out / "masks"}')

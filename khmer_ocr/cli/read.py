@@ -17,7 +17,7 @@ from ..core.files import write_atomic
 # %% ../../nbs/12_cli/04_read.ipynb #9e5e7892
 def _noted(pairs, problems):
     "Yields (path, Reading or None); an error goes to stderr and is noted"
-    for p,r in pairs:
+    for p, r in pairs:
         if isinstance(r, KhmerOCRError):
             problems[str(p)] = _one_line(r)
             print(f'khmer-ocr: {problems[str(p)]}', file=sys.stderr, flush=True)
@@ -26,17 +26,27 @@ def _noted(pairs, problems):
 # %% ../../nbs/12_cli/04_read.ipynb #16ce38af
 def _line_output(path, r, fmt, problems) -> str:
     "The one line that stands for an image"
-    if fmt == 'text': return _one_line(r.text) if r else ''
-    facts = dict(path=str(path), text=r.text if r else '', confidence=round(float(r.confidence), 4) if r else None, chars=[[u, round(c, 4), round(a, 1), round(b, 1)] for u,c,a,b in r.chars] if r else [])
+    if fmt == 'text':
+        return _one_line(r.text) if r else ''
+    facts = dict(
+        path=str(path),
+        text=r.text if r else '',
+        confidence=round(float(r.confidence), 4) if r else None,
+        chars=[[u, round(c, 4), round(a, 1), round(b, 1)] for u, c, a, b in r.chars] if r else [],
+    )
     return json.dumps(facts | ({} if r else dict(error=problems[str(path)])), ensure_ascii=False)
+
 
 def _target(out, path, fmt, taken) -> Path:
     "The file in folder `out` for an input; two inputs of one stem keep their suffixes apart"
     ext = '.json' if fmt == 'json' else '.txt'
-    t = Path(out)/f'{Path(path).stem}{ext}'
-    if t in taken: t = Path(out)/f'{Path(path).name}{ext}'
+    t = Path(out) / f'{Path(path).stem}{ext}'
+    if t in taken:
+        t = Path(out) / f'{Path(path).name}{ext}'
     n = 2
-    while t in taken: t = Path(out)/f'{Path(path).name}-{n}{ext}'; n += 1
+    while t in taken:
+        t = Path(out) / f'{Path(path).name}-{n}{ext}'
+        n += 1
     taken.add(t)
     return t
 
@@ -44,62 +54,114 @@ def _target(out, path, fmt, taken) -> Path:
 def _page_output(reader, path, fmt) -> str:
     "A page, or all pages of a PDF or TIFF, as text or JSON"
     from khmer_ocr.inference.page import open_pages, page_text, read_page
-    pages = [(name, read_page(reader, image)) for name,image in open_pages(path)]
-    if fmt == 'text': return '\f\n'.join(page_text(lines)+'\n' for _,lines in pages)
-    line = lambda b,r: dict(text=r.text, confidence=round(float(r.confidence), 4), box=[int(v) for v in (b.x0, b.y0, b.x1, b.y1)])
-    return json.dumps(dict(path=str(path), pages=[dict(page=name, lines=[line(b, r) for b,r in lines]) for name,lines in pages]), ensure_ascii=False) + '\n'
+
+    pages = [(name, read_page(reader, image)) for name, image in open_pages(path)]
+    if fmt == 'text':
+        return '\f\n'.join(page_text(lines) + '\n' for _, lines in pages)
+    line = lambda b, r: dict(
+        text=r.text, confidence=round(float(r.confidence), 4), box=[int(v) for v in (b.x0, b.y0, b.x1, b.y1)]
+    )
+    return (
+        json.dumps(
+            dict(
+                path=str(path), pages=[dict(page=name, lines=[line(b, r) for b, r in lines]) for name, lines in pages]
+            ),
+            ensure_ascii=False,
+        )
+        + '\n'
+    )
 
 # %% ../../nbs/12_cli/04_read.ipynb #26c2d0eb
 def _deliver(outputs, out, fmt):
     "(path, text) pairs to stdout, or each to a file of its own in folder `out`"
     taken = set()
-    for path,text in outputs:
-        if not out: print(text, end='' if text.endswith('\n') else '\n', flush=True)
-        elif text is not None: write_atomic(_target(out, path, fmt, taken), text if text.endswith('\n') else text+'\n')
+    for path, text in outputs:
+        if not out:
+            print(text, end='' if text.endswith('\n') else '\n', flush=True)
+        elif text is not None:
+            write_atomic(_target(out, path, fmt, taken), text if text.endswith('\n') else text + '\n')
+
 
 def _page_outputs(reader, paths, fmt, problems):
     "Yields (path, text) of the pages that could be read; the others are reported"
     for p in paths:
-        try: yield p, _page_output(reader, p, fmt)
-        except KhmerOCRError as e: next(_noted([(p, e)], problems))
+        try:
+            yield p, _page_output(reader, p, fmt)
+        except KhmerOCRError as e:
+            next(_noted([(p, e)], problems))
 
 # %% ../../nbs/12_cli/04_read.ipynb #a15015f3
 @app.command()
 def read(
     inputs: list[str] = typer.Argument(..., metavar='IMAGE|PDF|DIR', help='Images, PDF files, or folders of images.'),
     line: bool = typer.Option(False, '--line', help='Each image is one line of text: print one line for each.'),
-    model: str = typer.Option(None, '--model', metavar='NAME|PATH', help='Weights by name or file; the best that ships by default.'),
-    format: str = typer.Option('text', '--format', metavar='text|json', callback=_one_of('text', 'json'), help='What to print.'),
-    decoder: str = typer.Option(None, '--decoder', metavar='ctc|greedy|beam', callback=_one_of('ctc', 'greedy', 'beam'), help='How scores become text: best path of CTC, simplest way of the model (default), or search.'),
-    lm: str = typer.Option(None, '--lm', metavar='ngram|PATH', help='A language model for the decoder beam of a CTC reader.'),
+    model: str = typer.Option(
+        None, '--model', metavar='NAME|PATH', help='Weights by name or file; the best that ships by default.'
+    ),
+    format: str = typer.Option(
+        'text', '--format', metavar='text|json', callback=_one_of('text', 'json'), help='What to print.'
+    ),
+    decoder: str = typer.Option(
+        None,
+        '--decoder',
+        metavar='ctc|greedy|beam',
+        callback=_one_of('ctc', 'greedy', 'beam'),
+        help='How scores become text: best path of CTC, simplest way of the model (default), or search.',
+    ),
+    lm: str = typer.Option(
+        None, '--lm', metavar='ngram|PATH', help='A language model for the decoder beam of a CTC reader.'
+    ),
     out: str = typer.Option(None, '--out', metavar='DIR', help='Write one file per input here and print nothing.'),
-    batch_size: int = typer.Option(32, '--batch-size', callback=_positive, help='Lines read at once.')):
+    batch_size: int = typer.Option(32, '--batch-size', callback=_positive, help='Lines read at once.'),
+):
     "Read Khmer text from images, PDF files or folders."
     paths = _inputs(inputs)
     from khmer_ocr.inference.onnx import open_reader
     from khmer_ocr.inference.reader import read_files
-    if out and Path(out).exists() and not Path(out).is_dir(): raise KhmerOCRError(f'--out {out} is a file: give a folder')
+
+    if out and Path(out).exists() and not Path(out).is_dir():
+        raise KhmerOCRError(f'--out {out} is a file: give a folder')
     reader = open_reader(model, decoder=decoder, lm=lm)
     problems = {}
-    if line: outputs = ((p, _line_output(p, r, format, problems)) for p,r in _noted(read_files(reader, paths, batch_size), problems))
-    else: outputs = _page_outputs(reader, paths, format, problems)
+    if line:
+        outputs = (
+            (p, _line_output(p, r, format, problems))
+            for p, r in _noted(read_files(reader, paths, batch_size), problems)
+        )
+    else:
+        outputs = _page_outputs(reader, paths, format, problems)
     _deliver(outputs, out, format)
-    if problems: raise typer.Exit(1)
+    if problems:
+        raise typer.Exit(1)
 
 # %% ../../nbs/12_cli/04_read.ipynb #16e277e0
 @app.command()
 def export(
-    format: str = typer.Argument(..., metavar='onnx|int8', callback=_one_of('onnx', 'int8'), help='ONNX in float32, or with the weights in 8-bit whole numbers.'),
-    model: str = typer.Argument(None, metavar='NAME|PATH', help='Weights of a CTC reader; the best that ships by default.'),
+    format: str = typer.Argument(
+        ...,
+        metavar='onnx|int8',
+        callback=_one_of('onnx', 'int8'),
+        help='ONNX in float32, or with the weights in 8-bit whole numbers.',
+    ),
+    model: str = typer.Argument(
+        None, metavar='NAME|PATH', help='Weights of a CTC reader; the best that ships by default.'
+    ),
     out: str = typer.Option(..., '--out', metavar='FILE', help='The .onnx file to write.'),
-    program: bool = typer.Option(False, '--program', help='Beside it, a Python program of its own that reads lines with it.')):
+    program: bool = typer.Option(
+        False, '--program', help='Beside it, a Python program of its own that reads lines with it.'
+    ),
+):
     "Write a CTC reader as ONNX, for use without PyTorch."
     import tempfile
     from khmer_ocr.inference.onnx import export_onnx, quantise, write_program
+
     target = Path(out)
-    if target.suffix != '.onnx': raise KhmerOCRError(f'--out {out} must end in .onnx')
+    if target.suffix != '.onnx':
+        raise KhmerOCRError(f'--out {out} must end in .onnx')
     with tempfile.TemporaryDirectory() as d:
         size = export_onnx(model, target if format == 'onnx' else f'{d}/a.onnx')
-        if format == 'int8': size = quantise(f'{d}/a.onnx', target)
-    if program: write_program(target, target.with_suffix('.py'))
-    print(f'{out}: {size/1e6:.1f} MB' + f'; read lines with python {target.with_suffix(".py")}'*program)
+        if format == 'int8':
+            size = quantise(f'{d}/a.onnx', target)
+    if program:
+        write_program(target, target.with_suffix('.py'))
+    print(f'{out}: {size / 1e6:.1f} MB' + f'; read lines with python {target.with_suffix(".py")}' * program)

@@ -14,49 +14,83 @@ from ..core.errors import KhmerOCRError, suggest
 from .common import _merged, app, _positive, _seed, _one_of, _Stopped
 
 # %% ../../nbs/12_cli/03_train.ipynb #c1ded9e3
-def _batch_size(value: str|None):
+def _batch_size(value: str | None):
     "None, 'auto' or a number"
-    if value in (None, 'auto'): return value
-    if not value.isdigit() or value == '0': raise KhmerOCRError(f"--batch-size takes a whole number from 1 up, or auto, not {value!r}")
+    if value in (None, 'auto'):
+        return value
+    if not value.isdigit() or value == '0':
+        raise KhmerOCRError(f"--batch-size takes a whole number from 1 up, or auto, not {value!r}")
     return int(value)
+
 
 def _lengths(steps, epochs, per_epoch, per_step) -> dict:
     "Steps in all and between evaluations, from lines an epoch and lines a step"
-    each = max(1, per_epoch//per_step)
-    steps = steps or each*epochs
-    often = min(each*-(-50//each), steps)
+    each = max(1, per_epoch // per_step)
+    steps = steps or each * epochs
+    often = min(each * -(-50 // each), steps)
     return dict(steps=steps, eval_every=often, save_every=often)
 
 # %% ../../nbs/12_cli/03_train.ipynb #c79750a9
-def _document(config: str|None):
+def _document(config: str | None):
     "The settings of a file that has the names of founding document 003, as an I2TConfig; None for one with tables"
     from dataclasses import fields
     from khmer_ocr.models.i2t_training import I2TConfig, read_i2t_config
+
     given, names = _merged(config), [f.name for f in fields(I2TConfig)]
-    if any(isinstance(v, (dict, list)) for v in given.values()) or not any(k in names or suggest(k, names) for k in given): return None
+    if any(isinstance(v, (dict, list)) for v in given.values()) or not any(
+        k in names or suggest(k, names) for k in given
+    ):
+        return None
     return read_i2t_config(given)
 
-def _tables(config: str|None) -> dict:
+
+def _tables(config: str | None) -> dict:
     "The tables of a settings file; empty ones for a file without tables"
     settings, known = _merged(config), ('train', 'recipe', 'data', 'model', 'distil', 'curriculum')
-    if config and _document(config): settings = {}
-    for k,v in settings.items():
-        if k not in known: raise KhmerOCRError(f'{config}: {k!r} is not one of the tables [train], [recipe], [data], [model], [distil], [[curriculum]]{suggest(k, known)}')
+    if config and _document(config):
+        settings = {}
+    for k, v in settings.items():
+        if k not in known:
+            raise KhmerOCRError(
+                f'{config}: {k!r} is not one of the tables [train], [recipe], [data], [model], [distil], [[curriculum]]{suggest(k, known)}'
+            )
         rows = v if k == 'curriculum' and isinstance(v, list) else [v]
-        if not all(isinstance(r, dict) for r in rows) or k == 'curriculum' and rows is not v: raise KhmerOCRError(f'{config}: {k} must be ' + ('a list of tables: write [[curriculum]] before each' if k == 'curriculum' else f'a table: write [{k}] before its settings'))
-    return {k: dict(settings.get(k, {})) for k in known[:-1]} | dict(curriculum=[dict(r) for r in settings.get('curriculum', [])])
+        if not all(isinstance(r, dict) for r in rows) or k == 'curriculum' and rows is not v:
+            raise KhmerOCRError(
+                f'{config}: {k} must be '
+                + (
+                    'a list of tables: write [[curriculum]] before each'
+                    if k == 'curriculum'
+                    else f'a table: write [{k}] before its settings'
+                )
+            )
+    return {k: dict(settings.get(k, {})) for k in known[:-1]} | dict(
+        curriculum=[dict(r) for r in settings.get('curriculum', [])]
+    )
 
 # %% ../../nbs/12_cli/03_train.ipynb #e9eb0761
 def _use_document(o, tables: dict):
     "Put the settings of the document's kind into the tables and options that are not given otherwise"
     c = _document(o.config) if o.config else None
-    if c is None: return None
-    if o.model != 'vision-text': raise KhmerOCRError(f'{o.config} has the settings of an image-to-text transformer: add --model vision-text, or write tables such as [train]')
-    if o.settings: raise KhmerOCRError(f'--settings {o.settings} and {o.config} both say what the network looks like: give one of them')
+    if c is None:
+        return None
+    if o.model != 'vision-text':
+        raise KhmerOCRError(
+            f'{o.config} has the settings of an image-to-text transformer: add --model vision-text, or write tables such as [train]'
+        )
+    if o.settings:
+        raise KhmerOCRError(
+            f'--settings {o.settings} and {o.config} both say what the network looks like: give one of them'
+        )
     from dataclasses import asdict
     from khmer_ocr.models.i2t_training import loop_settings, network
+
     tables.update(model=asdict(network(c)), train=loop_settings(c))
-    o.num_epochs, o.workers, o.seed = o.num_epochs or c.num_epochs or None, o.workers or c.num_workers, c.seed if o.seed is None else o.seed
+    o.num_epochs, o.workers, o.seed = (
+        o.num_epochs or c.num_epochs or None,
+        o.workers or c.num_workers,
+        c.seed if o.seed is None else o.seed,
+    )
     return c
 
 # %% ../../nbs/12_cli/03_train.ipynb #c1862df7
@@ -64,44 +98,77 @@ def _recogniser(name):
     "Of a kind of reader: its settings, what trains it, what opens a checkpoint, and (settings) -> network and loss"
     from types import SimpleNamespace as Kind
     from khmer_ocr import ctc
+
     if name == 'ctc':
-        def parts(c): units = ctc.Units(ctc.charset(c.charset)); return ctc.CTCNet(len(units), c), ctc.CTCLoss(units, c.stride)
+
+        def parts(c):
+            units = ctc.Units(ctc.charset(c.charset))
+            return ctc.CTCNet(len(units), c), ctc.CTCLoss(units, c.stride)
+
         return Kind(name=name, shape=ctc.CTCConfig, train=ctc.train_ctc, load=ctc.load_ctc, parts=parts)
     if name == 'vision-text':
         from khmer_ocr import vision_text
-        def parts(c): units = vt.targets_of(c); return vt.VisionText(len(units), c), vt.VisionTextLoss(units, c)
-        return Kind(name='vision_text', shape=vt.VisionTextConfig, train=vt.train_vision_text, load=vt.load_vision_text, parts=parts)
+
+        def parts(c):
+            units = vt.targets_of(c)
+            return vt.VisionText(len(units), c), vt.VisionTextLoss(units, c)
+
+        return Kind(
+            name='vision_text',
+            shape=vt.VisionTextConfig,
+            train=vt.train_vision_text,
+            load=vt.load_vision_text,
+            parts=parts,
+        )
     from khmer_ocr import seq2seq
-    def parts(c): units = seq2seq.make_units(c); return seq2seq.Seq2Seq(len(units), c), seq2seq.Seq2SeqLoss(units, c)
-    return Kind(name=name, shape=seq2seq.Seq2SeqConfig, train=seq2seq.train_seq2seq, load=seq2seq.load_seq2seq, parts=parts)
+
+    def parts(c):
+        units = seq2seq.make_units(c)
+        return seq2seq.Seq2Seq(len(units), c), seq2seq.Seq2SeqLoss(units, c)
+
+    return Kind(
+        name=name, shape=seq2seq.Seq2SeqConfig, train=seq2seq.train_seq2seq, load=seq2seq.load_seq2seq, parts=parts
+    )
 
 # %% ../../nbs/12_cli/03_train.ipynb #312ae81f
 def _named_settings(o):
     "The preset of `--settings`; None for CTC readers, which have none"
     if o.model == 'ctc':
-        if o.settings: raise KhmerOCRError(f'--settings {o.settings} belongs to --model seq2seq or vision-text; the settings of a CTC reader stand in a file (--config)')
+        if o.settings:
+            raise KhmerOCRError(
+                f'--settings {o.settings} belongs to --model seq2seq or vision-text; the settings of a CTC reader stand in a file (--config)'
+            )
         return None
     from khmer_ocr.training.checkpoints import load_checkpoint
     from khmer_ocr.models.attention_training import seq2seq_preset
+
     on = o.init if o.init and load_checkpoint(o.init)[1].get('model') == 'ctc' else None
     if o.model == 'vision-text':
         from khmer_ocr.models.transformer_training import vision_text_preset
+
         return vision_text_preset(o.settings or 'small', ctc=on)
     return seq2seq_preset(o.settings or ('joint' if on else 'recommended'), encoder=on)
+
 
 def _shape(kind, table: dict, init, preset):
     "Settings of the network: of the weights that it starts from, or of the preset and the file"
     from dataclasses import asdict
     from khmer_ocr.training.checkpoints import load_checkpoint
     from khmer_ocr.core.config import configure
-    if init and not table and load_checkpoint(init)[1].get('model') == kind.name: return kind.load(init)[0].config
-    table = {k: tuple(v) if isinstance(v, list) else v for k,v in table.items()}
+
+    if init and not table and load_checkpoint(init)[1].get('model') == kind.name:
+        return kind.load(init)[0].config
+    table = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
     return configure(kind.shape, (asdict(preset.config) if preset else {}) | table)
+
 
 def _unusual(loop) -> dict:
     "What a TrainConfig has other than the defaults; lengths between evaluations are our own business"
     from dataclasses import asdict
-    return {k: v for k,v in asdict(loop).items() if v != asdict(type(loop)())[k] and k not in ('eval_every', 'save_every')}
+
+    return {
+        k: v for k, v in asdict(loop).items() if v != asdict(type(loop)())[k] and k not in ('eval_every', 'save_every')
+    }
 
 # %% ../../nbs/12_cli/03_train.ipynb #02c32e09
 def _auto_batch(kind, shape, out, resume) -> int:
@@ -111,30 +178,59 @@ def _auto_batch(kind, shape, out, resume) -> int:
     from khmer_ocr.training.checkpoints import load_checkpoint
     from khmer_ocr.training.memory import auto_batch_size, free_memory
     from khmer_ocr.training.settings import world_size
-    if world_size() > 1: raise KhmerOCRError('--batch-size auto is for one process, for several might not agree: give a number')
-    if resume: return load_checkpoint(Path(out)/'latest.safetensors' if resume == 'latest' else resume)[1]['settings']['batch_size']
+
+    if world_size() > 1:
+        raise KhmerOCRError('--batch-size auto is for one process, for several might not agree: give a number')
+    if resume:
+        return load_checkpoint(Path(out) / 'latest.safetensors' if resume == 'latest' else resume)[1]['settings'][
+            'batch_size'
+        ]
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    wide = collate([(np.full((shape.height, 1600), 255, np.uint8), 'កខគ'*30)]*2)
+    wide = collate([(np.full((shape.height, 1600), 255, np.uint8), 'កខគ' * 30)] * 2)
     return auto_batch_size(*kind.parts(shape), wide, free_memory(device), 256 if device == 'cuda' else 64)
 
 # %% ../../nbs/12_cli/03_train.ipynb #78ac01e2
 def _loop_settings(t, o, per_epoch, batch, document=None) -> dict:
     "The table [train] with the options over it; lengths in steps. `document`: an I2TConfig, whose warm-up is counted in steps"
     from khmer_ocr.training.settings import free_threads, world_size
-    given = dict(batch_size=batch, lr=o.lr, seed=o.seed, patience=o.patience, stop_at=o.stop_at, precision=o.precision, keep_best=o.keep_best, logs=o.logs, freeze=o.freeze or None)
-    t = dict(channels_last=True) | (dict(lr=5e-4) if o.init else {}) | t | {k: v for k,v in given.items() if v is not None}
-    if o.threads is not None or 'threads' not in t: t['threads'] = free_threads(o.workers) if o.threads is None else o.threads
+
+    given = dict(
+        batch_size=batch,
+        lr=o.lr,
+        seed=o.seed,
+        patience=o.patience,
+        stop_at=o.stop_at,
+        precision=o.precision,
+        keep_best=o.keep_best,
+        logs=o.logs,
+        freeze=o.freeze or None,
+    )
+    t = (
+        dict(channels_last=True)
+        | (dict(lr=5e-4) if o.init else {})
+        | t
+        | {k: v for k, v in given.items() if v is not None}
+    )
+    if o.threads is not None or 'threads' not in t:
+        t['threads'] = free_threads(o.workers) if o.threads is None else o.threads
     steps = o.steps or (t.get('steps') if o.num_epochs is None else None)
-    t = _lengths(steps, o.num_epochs or 150, per_epoch, batch*t.get('accumulate', 1)*world_size()) | {k: v for k,v in t.items() if k != 'steps'}
-    if not document: return t
+    t = _lengths(steps, o.num_epochs or 150, per_epoch, batch * t.get('accumulate', 1) * world_size()) | {
+        k: v for k, v in t.items() if k != 'steps'
+    }
+    if not document:
+        return t
     from khmer_ocr.models.i2t_training import warmup_share
+
     return t | dict(warmup=warmup_share(document, t['steps']))
+
 
 def _epoch(o, mix) -> int:
     "Lines of an epoch: of the set, with what is mixed in"
     from khmer_ocr.data.datasets import open_lines
-    if o.train_samples_per_epoch: return o.train_samples_per_epoch
-    return 10_000 if o.data == 'onthefly' else round(len(open_lines(o.data, limit=o.max_samples))/(1-mix))
+
+    if o.train_samples_per_epoch:
+        return o.train_samples_per_epoch
+    return 10_000 if o.data == 'onthefly' else round(len(open_lines(o.data, limit=o.max_samples)) / (1 - mix))
 
 # %% ../../nbs/12_cli/03_train.ipynb #ef11172f
 def _train_settings(o):
@@ -143,93 +239,210 @@ def _train_settings(o):
     from khmer_ocr.synth.generator import Recipe
     from khmer_ocr.training.settings import TrainConfig
     from khmer_ocr.core.config import configure
-    t, given = _tables(o.config), lambda **kw: {k: v for k,v in kw.items() if v is not None}
+
+    t, given = _tables(o.config), lambda **kw: {k: v for k, v in kw.items() if v is not None}
     document = _use_document(o, t)
-    recipe = Recipe.from_dict(dict(random_text=True) | t['recipe'] | given(seed=o.seed, preset=o.preset, corpus=o.corpus))
+    recipe = Recipe.from_dict(
+        dict(random_text=True) | t['recipe'] | given(seed=o.seed, preset=o.preset, corpus=o.corpus)
+    )
     feed = configure(Feed, t['data'] | given(mix=o.mix, scale=o.scale, skip_unknown=o.skip_unknown or None))
     gentle = [dict(steps=o.gentle_start, **_gentle), {}] if o.gentle_start else t['curriculum']
     stages = read_stages(gentle, recipe)
-    kind, preset = _recogniser(o.model), None if document else _named_settings(o); shape = _shape(kind, t['model'], o.init, preset)
-    if preset: t['train'] = _unusual(preset.train) | t['train']
+    kind, preset = _recogniser(o.model), None if document else _named_settings(o)
+    shape = _shape(kind, t['model'], o.init, preset)
+    if preset:
+        t['train'] = _unusual(preset.train) | t['train']
     batch = o.batch_size or t['train'].get('batch_size') or 64
-    if batch == 'auto': batch = _auto_batch(kind, shape, o.out, o.resume)
-    configure(TrainConfig, t['train'] | dict(batch_size=batch))          # wrong names and types are found before anything is reckoned with
-    return kind, shape, configure(TrainConfig, _loop_settings(t['train'], o, _epoch(o, feed.mix), batch, document)), recipe, feed, stages
+    if batch == 'auto':
+        batch = _auto_batch(kind, shape, o.out, o.resume)
+    configure(
+        TrainConfig, t['train'] | dict(batch_size=batch)
+    )  # wrong names and types are found before anything is reckoned with
+    return (
+        kind,
+        shape,
+        configure(TrainConfig, _loop_settings(t['train'], o, _epoch(o, feed.mix), batch, document)),
+        recipe,
+        feed,
+        stages,
+    )
 
-_gentle = dict(preset='light', wording=dict(lengths=[.7, .3, 0., 0.]))          # short lines, light damage
+
+_gentle = dict(preset='light', wording=dict(lengths=[0.7, 0.3, 0.0, 0.0]))  # short lines, light damage
 
 # %% ../../nbs/12_cli/03_train.ipynb #b0d409f4
-def _validation(folder: str|None, samples: int|None, height: int):
+def _validation(folder: str | None, samples: int | None, height: int):
     "Batches of the validation set; 'none' means no evaluation"
-    if folder == 'none': return None
+    if folder == 'none':
+        return None
     from khmer_ocr.data.datasets import FixedSet, open_lines
+
     chosen = FixedSet(height=height, limit=samples) if folder is None else open_lines(folder, height, samples)
     return chosen.batches()
+
 
 def _texts(o, recipe, shape):
     "What is drawn from, where that is not simply the corpus: its first lines, or those that the charset can write"
     from khmer_ocr.text.corpus import load_lines
     from khmer_ocr.text.khmer import charset
+
     few = o.max_samples if o.data == 'onthefly' else None
-    if few is None and o.model == 'ctc': return None
+    if few is None and o.model == 'ctc':
+        return None
     known = frozenset(charset(shape.charset).symbols)
     texts = [l for l in load_lines(recipe.corpus, 'train')[:few] if known.issuperset(l)]
-    if not texts: raise KhmerOCRError(f'No line of {recipe.corpus} can be written with the charset {shape.charset}: choose another charset or corpus')
+    if not texts:
+        raise KhmerOCRError(
+            f'No line of {recipe.corpus} can be written with the charset {shape.charset}: choose another charset or corpus'
+        )
     return texts
+
 
 def _lines(o, shape, loop, recipe, feed, stages):  # (data, texts) for the training
     "The source of images; with `--max-samples`, its first lines only"
     from khmer_ocr.data.mixing import training_source
     from khmer_ocr.text.khmer import charset
     from khmer_ocr.training.settings import world_size
+
     texts = _texts(o, recipe, shape) if o.data == 'onthefly' or feed.mix else None
-    if o.data == 'onthefly' and not stages and not feed.scale and not feed.mix: return o.data, texts
-    per_step = loop.batch_size*loop.accumulate*world_size()
-    source = training_source(o.data, recipe, feed, stages, loop.steps*per_step, per_step, shape.height, charset(shape.charset), texts, o.max_samples)
+    if o.data == 'onthefly' and not stages and not feed.scale and not feed.mix:
+        return o.data, texts
+    per_step = loop.batch_size * loop.accumulate * world_size()
+    source = training_source(
+        o.data,
+        recipe,
+        feed,
+        stages,
+        loop.steps * per_step,
+        per_step,
+        shape.height,
+        charset(shape.charset),
+        texts,
+        o.max_samples,
+    )
     return source, texts
+
 
 def _fresh(out, resume):
     "A new run does not silently replace an old one"
-    if not resume and (Path(out)/'latest.safetensors').exists(): raise KhmerOCRError(f'{out} holds a training run: go on with --resume latest, or choose another --out')
-    if resume == 'latest' and not (Path(out)/'latest.safetensors').exists(): raise KhmerOCRError(f'No training run in {out} to resume: leave --resume away, or check --out')
+    if not resume and (Path(out) / 'latest.safetensors').exists():
+        raise KhmerOCRError(f'{out} holds a training run: go on with --resume latest, or choose another --out')
+    if resume == 'latest' and not (Path(out) / 'latest.safetensors').exists():
+        raise KhmerOCRError(f'No training run in {out} to resume: leave --resume away, or check --out')
 
 # %% ../../nbs/12_cli/03_train.ipynb #b9df2806
 @app.command()
 def train(
-    model: str = typer.Option('ctc', '--model', metavar='ctc|seq2seq|vision-text', callback=_one_of('ctc', 'seq2seq', 'vision-text'), help='Which kind of recogniser.'),
-    settings: str = typer.Option(None, '--settings', metavar='NAME', help='Of seq2seq: buoy2022, recommended (the default) or joint; of vision-text: tiny, small (the default), base or seed003.'),
-    data: str = typer.Option('onthefly', '--data', metavar='onthefly|DIR', help='Images made while training, or a set on disk: a split, its set, shards, labels.tsv or an i2t dataset.'),
-    mix: float = typer.Option(None, '--mix', metavar='SHARE', help='With a set: this share of the lines is made on the fly.'),
-    skip_unknown: bool = typer.Option(False, '--skip-unknown', help='Leave out lines whose labels have characters that the reader lacks.'),
-    config: str = typer.Option(None, '--config', help='Settings as TOML or JSON: [train], [recipe], [data], [model], [distil], [[curriculum]]; or the names of an i2t config.json.'),
+    model: str = typer.Option(
+        'ctc',
+        '--model',
+        metavar='ctc|seq2seq|vision-text',
+        callback=_one_of('ctc', 'seq2seq', 'vision-text'),
+        help='Which kind of recogniser.',
+    ),
+    settings: str = typer.Option(
+        None,
+        '--settings',
+        metavar='NAME',
+        help='Of seq2seq: buoy2022, recommended (the default) or joint; of vision-text: tiny, small (the default), base or seed003.',
+    ),
+    data: str = typer.Option(
+        'onthefly',
+        '--data',
+        metavar='onthefly|DIR',
+        help='Images made while training, or a set on disk: a split, its set, shards, labels.tsv or an i2t dataset.',
+    ),
+    mix: float = typer.Option(
+        None, '--mix', metavar='SHARE', help='With a set: this share of the lines is made on the fly.'
+    ),
+    skip_unknown: bool = typer.Option(
+        False, '--skip-unknown', help='Leave out lines whose labels have characters that the reader lacks.'
+    ),
+    config: str = typer.Option(
+        None,
+        '--config',
+        help='Settings as TOML or JSON: [train], [recipe], [data], [model], [distil], [[curriculum]]; or the names of an i2t config.json.',
+    ),
     num_epochs: int = typer.Option(None, '--num-epochs', callback=_positive, help='Epochs; default 150.'),
-    train_samples_per_epoch: int = typer.Option(None, '--train-samples-per-epoch', callback=_positive, help='Images per epoch; default 10,000 or the set.'),
-    batch_size: str = typer.Option(None, '--batch-size', metavar='N|auto', help='Lines per step; default 64; auto: what fits into memory.'),
-    max_samples: int = typer.Option(None, '--max-samples', callback=_positive, help='Use only the first lines of corpus or set.'),
+    train_samples_per_epoch: int = typer.Option(
+        None, '--train-samples-per-epoch', callback=_positive, help='Images per epoch; default 10,000 or the set.'
+    ),
+    batch_size: str = typer.Option(
+        None, '--batch-size', metavar='N|auto', help='Lines per step; default 64; auto: what fits into memory.'
+    ),
+    max_samples: int = typer.Option(
+        None, '--max-samples', callback=_positive, help='Use only the first lines of corpus or set.'
+    ),
     steps: int = typer.Option(None, '--steps', callback=_positive, help='Length in steps, in place of epochs.'),
     lr: float = typer.Option(None, '--lr', help='Highest learning rate; default 0.002, with --init 0.0005.'),
-    gentle_start: int = typer.Option(None, '--gentle-start', metavar='STEPS', callback=_positive, help='Short lines with light damage for so many steps.'),
-    scale: float = typer.Option(None, '--scale', help='Lines at sizes from 1-SCALE to 1+SCALE within the height; default 0.'),
+    gentle_start: int = typer.Option(
+        None,
+        '--gentle-start',
+        metavar='STEPS',
+        callback=_positive,
+        help='Short lines with light damage for so many steps.',
+    ),
+    scale: float = typer.Option(
+        None, '--scale', help='Lines at sizes from 1-SCALE to 1+SCALE within the height; default 0.'
+    ),
     resume: str = typer.Option(None, '--resume', metavar='latest|PATH', help='Go on with a run.'),
     init: str = typer.Option(None, '--init', metavar='NAME|PATH', help='Start from the weights of a model.'),
-    freeze: list[str] = typer.Option(None, '--freeze', metavar='PART', help='Do not train this part of the network, such as look (may be repeated).'),
-    validation_dir: str = typer.Option(None, '--validation-dir', metavar='DIR|none', help='Labelled lines to evaluate on; default data/validation_fixed, or val/ of an i2t dataset.'),
-    validation_samples: int = typer.Option(None, '--validation-samples', callback=_positive, help='Only so many of them.'),
-    patience: int = typer.Option(None, '--patience', callback=_seed, help='Stop after so many evaluations without fewer errors.'),
-    stop_at: float = typer.Option(None, '--stop-at', metavar='CER', help='Stop at this share of wrong characters, such as 0.01.'),
-    keep_best: int = typer.Option(None, '--keep-best', callback=_seed, help='Keep so many of the best weights, beside the best.'),
-    precision: str = typer.Option(None, '--precision', metavar='auto|bf16-mixed|16-mixed|32-true', callback=_one_of('auto', 'bf16-mixed', '16-mixed', '32-true'), help='Of the arithmetic.'),
+    freeze: list[str] = typer.Option(
+        None, '--freeze', metavar='PART', help='Do not train this part of the network, such as look (may be repeated).'
+    ),
+    validation_dir: str = typer.Option(
+        None,
+        '--validation-dir',
+        metavar='DIR|none',
+        help='Labelled lines to evaluate on; default data/validation_fixed, or val/ of an i2t dataset.',
+    ),
+    validation_samples: int = typer.Option(
+        None, '--validation-samples', callback=_positive, help='Only so many of them.'
+    ),
+    patience: int = typer.Option(
+        None, '--patience', callback=_seed, help='Stop after so many evaluations without fewer errors.'
+    ),
+    stop_at: float = typer.Option(
+        None, '--stop-at', metavar='CER', help='Stop at this share of wrong characters, such as 0.01.'
+    ),
+    keep_best: int = typer.Option(
+        None, '--keep-best', callback=_seed, help='Keep so many of the best weights, beside the best.'
+    ),
+    precision: str = typer.Option(
+        None,
+        '--precision',
+        metavar='auto|bf16-mixed|16-mixed|32-true',
+        callback=_one_of('auto', 'bf16-mixed', '16-mixed', '32-true'),
+        help='Of the arithmetic.',
+    ),
     out: str = typer.Option(None, '--out', help='Folder for checkpoints, history and logs; default models/MODEL.'),
-    logs: str = typer.Option(None, '--logs', metavar='DIR', help='Put tables and TensorBoard curves into DIR/RUN, RUN being the name of --out.'),
+    logs: str = typer.Option(
+        None,
+        '--logs',
+        metavar='DIR',
+        help='Put tables and TensorBoard curves into DIR/RUN, RUN being the name of --out.',
+    ),
     seed: int = typer.Option(None, '--seed', callback=_seed, help='Decides weights and data; default 42.'),
     preset: str = typer.Option(None, '--preset', help='How training lines are damaged.'),
     corpus: str = typer.Option(None, '--corpus', help='Folder of the corpus.'),
-    workers: int = typer.Option(0, '--workers', callback=_seed, help='Processes that make images beside the training; 0: none.'),
-    threads: int = typer.Option(None, '--threads', callback=_seed, help='CPU threads; default: the free cores, less the workers; 0: as PyTorch likes.')):
+    workers: int = typer.Option(
+        0, '--workers', callback=_seed, help='Processes that make images beside the training; 0: none.'
+    ),
+    threads: int = typer.Option(
+        None,
+        '--threads',
+        callback=_seed,
+        help='CPU threads; default: the free cores, less the workers; 0: as PyTorch likes.',
+    ),
+):
     "Train a recogniser, on images made on the fly, on a set from disk, or on both."
     from types import SimpleNamespace
-    o = SimpleNamespace(**locals()); o.out = out or f'models/{model}'; o.batch_size = _batch_size(batch_size)
-    if validation_dir is None and (Path(data)/'train/train.json').is_file(): o.validation_dir = f'{data}/val/val.json'
+
+    o = SimpleNamespace(**locals())
+    o.out = out or f'models/{model}'
+    o.batch_size = _batch_size(batch_size)
+    if validation_dir is None and (Path(data) / 'train/train.json').is_file():
+        o.validation_dir = f'{data}/val/val.json'
     _fresh(o.out, resume)
     _train(o)
 
@@ -237,28 +450,59 @@ def train(
 def _teaching(o) -> dict:
     "The teachers of the table [distil], for the training function; {} without it"
     table = _tables(o.config)['distil']
-    if not table: return {}
-    if o.model != 'ctc': raise KhmerOCRError(f'{o.config}: only a CTC reader can be taught ([distil]), not --model {o.model}')
+    if not table:
+        return {}
+    if o.model != 'ctc':
+        raise KhmerOCRError(f'{o.config}: only a CTC reader can be taught ([distil]), not --model {o.model}')
     from khmer_ocr.models.distillation import read_teaching
+
     return dict(teacher=read_teaching(table))
+
 
 def _summary(o, loop, feed) -> dict:
     "For the transformer: what founding document 003 prints after each epoch"
-    if o.model != 'vision-text': return {}
+    if o.model != 'vision-text':
+        return {}
     from khmer_ocr.models.i2t_training import EpochSummary
     from khmer_ocr.training.settings import world_size
-    return dict(callbacks=[EpochSummary(max(1, _epoch(o, feed.mix)//(loop.batch_size*loop.accumulate*world_size())))])
+
+    return dict(
+        callbacks=[EpochSummary(max(1, _epoch(o, feed.mix) // (loop.batch_size * loop.accumulate * world_size())))]
+    )
+
 
 def _train(o):
     "The run that the options `o` describe"
     if o.init:
         from khmer_ocr.models.zoo import _checkpoint
+
         o.init = _checkpoint(o.init)
     kind, shape, loop, recipe, feed, stages = _train_settings(o)
-    lesson = _teaching(o) | _summary(o, loop, feed); data, texts = _lines(o, shape, loop, recipe, feed, stages)
+    lesson = _teaching(o) | _summary(o, loop, feed)
+    data, texts = _lines(o, shape, loop, recipe, feed, stages)
     first = not int(os.environ.get('RANK', 0))
-    if (n := getattr(data, 'left_out', 0)) and first: print(f'{n} lines are left out: their labels have characters that the reader has no letter for', file=sys.stderr)
-    learn = kind.train(o.out, recipe, loop, shape, data=data, validation=_validation(o.validation_dir, o.validation_samples, shape.height), workers=o.workers, resume=o.resume, init=o.init, texts=texts, **lesson)
-    if not first: return
-    if learn.stopping in ('Ctrl-C', 'SIGTERM'): raise _Stopped(f'stopped at step {learn.step}: the same command with --resume latest goes on from there')
-    print(f'{learn.step} steps done; weights in {o.out}/best.safetensors' + ''.join(f', {k} {v:.4f}' for k,v in learn.metrics.items()))
+    if (n := getattr(data, 'left_out', 0)) and first:
+        print(
+            f'{n} lines are left out: their labels have characters that the reader has no letter for', file=sys.stderr
+        )
+    learn = kind.train(
+        o.out,
+        recipe,
+        loop,
+        shape,
+        data=data,
+        validation=_validation(o.validation_dir, o.validation_samples, shape.height),
+        workers=o.workers,
+        resume=o.resume,
+        init=o.init,
+        texts=texts,
+        **lesson,
+    )
+    if not first:
+        return
+    if learn.stopping in ('Ctrl-C', 'SIGTERM'):
+        raise _Stopped(f'stopped at step {learn.step}: the same command with --resume latest goes on from there')
+    print(
+        f'{learn.step} steps done; weights in {o.out}/best.safetensors'
+        + ''.join(f', {k} {v:.4f}' for k, v in learn.metrics.items())
+    )

@@ -16,21 +16,28 @@ from .errors import KhmerOCRError, suggest
 # %% ../../nbs/01_core/03_config.ipynb #f6ce1dbe
 _comment = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*')
 
+
 def read_settings(
-    path  # a .toml or .json file
+    path,  # a .toml or .json file
 ) -> dict:  # its content
     "Read a settings file; `//` comments are allowed in JSON"
     path = Path(path)
     try:
         text = path.read_text(encoding='utf-8')
         got = tomllib.loads(text) if path.suffix == '.toml' else json.loads(_comment.sub(lambda m: m[1] or '', text))
-    except OSError as e: raise KhmerOCRError(f'Cannot read the settings file {path}: {e.strerror or e}') from None
-    except ValueError as e: raise KhmerOCRError(f'The settings file {path} is not valid {"TOML" if path.suffix == ".toml" else "JSON"}: {e}') from None
-    if not isinstance(got, dict): raise KhmerOCRError(f'The settings file {path} must hold named values, like {{"steps": 1000}}')
+    except OSError as e:
+        raise KhmerOCRError(f'Cannot read the settings file {path}: {e.strerror or e}') from None
+    except ValueError as e:
+        raise KhmerOCRError(
+            f'The settings file {path} is not valid {"TOML" if path.suffix == ".toml" else "JSON"}: {e}'
+        ) from None
+    if not isinstance(got, dict):
+        raise KhmerOCRError(f'The settings file {path} must hold named values, like {{"steps": 1000}}')
     return got
 
 # %% ../../nbs/01_core/03_config.ipynb #a6d79576
 _kinds = dict(int=int, float=(int, float), bool=bool, str=str, tuple=(tuple, list))
+
 
 def configure(
     cls: type,  # a dataclass
@@ -39,7 +46,12 @@ def configure(
     "Make a `cls` from a dict; an unknown name or a value of the wrong type raises `KhmerOCRError`"
     known = {f.name: f for f in fields(cls)}
     for k, v in given.items():
-        if k not in known: raise KhmerOCRError(f"Unknown setting '{k}' in {cls.__name__}{suggest(k, known) or ': known are ' + ', '.join(known)}")
-        name = getattr(known[k].type, '__name__', known[k].type); want = _kinds.get(name)
-        if want and (not isinstance(v, want) or isinstance(v, bool) and want is not bool): raise KhmerOCRError(f"Setting '{k}' must be {name}, not {v!r}")
+        if k not in known:
+            raise KhmerOCRError(
+                f"Unknown setting '{k}' in {cls.__name__}{suggest(k, known) or ': known are ' + ', '.join(known)}"
+            )
+        name = getattr(known[k].type, '__name__', known[k].type)
+        want = _kinds.get(name)
+        if want and (not isinstance(v, want) or isinstance(v, bool) and want is not bool):
+            raise KhmerOCRError(f"Setting '{k}' must be {name}, not {v!r}")
     return cls(**given)

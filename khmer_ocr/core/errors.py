@@ -15,7 +15,7 @@ class KhmerOCRError(Exception):
 # %% ../../nbs/01_core/01_errors.ipynb #2bbd94cf
 def suggest(
     name: str,  # what was given
-    known  # the names that exist
+    known,  # the names that exist
 ) -> str:  # '; did you mean X?', or '' when nothing is near
     "The end of an error message about an unknown name"
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)

@@ -18,7 +18,7 @@ from .errors import KhmerOCRError
 # %% ../../nbs/01_core/02_files.ipynb #143a030b
 def write_atomic(
     path,  # file to write; missing folders are made
-    data  # bytes, or str (written as UTF-8, line ends as given)
+    data,  # bytes, or str (written as UTF-8, line ends as given)
 ):
     "Write aside, sync, rename"
     path = Path(path)
@@ -27,33 +27,46 @@ def write_atomic(
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temp, 'wb') as f:
             f.write(data.encode() if isinstance(data, str) else data)
-            f.flush(); os.fsync(f.fileno())
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(temp, path)
     except BaseException as e:
-        with contextlib.suppress(OSError): temp.unlink(missing_ok=True)
-        if isinstance(e, OSError): raise KhmerOCRError(f'Cannot write {path}: {e.strerror or e}') from e
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            raise KhmerOCRError(f'Cannot write {path}: {e.strerror or e}') from e
         raise
 
 # %% ../../nbs/01_core/02_files.ipynb #205ca076
 @contextmanager
 def _deaf():
-    if not hasattr(signal, 'pthread_sigmask'): yield; return  # Windows
+    if not hasattr(signal, 'pthread_sigmask'):
+        yield
+        return  # Windows
     resource_tracker.ensure_running()  # once it runs, it leaves the mask alone
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try: yield
-    finally: signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
 # %% ../../nbs/01_core/02_files.ipynb #4feff1cc
 def _cannot(path, e: OSError) -> KhmerOCRError:
     "The one line about a file that could not be written"
-    if isinstance(e, (FileExistsError, NotADirectoryError)): return KhmerOCRError(f'{path} is a file or below one, where a folder is wanted: give another path')
+    if isinstance(e, (FileExistsError, NotADirectoryError)):
+        return KhmerOCRError(f'{path} is a file or below one, where a folder is wanted: give another path')
     remedy = 'make room' if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else 'make the folder writable'
-    return KhmerOCRError(f'Cannot write {path}: {e.strerror or e}; what was finished stays: {remedy} and run the same command again, or choose another folder')
+    return KhmerOCRError(
+        f'Cannot write {path}: {e.strerror or e}; what was finished stays: {remedy} and run the same command again, or choose another folder'
+    )
+
 
 def _folder(path):
     "The folder, made if need be"
-    try: Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise _cannot(path, e) from None
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise _cannot(path, e) from None
 
 # %% ../../nbs/01_core/02_files.ipynb #b44fcf7b
 @contextmanager
@@ -63,27 +76,41 @@ def _aside(path, sync=True):
     try:
         with open(tmp, 'wb') as f:
             yield f
-            if sync: f.flush(); os.fsync(f.fileno())
+            if sync:
+                f.flush()
+                os.fsync(f.fileno())
         os.replace(tmp, path)
     except BaseException as e:
-        with suppress(OSError): os.unlink(tmp)
-        if isinstance(e, OSError): raise _cannot(path, e) from None
+        with suppress(OSError):
+            os.unlink(tmp)
+        if isinstance(e, OSError):
+            raise _cannot(path, e) from None
         raise
+
 
 def _put(path, data: bytes, sync=True):
     "One whole file"
-    with _aside(path, sync) as f: f.write(data)
+    with _aside(path, sync) as f:
+        f.write(data)
 
 # %% ../../nbs/01_core/02_files.ipynb #ad2f9817
 @contextmanager
 def _alone(folder):
     "KhmerOCRError if another run is at work in `folder`"
-    try: import fcntl
-    except ImportError: yield; return      # Windows
-    _folder(folder); fd = os.open(folder, os.O_RDONLY)
     try:
-        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise KhmerOCRError(f'Another run is at work in {folder}: wait for it to end, or stop it') from None
-        except OSError: pass      # a file system without locks
+        import fcntl
+    except ImportError:
         yield
-    finally: os.close(fd)
+        return  # Windows
+    _folder(folder)
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise KhmerOCRError(f'Another run is at work in {folder}: wait for it to end, or stop it') from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(fd)

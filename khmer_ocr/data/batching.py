@@ -20,59 +20,71 @@ from torch.utils.data import DataLoader, Dataset
 # %% ../../nbs/05_data/03_batching.ipynb #3687f64e
 def collate(
     items,  # pairs (uint8 (height, W), label)
-    multiple=16  # the width is padded to a multiple of this: few different shapes let the CPU's kernels be prepared once
+    multiple=16,  # the width is padded to a multiple of this: few different shapes let the CPU's kernels be prepared once
 ) -> dict:  # images uint8 (B, 1, height, W), widths int64 (B,), texts list of B strings
     "One batch: padded with white on the right"
-    W = max(im.shape[1] for im, _ in items); W = -(-W//multiple)*multiple
+    W = max(im.shape[1] for im, _ in items)
+    W = -(-W // multiple) * multiple
     out = torch.full((len(items), 1, items[0][0].shape[0], W), 255, dtype=torch.uint8)
-    for i, (im, _) in enumerate(items): out[i, 0, :, :im.shape[1]] = torch.from_numpy(im)
+    for i, (im, _) in enumerate(items):
+        out[i, 0, :, : im.shape[1]] = torch.from_numpy(im)
     return dict(images=out, widths=torch.tensor([im.shape[1] for im, _ in items]), texts=[t for _, t in items])
+
 
 def as_input(images: torch.Tensor) -> torch.Tensor:
     "uint8 images (B, 1, H, W) as the network's input: float32, ink 1, paper 0"
-    return 1 - images.float()/255
+    return 1 - images.float() / 255
 
 # %% ../../nbs/05_data/03_batching.ipynb #fd139238
 def bucket_batches(
     items,  # list of pairs (image, label)
     batch_size: int,
-    rng=None  # shuffles the order of the batches; None keeps narrow ones first
+    rng=None,  # shuffles the order of the batches; None keeps narrow ones first
 ) -> list[dict]:
     "Batches of items of like width, `batch_size` each (the last has what is left)"
     order = sorted(range(len(items)), key=lambda i: items[i][0].shape[1])
-    batches = [order[i:i+batch_size] for i in range(0, len(order), batch_size)]
-    if rng is not None: rng.shuffle(batches)
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    if rng is not None:
+        rng.shuffle(batches)
     return [collate([items[i] for i in b]) for b in batches]
+
 
 def padding(batches) -> float:
     "The share of the pixels that is padding"
-    return 1 - sum(int(b['widths'].sum()) for b in batches)/sum(b['images'].shape[0]*b['images'].shape[3] for b in batches)
+    return 1 - sum(int(b['widths'].sum()) for b in batches) / sum(
+        b['images'].shape[0] * b['images'].shape[3] for b in batches
+    )
 
 # %% ../../nbs/05_data/03_batching.ipynb #71b43d96
 def cut_widths(
     widths,  # px, in rising order
     batches: int,  # number of batches; a batch has len(widths)/batches lines on average
-    multiple=16  # px, as in `collate`
+    multiple=16,  # px, as in `collate`
 ) -> list[tuple[int, int]]:  # (first, behind last) of each batch
     "The cut into `batches` batches, each of a half to 5/4 of the average size, that pads the least"
-    size = len(widths)//batches
-    step = math.gcd(size, max(1, size//8))          # sizes go in steps
-    widest = -(-np.asarray(widths)[step-1::step]//multiple)*multiple
-    m = np.arange(max(1, size//2//step), size*5//4//step+1)
-    start = np.arange(1, len(widest)+1)[:, None]-m
-    area = np.where(start >= 0, m*widest[:, None] + 1e-6*(m*step-size)**2, np.inf)       # of equals, the most even
-    best, choice = np.r_[0., np.full(len(widest), np.inf)], []
+    size = len(widths) // batches
+    step = math.gcd(size, max(1, size // 8))  # sizes go in steps
+    widest = -(-np.asarray(widths)[step - 1 :: step] // multiple) * multiple
+    m = np.arange(max(1, size // 2 // step), size * 5 // 4 // step + 1)
+    start = np.arange(1, len(widest) + 1)[:, None] - m
+    area = np.where(start >= 0, m * widest[:, None] + 1e-6 * (m * step - size) ** 2, np.inf)  # of equals, the most even
+    best, choice = np.r_[0.0, np.full(len(widest), np.inf)], []
     for _ in range(batches):
-        total = best[np.maximum(start, 0)]+area; j = total.argmin(1)
-        choice.append(m[j]); best = np.r_[np.inf, total[np.arange(len(j)), j]]
+        total = best[np.maximum(start, 0)] + area
+        j = total.argmin(1)
+        choice.append(m[j])
+        best = np.r_[np.inf, total[np.arange(len(j)), j]]
     return _follow(choice, len(widest), step)
 
 # %% ../../nbs/05_data/03_batching.ipynb #316c1cce
 def _follow(choice, n, step):
     "Borders of the batches, from the size that was best at each end"
     out = []
-    for sizes in reversed(choice): out.append(((n-sizes[n-1])*step, n*step)); n -= sizes[n-1]
+    for sizes in reversed(choice):
+        out.append(((n - sizes[n - 1]) * step, n * step))
+        n -= sizes[n - 1]
     return [(int(a), int(b)) for a, b in reversed(out)]
+
 
 def pool_batches(items, batches: int, rng) -> list[dict]:
     "A pool of lines as `batches` batches of like width, in random order"
@@ -82,47 +94,73 @@ def pool_batches(items, batches: int, rng) -> list[dict]:
     return [collate([items[i] for i in order[a:b]]) for a, b in cuts]
 
 # %% ../../nbs/05_data/03_batching.ipynb #3cdf1895
-POOL = 64          # batches
+POOL = 64  # batches
+
 
 class Pools(Dataset):
     "Batches from a source of lines; item p is the list of the batches of pool p"
-    def __init__(self,
+
+    def __init__(
+        self,
         source,  # has take(a, b, seed) -> list of (prepared image, label)
         batch_size=64,  # lines a batch, on average
         pool=POOL,  # batches a pool
         seed=42,
-        pools=1_000_000  # after so many the stream ends
-    ): self.source, self.batch_size, self.pool, self.seed, self.pools = source, batch_size, pool, seed, pools
-    def __len__(self): return self.pools
+        pools=1_000_000,  # after so many the stream ends
+    ):
+        self.source, self.batch_size, self.pool, self.seed, self.pools = source, batch_size, pool, seed, pools
+
+    def __len__(self):
+        return self.pools
 
     def __getitem__(self, p):
-        a, b = self.start(p), self.start(p+1)
-        return pool_batches(self.source.take(a*self.batch_size, b*self.batch_size, self.seed), b-a, _rng(self.seed, 10, p))
+        a, b = self.start(p), self.start(p + 1)
+        return pool_batches(
+            self.source.take(a * self.batch_size, b * self.batch_size, self.seed), b - a, _rng(self.seed, 10, p)
+        )
 
-def _rng(seed, stream, n): return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, n]))
+
+def _rng(seed, stream, n):
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, n]))
 
 # %% ../../nbs/05_data/03_batching.ipynb #eda40907
 @patch
 def start(self: Pools, p) -> int:
     "Number of the first batch of pool `p`: pools hold 4, 16, ... batches, then `pool`"
-    ramp = [4**(i+1) for i in range(min(p, 16)) if 4**(i+1) < self.pool]
-    return sum(ramp) + (p-len(ramp))*self.pool
+    ramp = [4 ** (i + 1) for i in range(min(p, 16)) if 4 ** (i + 1) < self.pool]
+    return sum(ramp) + (p - len(ramp)) * self.pool
+
 
 @patch
 def batches(self: Pools, step: int = 0, workers: int = 0) -> Iterator[dict]:
     "The endless stream of batches from batch number `step` on; the same for any number of `workers`"
-    p0 = max(0, step//self.pool-1)
-    while self.start(p0+1) <= step: p0 += 1
-    skip = step-self.start(p0)
-    loader = DataLoader(self, batch_size=None, sampler=range(p0, self.pools), num_workers=workers, prefetch_factor=1 if workers else None, multiprocessing_context='spawn' if workers else None, worker_init_fn=_obey)
-    for pool in loader: yield from pool[skip:]; skip = 0
+    p0 = max(0, step // self.pool - 1)
+    while self.start(p0 + 1) <= step:
+        p0 += 1
+    skip = step - self.start(p0)
+    loader = DataLoader(
+        self,
+        batch_size=None,
+        sampler=range(p0, self.pools),
+        num_workers=workers,
+        prefetch_factor=1 if workers else None,
+        multiprocessing_context='spawn' if workers else None,
+        worker_init_fn=_obey,
+    )
+    for pool in loader:
+        yield from pool[skip:]
+        skip = 0
 
 # %% ../../nbs/05_data/03_batching.ipynb #753dbfe2
 def _obey(worker=0):
     "In a worker that is deaf to SIGTERM: end when the parent sends it"
-    if not hasattr(signal, 'sigwaitinfo') or signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []): return
+    if not hasattr(signal, 'sigwaitinfo') or signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []):
+        return
+
     def listen():
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid(): pass
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
         os._exit(0)
+
     threading.Thread(target=listen, daemon=True).start()
-    atexit.register(os._exit, 0)          # Python's own way out would end the thread so roughly that C++ complains
+    atexit.register(os._exit, 0)  # Python's own way out would end the thread so roughly that C++ complains

@@ -29,43 +29,67 @@ from ..synth.records import read_shard
 # %% ../../nbs/05_data/04_datasets.ipynb #385a9656
 class LineSource(Dataset):
     "Lines for training: item i is (prepared image, label); `take(a, b, seed)` gives lines a..b-1 of an endless order"
+
     seed = 42
+
     def stream(self, batch_size=64, seed=None, pool=POOL, step=0, workers=0) -> Iterator[dict]:
         "Endless batches from batch number `step` on; they depend on all arguments but `workers`. `seed`: of the order; None: the source's own"
         return Pools(self, batch_size, pool, self.seed if seed is None else seed).batches(step, workers)
 
     def _checked(self, i):
         "An index as Python's lists take it"
-        if not -len(self) <= i < len(self): raise IndexError(f'line {i} of {len(self)}')
+        if not -len(self) <= i < len(self):
+            raise IndexError(f'line {i} of {len(self)}')
         return i % len(self)
 
 # %% ../../nbs/05_data/04_datasets.ipynb #9e2a2a81
 class OnTheFlyDataset(LineSource):
     "Training lines made from a recipe; item i is sample i of the epoch that `set_epoch` chose"
+
     path = 'onthefly'
-    def __init__(self,
+
+    def __init__(
+        self,
         recipe: Recipe = Recipe(random_text=True),
         train_samples_per_epoch=10_000,
         height=HEIGHT,  # px
         texts=None,  # lines in place of the corpus
         raw=False,  # True: images as they were made, of any height
     ):
-        if train_samples_per_epoch < 1: raise KhmerOCRError(f'train_samples_per_epoch is {train_samples_per_epoch}: give a number from 1 up')
-        self.recipe, self.seed, self.n, self.height, self.raw = recipe, recipe.seed, train_samples_per_epoch, height, raw
+        if train_samples_per_epoch < 1:
+            raise KhmerOCRError(f'train_samples_per_epoch is {train_samples_per_epoch}: give a number from 1 up')
+        self.recipe, self.seed, self.n, self.height, self.raw = (
+            recipe,
+            recipe.seed,
+            train_samples_per_epoch,
+            height,
+            raw,
+        )
         self._texts, self._synth = texts, None
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()       # seen by worker processes too
-    def __len__(self): return self.n
-    def __getstate__(self): return self.__dict__ | dict(_synth=None)          # workers open their own fonts
-    def __getitem__(self, i): return self.sample(int(self._epoch)*self.n + self._checked(i))
-    def set_epoch(self, epoch: int): self._epoch.fill_(epoch)
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # seen by worker processes too
+
+    def __len__(self):
+        return self.n
+
+    def __getstate__(self):
+        return self.__dict__ | dict(_synth=None)  # workers open their own fonts
+
+    def __getitem__(self, i):
+        return self.sample(int(self._epoch) * self.n + self._checked(i))
+
+    def set_epoch(self, epoch: int):
+        self._epoch.fill_(epoch)
 
 # %% ../../nbs/05_data/04_datasets.ipynb #ca325e18
 @patch
 def sample(self: OnTheFlyDataset, n: int):  # (prepared image, label)
     "Training sample `n` of the recipe"
-    if self._synth is None: cv2.setNumThreads(1); self._synth = Synth(self.recipe, self._texts)
+    if self._synth is None:
+        cv2.setNumThreads(1)
+        self._synth = Synth(self.recipe, self._texts)
     s = self._synth('train', n)
     return s.image if self.raw else prepare(s.image, self.height), s.text
+
 
 @patch
 def take(self: OnTheFlyDataset, a, b, seed=None):
@@ -75,37 +99,64 @@ def take(self: OnTheFlyDataset, a, b, seed=None):
 # %% ../../nbs/05_data/04_datasets.ipynb #5e8934d8
 class OnTheFly(Pools):
     "`Pools` over an `OnTheFlyDataset`"
+
     def __init__(self, recipe: Recipe, batch_size=64, pool=POOL, height=HEIGHT, pools=1_000_000, texts=None):
         super().__init__(OnTheFlyDataset(recipe, height=height, texts=texts), batch_size, pool, recipe.seed, pools)
 
 # %% ../../nbs/05_data/04_datasets.ipynb #97b6a4e5
 def read_labels(
-    path  # a labels.tsv, or a train.json, val.json or test.json; its folder; or a folder with images/ and labels/ (a split, or a fixed validation set)
+    path,  # a labels.tsv, or a train.json, val.json or test.json; its folder; or a folder with images/ and labels/ (a split, or a fixed validation set)
 ) -> list[tuple[Path, str, dict]]:  # image, label in normal form, other columns
     "The list of labelled images at `path`; KhmerOCRError if there is none"
     path = Path(path)
-    if path.is_dir() and (path/'labels').is_dir():
-        rows = [(path/'images'/f'{p.stem}.png', normalise(p.read_text(encoding='utf-8')), {}) for p in sorted((path/'labels').glob('*.txt'))]
+    if path.is_dir() and (path / 'labels').is_dir():
+        rows = [
+            (path / 'images' / f'{p.stem}.png', normalise(p.read_text(encoding='utf-8')), {})
+            for p in sorted((path / 'labels').glob('*.txt'))
+        ]
     else:
-        if path.is_dir(): path = next((f for n in ('labels.tsv', *(f'{s}.json' for s in SPLITS)) if (f := path/n).is_file()), path/'labels.tsv')
+        if path.is_dir():
+            path = next(
+                (f for n in ('labels.tsv', *(f'{s}.json' for s in SPLITS)) if (f := path / n).is_file()),
+                path / 'labels.tsv',
+            )
         rows = _read_json(path) if path.suffix == '.json' else _read_tsv(path)
-    if not rows: raise KhmerOCRError(f'{path} has no labelled lines')
+    if not rows:
+        raise KhmerOCRError(f'{path} has no labelled lines')
     return rows
 
 # %% ../../nbs/05_data/04_datasets.ipynb #b7d35cec
 def _read_tsv(path) -> list[tuple[Path, str, dict]]:
     "Rows of a labels.tsv; the header is optional"
-    if not path.exists(): raise KhmerOCRError(f'{path}: no labelled lines there (wanted labels.tsv, folders images/ and labels/, or images/ and train.json)')
-    try: rows = [(i, l.split('\t')) for i, l in enumerate(path.read_text(encoding='utf-8-sig').split('\n'), 1) if l.strip(' ')]
-    except UnicodeDecodeError: raise KhmerOCRError(f'{path} is not UTF-8 text: save it as UTF-8') from None
+    if not path.exists():
+        raise KhmerOCRError(
+            f'{path}: no labelled lines there (wanted labels.tsv, folders images/ and labels/, or images/ and train.json)'
+        )
+    try:
+        rows = [
+            (i, l.split('\t'))
+            for i, l in enumerate(path.read_text(encoding='utf-8-sig').split('\n'), 1)
+            if l.strip(' ')
+        ]
+    except UnicodeDecodeError:
+        raise KhmerOCRError(f'{path} is not UTF-8 text: save it as UTF-8') from None
     names = [c.strip().lower() for c in rows[0][1]] if rows else []
-    if 'path' in names: rows = rows[1:]
-    else: names = ['path', 'text']
-    if 'text' not in names: raise KhmerOCRError(f'{path} has no column "text" (its header: {", ".join(names)}): name the columns path and text')
+    if 'path' in names:
+        rows = rows[1:]
+    else:
+        names = ['path', 'text']
+    if 'text' not in names:
+        raise KhmerOCRError(
+            f'{path} has no column "text" (its header: {", ".join(names)}): name the columns path and text'
+        )
     p, t = names.index('path'), names.index('text')
     for i, r in rows:
-        if len(r) <= max(p, t): raise KhmerOCRError(f'{path} line {i}: wanted {"<TAB>".join(names[:max(p, t)+1])}, found {r[0][:40]!r}')
-    return [(path.parent/r[p], normalise(r[t]), {k: v for k, v in zip(names, r) if k not in ('path', 'text')}) for _, r in rows]
+        if len(r) <= max(p, t):
+            raise KhmerOCRError(f'{path} line {i}: wanted {"<TAB>".join(names[: max(p, t) + 1])}, found {r[0][:40]!r}')
+    return [
+        (path.parent / r[p], normalise(r[t]), {k: v for k, v in zip(names, r) if k not in ('path', 'text')})
+        for _, r in rows
+    ]
 
 # %% ../../nbs/05_data/04_datasets.ipynb #0b4d0545
 def _read_json(path) -> list[tuple[Path, str, dict]]:
@@ -113,91 +164,134 @@ def _read_json(path) -> list[tuple[Path, str, dict]]:
     rows, seen = [], {}
     for i, d in enumerate(_json_list(path), 1):
         lacks = [k for k in ('image', 'text') if not isinstance(d, dict) or not isinstance(d.get(k), str)]
-        if lacks: raise KhmerOCRError(f'{path} entry {i} has no "{lacks[0]}": wanted {{"image": "a.png", "text": "..."}}, found {json.dumps(d, ensure_ascii=False)[:60]}')
+        if lacks:
+            raise KhmerOCRError(
+                f'{path} entry {i} has no "{lacks[0]}": wanted {{"image": "a.png", "text": "..."}}, found {json.dumps(d, ensure_ascii=False)[:60]}'
+            )
         name = os.path.normpath(d['image'])
-        if os.path.isabs(name) or name.split(os.sep)[0] == '..': raise KhmerOCRError(f'{path} entry {i}: the image {d["image"]} lies outside images/: copy it there and name it from there')
+        if os.path.isabs(name) or name.split(os.sep)[0] == '..':
+            raise KhmerOCRError(
+                f'{path} entry {i}: the image {d["image"]} lies outside images/: copy it there and name it from there'
+            )
         image = _beside(path.parent, name)
-        if image in seen: raise KhmerOCRError(f'{path} entry {i} names the image of entry {seen[image]} again ({d["image"]}): keep one of them')
+        if image in seen:
+            raise KhmerOCRError(
+                f'{path} entry {i} names the image of entry {seen[image]} again ({d["image"]}): keep one of them'
+            )
         seen[image] = i
         rows.append((image, normalise(d['text']), {k: v for k, v in d.items() if k not in ('image', 'text')}))
     gone = [im for im, *_ in rows if not im.is_file()]
-    if gone: raise KhmerOCRError(f'{path}: {len(gone)} of {len(rows)} images are missing, the first is {gone[0]} (entry {seen[gone[0]]}): copy them there or take their entries out')
+    if gone:
+        raise KhmerOCRError(
+            f'{path}: {len(gone)} of {len(rows)} images are missing, the first is {gone[0]} (entry {seen[gone[0]]}): copy them there or take their entries out'
+        )
     return rows
+
 
 def _beside(folder, name) -> Path:
     "The image `name` of a list in `folder`; some lists say images/ themselves"
-    image = folder/'images'/name
-    return folder/name if name.split(os.sep)[0] == 'images' and not image.is_file() else image
+    image = folder / 'images' / name
+    return folder / name if name.split(os.sep)[0] == 'images' and not image.is_file() else image
 
 # %% ../../nbs/05_data/04_datasets.ipynb #3df29413
 def _json_list(path) -> list:
     "A file that holds a list"
-    try: got = json.loads(path.read_text(encoding='utf-8-sig'))
-    except OSError as e: raise KhmerOCRError(f'{path}: no list of labelled lines there ({e.strerror})') from None
-    except json.JSONDecodeError as e: raise KhmerOCRError(f'{path} is not valid JSON, line {e.lineno}, column {e.colno}: {e.msg}') from None
-    except (UnicodeDecodeError, RecursionError): raise KhmerOCRError(f'{path} is not JSON in UTF-8: save it as UTF-8') from None
-    if not isinstance(got, list): raise KhmerOCRError(f'{path} holds one {type(got).__name__} where a list is wanted: write [{{"image": "a.png", "text": "..."}}, ...]')
+    try:
+        got = json.loads(path.read_text(encoding='utf-8-sig'))
+    except OSError as e:
+        raise KhmerOCRError(f'{path}: no list of labelled lines there ({e.strerror})') from None
+    except json.JSONDecodeError as e:
+        raise KhmerOCRError(f'{path} is not valid JSON, line {e.lineno}, column {e.colno}: {e.msg}') from None
+    except (UnicodeDecodeError, RecursionError):
+        raise KhmerOCRError(f'{path} is not JSON in UTF-8: save it as UTF-8') from None
+    if not isinstance(got, list):
+        raise KhmerOCRError(
+            f'{path} holds one {type(got).__name__} where a list is wanted: write [{{"image": "a.png", "text": "..."}}, ...]'
+        )
     return got
 
 # %% ../../nbs/05_data/04_datasets.ipynb #7ca83ab4
 class LineFolder(LineSource):
     "Labelled lines on disk; item i is (prepared image, label)"
-    def __init__(self,
+
+    def __init__(
+        self,
         path,  # as `read_labels` takes it
         height=HEIGHT,  # px
         limit=None,  # only so many, from the beginning
-        raw=False  # True: images as they are, of any height
-    ): self.path, self.rows, self.height, self.raw, self._order = path, read_labels(path)[:limit], height, raw, (None, None)
-    def __len__(self): return len(self.rows)
+        raw=False,  # True: images as they are, of any height
+    ):
+        self.path, self.rows, self.height, self.raw, self._order = (
+            path,
+            read_labels(path)[:limit],
+            height,
+            raw,
+            (None, None),
+        )
+
+    def __len__(self):
+        return len(self.rows)
+
     def __getitem__(self, i):
-        path, text, _ = self.rows[i]; im = read_image(path)
+        path, text, _ = self.rows[i]
+        im = read_image(path)
         return im if self.raw else prepare(im, self.height), text
 
     def batches(self, batch_size=64) -> list[dict]:
         "All lines in batches of like width"
         return bucket_batches([self[i] for i in range(len(self))], batch_size)
 
-    def order(self, epoch, seed): return _rng(seed, 11, epoch).permutation(len(self))
+    def order(self, epoch, seed):
+        return _rng(seed, 11, epoch).permutation(len(self))
 
 # %% ../../nbs/05_data/04_datasets.ipynb #5b3eb55c
 @patch
 def take(self: LineFolder, a, b, seed=42):
     "Lines a..b-1 of the endless order: all in the order of epoch 0, all in the order of epoch 1, ..."
     out, n = [], len(self)
-    for e in range(a//n, -(-b//n)):
-        if self._order[0] != (e, seed): self._order = (e, seed), self.order(e, seed)
-        out += [self[int(i)] for i in self._order[1][max(0, a-e*n):b-e*n]]
+    for e in range(a // n, -(-b // n)):
+        if self._order[0] != (e, seed):
+            self._order = (e, seed), self.order(e, seed)
+        out += [self[int(i)] for i in self._order[1][max(0, a - e * n) : b - e * n]]
     return out
 
 # %% ../../nbs/05_data/04_datasets.ipynb #1b184878
 class FixedSet(LineFolder):
     "The fixed validation set"
+
     def __init__(self, folder='data/validation_fixed', height=HEIGHT, limit=None):
-        if not (Path(folder)/'validation_texts.txt').exists(): raise KhmerOCRError(f'Fixed validation set not found in {folder}: run `khmer-ocr validation-set`')
+        if not (Path(folder) / 'validation_texts.txt').exists():
+            raise KhmerOCRError(f'Fixed validation set not found in {folder}: run `khmer-ocr validation-set`')
         super().__init__(folder, height, limit)
 
 # %% ../../nbs/05_data/04_datasets.ipynb #497bbd19
 class SyntheticImageDataset(LineFolder):
     "A split of a generated set; item i is (prepared image, label)"
-    def __init__(self,
+
+    def __init__(
+        self,
         root='data/synthetic',  # folder of the set
         split='train',  # or 'val', 'test'
         max_samples=None,  # only so many, from the beginning
         height=HEIGHT,  # px
-        raw=False  # True: images as they were made, of any height
+        raw=False,  # True: images as they were made, of any height
     ):
-        if split not in SPLITS: raise KhmerOCRError(f'Unknown split {split!r}: choose one of {", ".join(SPLITS)}')
-        if not (Path(root)/split/'labels').is_dir(): raise KhmerOCRError(f'No images of the split {split} in {root}: run `khmer-ocr generate --out {root}`')
-        super().__init__(Path(root)/split, height, max_samples, raw)
+        if split not in SPLITS:
+            raise KhmerOCRError(f'Unknown split {split!r}: choose one of {", ".join(SPLITS)}')
+        if not (Path(root) / split / 'labels').is_dir():
+            raise KhmerOCRError(f'No images of the split {split} in {root}: run `khmer-ocr generate --out {root}`')
+        super().__init__(Path(root) / split, height, max_samples, raw)
 
     def metadata(self) -> dict:
         "What made the split: recipe, seed, versions, hashes"
-        return json.loads((self.rows[0][0].parents[1]/'metadata.json').read_text(encoding='utf-8'))
+        return json.loads((self.rows[0][0].parents[1] / 'metadata.json').read_text(encoding='utf-8'))
 
 # %% ../../nbs/05_data/04_datasets.ipynb #c6abe7ad
 class SyntheticImageGenerator:
     "Makes labelled line images: one at a time, or a set on disk"
-    def __init__(self, recipe: Recipe = Recipe()): self.recipe = recipe
+
+    def __init__(self, recipe: Recipe = Recipe()):
+        self.recipe = recipe
 
     def images(self, texts: list[str], split='train') -> Iterator[Sample]:
         "An image of each text: random font and damage in 'train', the font of the text's hash and no damage elsewhere"
@@ -215,53 +309,74 @@ class SyntheticImageGenerator:
 # %% ../../nbs/05_data/04_datasets.ipynb #6baa9937
 class ShardedDataset(LineFolder):
     "Labelled lines in tar files; item i is (prepared image, label). Memory: one shard"
-    def __init__(self,
+
+    def __init__(
+        self,
         path,  # folder of *.tar
         height=HEIGHT,  # px
         limit=None,  # only so many, from the beginning
-        raw=False  # True: images as they are, of any height
+        raw=False,  # True: images as they are, of any height
     ):
         self.path = path = Path(path)
         self.height, self.raw, self._order, self._open, self.kept = height, raw, (None, None), (None, None), None
         self.shards = sorted(path.glob('*.tar'))
-        if not self.shards: raise KhmerOCRError(f'{path} has no shards (*.tar): run `khmer-ocr generate --format shards`, or give another folder')
+        if not self.shards:
+            raise KhmerOCRError(
+                f'{path} has no shards (*.tar): run `khmer-ocr generate --format shards`, or give another folder'
+            )
         counts = _shard_counts(path, self.shards)
-        self.ends = np.cumsum(counts); self.ends = np.minimum(self.ends, limit or self.ends[-1])
-        if not self.ends[-1]: raise KhmerOCRError(f'{path} has no labelled lines: its shards are empty')
-    def __len__(self): return int(self.ends[-1]) if self.kept is None else len(self.kept)
-    def __getstate__(self): return self.__dict__ | dict(_open=(None, None))
+        self.ends = np.cumsum(counts)
+        self.ends = np.minimum(self.ends, limit or self.ends[-1])
+        if not self.ends[-1]:
+            raise KhmerOCRError(f'{path} has no labelled lines: its shards are empty')
+
+    def __len__(self):
+        return int(self.ends[-1]) if self.kept is None else len(self.kept)
+
+    def __getstate__(self):
+        return self.__dict__ | dict(_open=(None, None))
 
 # %% ../../nbs/05_data/04_datasets.ipynb #91b7b8b2
 def _shard_counts(folder, shards) -> list[int]:
     "Samples of each shard: by the set's record, or counted"
-    said = folder/'shards.jsonl'
+    said = folder / 'shards.jsonl'
     rows = [json.loads(l) for l in said.read_text(encoding='utf-8').splitlines()] if said.exists() else []
     known = {r['name']: r['samples'] for r in rows}
-    for name in known.keys() - {p.name for p in shards}: raise KhmerOCRError(f'{folder/name} is missing: run `khmer-ocr generate` again')
+    for name in known.keys() - {p.name for p in shards}:
+        raise KhmerOCRError(f'{folder / name} is missing: run `khmer-ocr generate` again')
     return [known[p.name] if p.name in known else sum(1 for _ in read_shard(p)) for p in shards]
+
 
 @patch
 def __getitem__(self: ShardedDataset, i):
-    i = self._checked(i); i = i if self.kept is None else int(self.kept[i])
+    i = self._checked(i)
+    i = i if self.kept is None else int(self.kept[i])
     k = int(np.searchsorted(self.ends, i, 'right'))
-    if self._open[0] != k: self._open = k, [(png, normalise(t)) for _, png, t, _ in read_shard(self.shards[k])]
-    png, text = self._open[1][i-(self.ends[k-1] if k else 0)]
+    if self._open[0] != k:
+        self._open = k, [(png, normalise(t)) for _, png, t, _ in read_shard(self.shards[k])]
+    png, text = self._open[1][i - (self.ends[k - 1] if k else 0)]
     im = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_GRAYSCALE)
-    if im is None: raise KhmerOCRError(f'{self.shards[k]}: image {i} cannot be read: make the set again')
+    if im is None:
+        raise KhmerOCRError(f'{self.shards[k]}: image {i} cannot be read: make the set again')
     return im if self.raw else prepare(im, self.height), text
+
 
 @patch
 def order(self: ShardedDataset, epoch, seed):
     "All lines once: shards in random order, and the lines of each"
     rng, edges = _rng(seed, 11, epoch), np.r_[0, self.ends]
-    if self.kept is not None: edges = np.searchsorted(self.kept, edges)
-    return np.concatenate([edges[k]+rng.permutation(edges[k+1]-edges[k]) for k in rng.permutation(len(self.ends))])
+    if self.kept is not None:
+        edges = np.searchsorted(self.kept, edges)
+    return np.concatenate(
+        [edges[k] + rng.permutation(edges[k + 1] - edges[k]) for k in rng.permutation(len(self.ends))]
+    )
 
 # %% ../../nbs/05_data/04_datasets.ipynb #935e433f
 def open_lines(path, height=HEIGHT, limit=None) -> LineSource:
     "Labelled lines at `path`: shards, or whatever `read_labels` takes; the folder of a generated set means its training split"
     path = Path(path)
-    if (path/'train').is_dir() and not (path/'labels').is_dir() and not (path/'labels.tsv').exists(): path = path/'train'
+    if (path / 'train').is_dir() and not (path / 'labels').is_dir() and not (path / 'labels.tsv').exists():
+        path = path / 'train'
     return (ShardedDataset if path.is_dir() and any(path.glob('*.tar')) else LineFolder)(path, height, limit)
 
 # %% ../../nbs/05_data/04_datasets.ipynb #12d51a9b
@@ -270,16 +385,20 @@ def labels(self: LineFolder) -> Iterator[tuple[str, str]]:
     "Where each line is, and its label"
     return ((str(p), t) for p, t, _ in self.rows)
 
+
 @patch
 def labels(self: ShardedDataset) -> Iterator[tuple[str, str]]:
     "Where each line is, and its label; reads every shard once"
     said = ((f'{p}:{name}', normalise(t)) for p in self.shards for name, _, t, _ in read_shard(p))
     return (next(said) for _ in range(int(self.ends[-1])))
 
+
 @patch
 def leave_out(self: LineFolder, numbers):
     "Forget the lines of these numbers"
-    gone = set(numbers); self.rows, self._order = [r for i, r in enumerate(self.rows) if i not in gone], (None, None)
+    gone = set(numbers)
+    self.rows, self._order = [r for i, r in enumerate(self.rows) if i not in gone], (None, None)
+
 
 @patch
 def leave_out(self: ShardedDataset, numbers):
@@ -290,15 +409,28 @@ def leave_out(self: ShardedDataset, numbers):
 def check_labels(
     lines,  # a LineFolder or ShardedDataset
     charset: Charset,
-    skip=False  # True: leave such lines out
+    skip=False,  # True: leave such lines out
 ) -> int:  # lines left out
     "KhmerOCRError naming characters that `charset` lacks, and the first lines that have them"
-    bad = [(i, where, sorted(set(t)-set(charset.symbols))) for i, (where, t) in enumerate(lines.labels()) if not set(t) <= set(charset.symbols)]
-    if not bad: return 0
+    bad = [
+        (i, where, sorted(set(t) - set(charset.symbols)))
+        for i, (where, t) in enumerate(lines.labels())
+        if not set(t) <= set(charset.symbols)
+    ]
+    if not bad:
+        return 0
     chars = sorted({c for *_, cs in bad for c in cs})
-    what = ', '.join(f'{c} (U+{ord(c):04X})' for c in chars[:5]) + (f' and {len(chars)-5} more' if len(chars) > 5 else '')
+    what = ', '.join(f'{c} (U+{ord(c):04X})' for c in chars[:5]) + (
+        f' and {len(chars) - 5} more' if len(chars) > 5 else ''
+    )
     where = ', '.join(w for _, w, _ in bad[:3]) + (' ...' if len(bad) > 3 else '')
-    if not skip: raise KhmerOCRError(f'{len(bad)} of {len(lines)} labels in {lines.path} have characters that the reader has no letter for: {what}; first in {where}: correct them, or leave such lines out with --skip-unknown')
-    if len(bad) == len(lines): raise KhmerOCRError(f'No line of {lines.path} is left: every label has characters that the reader has no letter for: {what}')
+    if not skip:
+        raise KhmerOCRError(
+            f'{len(bad)} of {len(lines)} labels in {lines.path} have characters that the reader has no letter for: {what}; first in {where}: correct them, or leave such lines out with --skip-unknown'
+        )
+    if len(bad) == len(lines):
+        raise KhmerOCRError(
+            f'No line of {lines.path} is left: every label has characters that the reader has no letter for: {what}'
+        )
     lines.leave_out(i for i, *_ in bad)
     return len(bad)

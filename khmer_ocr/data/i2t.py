@@ -26,73 +26,108 @@ from .images import read_image
 # %% ../../nbs/05_data/06_i2t.ipynb #48eef036
 class I2TDataset(LineFolder):
     "A split of a dataset in the layout of founding document 003; item i is (prepared image, label)"
-    def __init__(self,
+
+    def __init__(
+        self,
         root='i2t_dataset',  # folder with train/ and val/
         split='train',  # or 'val'
         height=HEIGHT,  # px
         limit=None,  # only so many, from the beginning
-        raw=False  # True: images as they are, of any height
+        raw=False,  # True: images as they are, of any height
     ):
-        folder = Path(root)/split; wanted = folder/f'{split}.json'
-        if not folder.is_dir(): raise KhmerOCRError(f'{root} has no folder {split}/: wanted {wanted} and {folder}/images')
-        if not wanted.is_file(): raise KhmerOCRError(f'{wanted} is missing: write the list of images and texts there, or make the dataset with `khmer-ocr generate --format i2t`')
+        folder = Path(root) / split
+        wanted = folder / f'{split}.json'
+        if not folder.is_dir():
+            raise KhmerOCRError(f'{root} has no folder {split}/: wanted {wanted} and {folder}/images')
+        if not wanted.is_file():
+            raise KhmerOCRError(
+                f'{wanted} is missing: write the list of images and texts there, or make the dataset with `khmer-ocr generate --format i2t`'
+            )
         super().__init__(wanted, height, limit, raw)
 
 # %% ../../nbs/05_data/06_i2t.ipynb #90f1049b
 def _facts(lines, known) -> dict:
     "Counts over the lines of a split"
     texts = [t for _, t, _ in lines.rows]
-    return dict(lines=len(texts), characters=sum(map(len, texts)), empty=texts.count(''), in_train=sum(t in known for t in texts))
+    return dict(
+        lines=len(texts),
+        characters=sum(map(len, texts)),
+        empty=texts.count(''),
+        in_train=sum(t in known for t in texts),
+    )
 
-def i2t_stats(root='i2t_dataset') -> dict:  # split -> lines, characters, empty (labels), in_train (lines whose text is also one of train)
+
+def i2t_stats(
+    root='i2t_dataset',
+) -> dict:  # split -> lines, characters, empty (labels), in_train (lines whose text is also one of train)
     "Counts of both splits"
     splits = {s: I2TDataset(root, s) for s in ('train', 'val')}
     known = {t for _, t, _ in splits['train'].rows}
     return {s: _facts(lines, known) for s, lines in splits.items()}
 
+
 def check_i2t(
     root='i2t_dataset',
-    charset: Charset|None = None  # labels are checked against it
+    charset: Charset | None = None,  # labels are checked against it
 ) -> list[str]:  # one line for each
     "Problems of a dataset: lists that cannot be read, images that do not open, labels that cannot be written; [] if there are none"
     bad = []
     for s in ('train', 'val'):
-        try: lines = I2TDataset(root, s); bad += [str(e) for e in map(_unreadable, lines.rows) if e]; charset and check_labels(lines, charset)
-        except KhmerOCRError as e: bad.append(str(e))
+        try:
+            lines = I2TDataset(root, s)
+            bad += [str(e) for e in map(_unreadable, lines.rows) if e]
+            charset and check_labels(lines, charset)
+        except KhmerOCRError as e:
+            bad.append(str(e))
     return bad
+
 
 def _unreadable(row):
     "The error of an image, or None"
-    try: read_image(row[0])
-    except KhmerOCRError as e: return e
+    try:
+        read_image(row[0])
+    except KhmerOCRError as e:
+        return e
 
 # %% ../../nbs/05_data/06_i2t.ipynb #49c479fb
 @dataclass(frozen=True)
 class Copied:
     "Lines on disk; item i is (bytes of the file, suffix, label)"
+
     lines: LineFolder
     numbers: tuple  # which of them, in this order
-    def __len__(self): return len(self.numbers)
+
+    def __len__(self):
+        return len(self.numbers)
+
     def __getitem__(self, i):
         n = self.numbers[i]
-        if isinstance(self.lines, ShardedDataset): im, text = self.lines[n]; return _png(im, True), '.png', text
+        if isinstance(self.lines, ShardedDataset):
+            im, text = self.lines[n]
+            return _png(im, True), '.png', text
         path, text, _ = self.lines.rows[n]
-        if not path.is_file(): raise KhmerOCRError(f'{path} is missing: bring it back, or take its line out of the labels')
+        if not path.is_file():
+            raise KhmerOCRError(f'{path} is missing: bring it back, or take its line out of the labels')
         return path.read_bytes(), path.suffix.lower(), text
 
     def about(self) -> dict:
         "What tells this source from another"
-        rows = list(self.lines.labels()); said = '\n'.join(f'{Path(rows[n][0]).name}\t{rows[n][1]}' for n in self.numbers)
+        rows = list(self.lines.labels())
+        said = '\n'.join(f'{Path(rows[n][0]).name}\t{rows[n][1]}' for n in self.numbers)
         return dict(source='copied', lines=len(self), labels_sha256=hashlib.sha256(said.encode()).hexdigest())
 
 # %% ../../nbs/05_data/06_i2t.ipynb #3f782391
 @dataclass(frozen=True)
 class Drawn:
     "Lines of a recipe; item i is (bytes of a PNG file, suffix, label)"
+
     recipe: Recipe
     split: str
     n: int
-    def __len__(self): return self.n
+
+    def __len__(self):
+        return self.n
+
     def __getitem__(self, i):
         s = _draw(_worker_synth(self.recipe, None), self.split, i)
         return _png(s.image, bool(s.meta['ops'])), '.png', s.text
@@ -104,14 +139,19 @@ class Drawn:
 # %% ../../nbs/05_data/06_i2t.ipynb #9652038f
 def split_lines(
     lines,  # a LineFolder or ShardedDataset
-    val=.1,  # share of the different texts
-    seed=42
+    val=0.1,  # share of the different texts
+    seed=42,
 ) -> dict[str, tuple]:  # 'train', 'val': numbers of the lines, rising
     "A cut between texts; both sides get at least one"
-    texts = [t for _, t in lines.labels()]; names = sorted(set(texts))
-    if len(names) < 2: raise KhmerOCRError(f'{lines.path} has {len(names)} text only: two are needed for a training and a validation split')
-    if not 0 < val < 1: raise KhmerOCRError(f'The share of validation lines is {val}: it must lie between 0 and 1')
-    n = min(max(1, round(val*len(names))), len(names)-1)
+    texts = [t for _, t in lines.labels()]
+    names = sorted(set(texts))
+    if len(names) < 2:
+        raise KhmerOCRError(
+            f'{lines.path} has {len(names)} text only: two are needed for a training and a validation split'
+        )
+    if not 0 < val < 1:
+        raise KhmerOCRError(f'The share of validation lines is {val}: it must lie between 0 and 1')
+    n = min(max(1, round(val * len(names))), len(names) - 1)
     chosen = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:n]}
     return {s: tuple(i for i, t in enumerate(texts) if (t in chosen) == (s == 'val')) for s in ('train', 'val')}
 
@@ -122,68 +162,94 @@ def _sources(data, most, val, seed) -> dict:
     if isinstance(data, Recipe):
         have = {s: len(Synth(data).lines(s)) for s in ('train', 'val')}
         return {s: Drawn(data, s, few(s) or n if data.random_text else min(n, few(s) or n)) for s, n in have.items()}
-    if (Path(data)/'val').is_dir() and not (Path(data)/'labels').is_dir():
-        lines = {s: open_lines(Path(data)/s, limit=few(s)) for s in ('train', 'val')}; numbers = {s: tuple(range(len(l))) for s, l in lines.items()}
-    else: lines = dict.fromkeys(('train', 'val'), open_lines(data)); numbers = {s: n[:few(s)] for s, n in split_lines(lines['train'], val, seed).items()}
-    for l in lines.values(): l.raw = True
+    if (Path(data) / 'val').is_dir() and not (Path(data) / 'labels').is_dir():
+        lines = {s: open_lines(Path(data) / s, limit=few(s)) for s in ('train', 'val')}
+        numbers = {s: tuple(range(len(l))) for s, l in lines.items()}
+    else:
+        lines = dict.fromkeys(('train', 'val'), open_lines(data))
+        numbers = {s: n[: few(s)] for s, n in split_lines(lines['train'], val, seed).items()}
+    for l in lines.values():
+        l.raw = True
     return {s: Copied(lines[s], n) for s, n in numbers.items()}
 
 # %% ../../nbs/05_data/06_i2t.ipynb #2824983a
 def _write_chunk(source, folder, split, a, b) -> int:
     "Images a..b-1 of a split, and their part of the list"
-    cv2.setNumThreads(1); rows = []
+    cv2.setNumThreads(1)
+    rows = []
     for i in range(a, b):
-        data, suffix, text = source[i]; name = f'{split}_{i:06d}{suffix}'
-        _put(folder/'images'/name, data, sync=False); rows.append(dict(image=name, text=text))
-    _put(folder/'parts'/f'{a:06d}.json', json.dumps(rows, ensure_ascii=False).encode())
-    return b-a
+        data, suffix, text = source[i]
+        name = f'{split}_{i:06d}{suffix}'
+        _put(folder / 'images' / name, data, sync=False)
+        rows.append(dict(image=name, text=text))
+    _put(folder / 'parts' / f'{a:06d}.json', json.dumps(rows, ensure_ascii=False).encode())
+    return b - a
+
 
 def _write_chunks(source, folder, split, todo, pool, done):
     "`_write_chunk` for all of `todo`, here or in the processes of `pool`"
     if pool is None:
-        for a, b in todo: done(_write_chunk(source, folder, split, a, b))
+        for a, b in todo:
+            done(_write_chunk(source, folder, split, a, b))
         return
     try:
-        with _deaf_to_ctrl_c(): jobs = [pool.submit(_write_chunk, source, folder, split, a, b) for a, b in todo]
-        for j in as_completed(jobs): done(j.result())
-    except BrokenExecutor: raise KhmerOCRError('A worker process was killed or ran out of memory; what was finished stays: run the same command again, with fewer workers if memory is short') from None
+        with _deaf_to_ctrl_c():
+            jobs = [pool.submit(_write_chunk, source, folder, split, a, b) for a, b in todo]
+        for j in as_completed(jobs):
+            done(j.result())
+    except BrokenExecutor:
+        raise KhmerOCRError(
+            'A worker process was killed or ran out of memory; what was finished stays: run the same command again, with fewer workers if memory is short'
+        ) from None
 
 # %% ../../nbs/05_data/06_i2t.ipynb #1f7e07b4
 def _begin(folder, split, about) -> bool:  # is the split finished?
     "Make a split ready for `_write_chunk`; KhmerOCRError if something else is there"
-    note, done = folder/'source.json', (folder/f'{split}.json').exists()
+    note, done = folder / 'source.json', (folder / f'{split}.json').exists()
     said = json.dumps(about, ensure_ascii=False, indent=1, sort_keys=True).encode()
     if note.exists() and note.read_bytes() != said or not note.exists() and folder.exists() and any(folder.iterdir()):
         raise KhmerOCRError(f'{folder} holds something else than these lines: choose another folder, or delete it')
-    for f in ('images', 'parts'): (folder/f).mkdir(parents=True, exist_ok=True)
+    for f in ('images', 'parts'):
+        (folder / f).mkdir(parents=True, exist_ok=True)
     _sweep(folder, ('', 'images', 'parts'))
-    if not note.exists(): _put(note, said)
-    if done: shutil.rmtree(folder/'parts')
+    if not note.exists():
+        _put(note, said)
+    if done:
+        shutil.rmtree(folder / 'parts')
     return done
+
 
 def _finish(folder, split):
     "The list, from its parts"
-    rows = [r for p in sorted((folder/'parts').glob('*.json')) for r in json.loads(p.read_bytes())]
-    _put(folder/f'{split}.json', ('[\n' + ',\n'.join(json.dumps(r, ensure_ascii=False) for r in rows) + '\n]\n').encode())
-    shutil.rmtree(folder/'parts')
+    rows = [r for p in sorted((folder / 'parts').glob('*.json')) for r in json.loads(p.read_bytes())]
+    _put(
+        folder / f'{split}.json',
+        ('[\n' + ',\n'.join(json.dumps(r, ensure_ascii=False) for r in rows) + '\n]\n').encode(),
+    )
+    shutil.rmtree(folder / 'parts')
 
 # %% ../../nbs/05_data/06_i2t.ipynb #9ca593ac
 def export_i2t(
     data,  # a Recipe, or a folder of labelled lines in any layout
     out='i2t_dataset',  # folder to write
-    max_lines: int|dict|None = None,  # at most so many of each split, or {split: number}
-    val=.1,  # share that becomes val, where `data` has none
+    max_lines: int | dict | None = None,  # at most so many of each split, or {split: number}
+    val=0.1,  # share that becomes val, where `data` has none
     seed=42,  # of that choice
     workers=1,  # processes that draw; the bytes do not depend on it
-    progress=True
+    progress=True,
 ) -> dict:  # `i2t_stats`, with images_made in this run
     "Write lines in the layout of founding document 003, or go on with it"
     out, made, sources = Path(out), 0, _sources(data, max_lines, val, seed)
     with _alone(out), _pool(workers) as pool:
         for split, source in sources.items():
-            folder, n = out/split, len(source)
-            if _begin(folder, split, source.about()): continue
-            todo = [(a, min(a+CHUNK, n)) for a in range(0, n, CHUNK) if not (folder/'parts'/f'{a:06d}.json').exists()]
-            with _progress(n, split, progress, n-sum(b-a for a, b in todo)) as bar: _write_chunks(source, folder, split, todo, pool if isinstance(source, Drawn) else None, bar.update)
-            _finish(folder, split); made += sum(b-a for a, b in todo)
+            folder, n = out / split, len(source)
+            if _begin(folder, split, source.about()):
+                continue
+            todo = [
+                (a, min(a + CHUNK, n)) for a in range(0, n, CHUNK) if not (folder / 'parts' / f'{a:06d}.json').exists()
+            ]
+            with _progress(n, split, progress, n - sum(b - a for a, b in todo)) as bar:
+                _write_chunks(source, folder, split, todo, pool if isinstance(source, Drawn) else None, bar.update)
+            _finish(folder, split)
+            made += sum(b - a for a, b in todo)
     return i2t_stats(out) | dict(images_made=made)

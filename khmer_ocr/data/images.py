@@ -12,41 +12,58 @@ from pathlib import Path
 from ..core.errors import KhmerOCRError
 
 # %% ../../nbs/05_data/01_images.ipynb #0cd5ed46
-Image.MAX_IMAGE_PIXELS = 500_000_000          # a 20,000 x 20,000 page scan passes; a decompression bomb does not
+Image.MAX_IMAGE_PIXELS = 500_000_000  # a 20,000 x 20,000 page scan passes; a decompression bomb does not
 _errors = (OSError, ValueError, SyntaxError, TypeError, EOFError, Image.DecompressionBombError, MemoryError)
+
 
 def _open(path) -> Image.Image:
     "`Image.open`; for a TIFF that lies on its side by libtiff, since Pillow's own decoder takes its width for its height and scrambles it"
     im, own = Image.open(path), TiffImagePlugin.READ_LIBTIFF
-    if im.format != 'TIFF' or im.tag_v2.get(274, 1) < 5: return im
-    im.close(); TiffImagePlugin.READ_LIBTIFF = True
-    try: return Image.open(path)
-    finally: TiffImagePlugin.READ_LIBTIFF = own
+    if im.format != 'TIFF' or im.tag_v2.get(274, 1) < 5:
+        return im
+    im.close()
+    TiffImagePlugin.READ_LIBTIFF = True
+    try:
+        return Image.open(path)
+    finally:
+        TiffImagePlugin.READ_LIBTIFF = own
+
 
 def read_image(
-    path  # file of any format that Pillow reads
+    path,  # file of any format that Pillow reads
 ) -> np.ndarray:  # uint8 (H, W), grey
     "Open one image upright and grey; KhmerOCRError if it is missing, empty, no image, or under 4 px wide or high"
     path = Path(path)
-    if not path.exists(): raise KhmerOCRError(f'{path}: no such file')
-    if path.is_dir(): raise KhmerOCRError(f'{path} is a folder, not an image')
-    if not path.stat().st_size: raise KhmerOCRError(f'{path} is empty (0 bytes): copy the file again')
+    if not path.exists():
+        raise KhmerOCRError(f'{path}: no such file')
+    if path.is_dir():
+        raise KhmerOCRError(f'{path} is a folder, not an image')
+    if not path.stat().st_size:
+        raise KhmerOCRError(f'{path} is empty (0 bytes): copy the file again')
     try:
         with _open(path) as im:
-            if min(im.size) < 4: raise KhmerOCRError(f'{path} is {im.width} x {im.height} pixels: too small to hold text, give a larger picture')
+            if min(im.size) < 4:
+                raise KhmerOCRError(
+                    f'{path} is {im.width} x {im.height} pixels: too small to hold text, give a larger picture'
+                )
             return to_grey(ImageOps.exif_transpose(im))
-    except _errors as e: raise KhmerOCRError(f'{path} cannot be read as an image: check that it opens in a viewer') from e
+    except _errors as e:
+        raise KhmerOCRError(f'{path} cannot be read as an image: check that it opens in a viewer') from e
 
 # %% ../../nbs/05_data/01_images.ipynb #f083f65b
 def to_grey(
-    im: Image.Image  # of any mode
+    im: Image.Image,  # of any mode
 ) -> np.ndarray:  # uint8 (H, W)
     "A Pillow image of any mode as uint8 (H, W) grey, transparency on white"
     if im.mode in ('I;16', 'I;16B', 'I;16L', 'I', 'F'):
-        a = np.nan_to_num(np.asarray(im).astype(np.float64), posinf=0, neginf=0); top = a.max()
+        a = np.nan_to_num(np.asarray(im).astype(np.float64), posinf=0, neginf=0)
+        top = a.max()
         full = next((f for f in ((1,) if im.mode == 'F' else ()) + (255, 1023, 4095, 16383, 65535) if top <= f), top)
-        return np.clip(a*255/full, 0, 255).round().astype(np.uint8)
-    if im.mode == 'LAB': return np.array(im.getchannel('L'))
+        return np.clip(a * 255 / full, 0, 255).round().astype(np.uint8)
+    if im.mode == 'LAB':
+        return np.array(im.getchannel('L'))
     if im.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in im.info:
-        im = im.convert('RGBA'); paper = Image.new('RGBA', im.size, 'white'); im = Image.alpha_composite(paper, im).convert('RGB')
+        im = im.convert('RGBA')
+        paper = Image.new('RGBA', im.size, 'white')
+        im = Image.alpha_composite(paper, im).convert('RGB')
     return np.array(im.convert('L'))

@@ -21,72 +21,94 @@ from ..text.khmer import Charset
 # %% ../../nbs/05_data/05_mixing.ipynb #05cb9f76
 class MixedSource(LineSource):
     "Lines of two sources: a share of `drawn` among `own`"
-    def __init__(self,
+
+    def __init__(
+        self,
         own,  # a LineSource
         drawn,  # another
-        share: float  # of `drawn`, between 0 and 1
+        share: float,  # of `drawn`, between 0 and 1
     ):
-        if not 0 < share < 1: raise KhmerOCRError(f'The share of drawn lines (mix) is {share}: it must lie between 0 and 1')
+        if not 0 < share < 1:
+            raise KhmerOCRError(f'The share of drawn lines (mix) is {share}: it must lie between 0 and 1')
         self.own, self.drawn, self.share, self.seed, self.raw = own, drawn, share, own.seed, getattr(own, 'raw', False)
         self.path = f'{own.path}, with a share of {share:g} {drawn.path}'
 
     def take(self, a, b, seed=42):
         "Lines a..b-1: those drawn, then the others (a pool sorts them anyway)"
-        x, y = (math.floor(n*self.share) for n in (a, b))
-        return self.drawn.take(x, y, seed) + self.own.take(a-x, b-y, seed)
+        x, y = (math.floor(n * self.share) for n in (a, b))
+        return self.drawn.take(x, y, seed) + self.own.take(a - x, b - y, seed)
 
 # %% ../../nbs/05_data/05_mixing.ipynb #19be5baf
 @dataclass(frozen=True)
 class Stage:
     "A part of a run, with a recipe of its own"
+
     recipe: Recipe
-    share: float = 0.   # of the run, 0..1
-    steps: int = 0      # or its length in steps
+    share: float = 0.0  # of the run, 0..1
+    steps: int = 0  # or its length in steps
+
 
 def read_stages(
     tables: list[dict],  # of a settings file: `steps` or `share`, and what differs in the recipe
-    recipe: Recipe = Recipe(random_text=True)
+    recipe: Recipe = Recipe(random_text=True),
 ) -> list[Stage]:
     "The stages of a curriculum; KhmerOCRError for what is unknown or does not add up"
     stages = [_stage(dict(t), asdict(recipe)) for t in tables]
     for k, s in enumerate(stages[:-1], 1):
-        if not s.share and not s.steps: raise KhmerOCRError(f'Stage {k} of the curriculum has neither steps nor share: only the last may go without')
-    if sum(s.share for s in stages[:-1]) >= 1: raise KhmerOCRError(f'The stages of the curriculum take {sum(s.share for s in stages[:-1]):g} of the run before the last one: leave something for it')
+        if not s.share and not s.steps:
+            raise KhmerOCRError(
+                f'Stage {k} of the curriculum has neither steps nor share: only the last may go without'
+            )
+    if sum(s.share for s in stages[:-1]) >= 1:
+        raise KhmerOCRError(
+            f'The stages of the curriculum take {sum(s.share for s in stages[:-1]):g} of the run before the last one: leave something for it'
+        )
     return stages
 
 # %% ../../nbs/05_data/05_mixing.ipynb #87a91d37
 def _stage(table, recipe) -> Stage:
     "One stage, from its table and the recipe of the run"
-    share, steps = table.pop('share', 0.), table.pop('steps', 0)
-    if type(steps) is not int or steps < 0: raise KhmerOCRError(f'Curriculum setting steps={steps!r} must be a whole number from 0 up')
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1: raise KhmerOCRError(f'Curriculum setting share={share!r} must be a share from 0 to 1')
-    if share and steps: raise KhmerOCRError('A stage of the curriculum has steps and share: give one of them')
-    if 'seed' in table or 'corpus' in table: raise KhmerOCRError("A stage of the curriculum cannot change seed or corpus: set them in [recipe]")
-    if isinstance(table.get('wording'), dict): table['wording'] = recipe['wording'] | table['wording']
+    share, steps = table.pop('share', 0.0), table.pop('steps', 0)
+    if type(steps) is not int or steps < 0:
+        raise KhmerOCRError(f'Curriculum setting steps={steps!r} must be a whole number from 0 up')
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise KhmerOCRError(f'Curriculum setting share={share!r} must be a share from 0 to 1')
+    if share and steps:
+        raise KhmerOCRError('A stage of the curriculum has steps and share: give one of them')
+    if 'seed' in table or 'corpus' in table:
+        raise KhmerOCRError("A stage of the curriculum cannot change seed or corpus: set them in [recipe]")
+    if isinstance(table.get('wording'), dict):
+        table['wording'] = recipe['wording'] | table['wording']
     return Stage(Recipe.from_dict(recipe | table), float(share), steps)
 
 # %% ../../nbs/05_data/05_mixing.ipynb #04d3c490
 class Curriculum(LineSource):
     "Lines on the fly, by the recipe of the stage that each belongs to"
-    def __init__(self,
+
+    def __init__(
+        self,
         stages: list[Stage],
         lines: int,  # of this source in the whole run
         per_step: float,  # lines of this source in a step
         height=HEIGHT,  # px
         texts=None,  # lines in place of the corpus
-        raw=False  # True: images as they were made, of any height
+        raw=False,  # True: images as they were made, of any height
     ):
         self.sources = [OnTheFlyDataset(s.recipe, height=height, texts=texts, raw=raw) for s in stages]
-        self.ends = [*np.cumsum([round(s.steps*per_step or s.share*lines) for s in stages[:-1]]).tolist(), math.inf]
+        self.ends = [*np.cumsum([round(s.steps * per_step or s.share * lines) for s in stages[:-1]]).tolist(), math.inf]
         self.seed, self.raw = stages[0].recipe.seed, raw
-        self.path = 'onthefly, by stages: ' + '; '.join(f'{s.recipe.preset}' + (f' to line {e:,}' if e < math.inf else '') for s, e in zip(stages, self.ends))
+        self.path = 'onthefly, by stages: ' + '; '.join(
+            f'{s.recipe.preset}' + (f' to line {e:,}' if e < math.inf else '') for s, e in zip(stages, self.ends)
+        )
 
     def take(self, a, b, seed=None):
         "Lines a..b-1; a source whose lines are behind gives its memory back"
         out, start = [], 0
         for source, end in zip(self.sources, self.ends):
-            if max(a, start) < min(b, end): out += source.take(max(a, start), min(b, end))
-            elif end <= a: source._synth = None
+            if max(a, start) < min(b, end):
+                out += source.take(max(a, start), min(b, end))
+            elif end <= a:
+                source._synth = None
             start = end
         return out
 
@@ -95,29 +117,43 @@ def at_scale(
     image: np.ndarray,  # uint8 (H, W), grey, any polarity, not yet prepared
     scale: float,  # of the height that `prepare` would give the line
     where: float,  # 0..1: which share of the spare rows is above
-    height: int = HEIGHT
+    height: int = HEIGHT,
 ) -> np.ndarray:  # uint8 (height, W'), dark ink on white
     "A prepared line, larger or smaller within the same height; at most so large that its ink fits"
     if scale > 1:
-        rows = np.flatnonzero((prepare(image, height) < 200).any(1)); scale = min(scale, height/max(1, np.ptp(rows)+1)) if len(rows) else scale
-    h = max(8, int(height*scale)); im = prepare(image, h)
+        rows = np.flatnonzero((prepare(image, height) < 200).any(1))
+        scale = min(scale, height / max(1, np.ptp(rows) + 1)) if len(rows) else scale
+    h = max(8, int(height * scale))
+    im = prepare(image, h)
     if h <= height:
-        top = round((height-h)*where); return cv2.copyMakeBorder(im, top, height-h-top, 0, 0, cv2.BORDER_CONSTANT, value=255)
-    rows = np.flatnonzero((im < 200).any(1)); a, b = (rows[0], rows[-1]+1) if len(rows) else (0, height)
-    top = min(max(round((h-height)*where), b-height), a, h-height)
-    return np.ascontiguousarray(im[max(0, top):max(0, top)+height])
+        top = round((height - h) * where)
+        return cv2.copyMakeBorder(im, top, height - h - top, 0, 0, cv2.BORDER_CONSTANT, value=255)
+    rows = np.flatnonzero((im < 200).any(1))
+    a, b = (rows[0], rows[-1] + 1) if len(rows) else (0, height)
+    top = min(max(round((h - height) * where), b - height), a, h - height)
+    return np.ascontiguousarray(im[max(0, top) : max(0, top) + height])
 
 # %% ../../nbs/05_data/05_mixing.ipynb #5a6b9418
 class MultiScale(LineSource):
     "The lines of a source, each at a random size within the height"
-    def __init__(self,
+
+    def __init__(
+        self,
         source,  # a LineSource with raw=True
         scale: float,  # sizes from 1-scale to 1+scale
-        height=HEIGHT  # px
+        height=HEIGHT,  # px
     ):
-        if not 0 < scale <= .5: raise KhmerOCRError(f'The range of sizes (scale) is {scale}: it must be above 0 and at most 0.5')
-        if not source.raw: raise KhmerOCRError('MultiScale wants images that are not prepared yet: make its source with raw=True')
-        self.source, self.scale, self.height, self.seed, self.path = source, scale, height, source.seed, f'{source.path}, sizes within {scale:g}'
+        if not 0 < scale <= 0.5:
+            raise KhmerOCRError(f'The range of sizes (scale) is {scale}: it must be above 0 and at most 0.5')
+        if not source.raw:
+            raise KhmerOCRError('MultiScale wants images that are not prepared yet: make its source with raw=True')
+        self.source, self.scale, self.height, self.seed, self.path = (
+            source,
+            scale,
+            height,
+            source.seed,
+            f'{source.path}, sizes within {scale:g}',
+        )
 
     def take(self, a, b, seed=None):
         "Lines a..b-1"
@@ -126,19 +162,24 @@ class MultiScale(LineSource):
 
     def sized(self, image, n):
         "`image` as line number `n`"
-        rng = _rng(self.seed, 12, n); return at_scale(image, float(rng.uniform(1-self.scale, 1+self.scale)), float(rng.random()), self.height)
+        rng = _rng(self.seed, 12, n)
+        return at_scale(image, float(rng.uniform(1 - self.scale, 1 + self.scale)), float(rng.random()), self.height)
 
 # %% ../../nbs/05_data/05_mixing.ipynb #ce7ab62e
 @dataclass
 class Feed:
     "What a training run reads, beside the recipe"
-    mix: float = 0.   # share of drawn lines among those of a set, 0..1
-    scale: float = 0.  # lines at sizes from 1-scale to 1+scale of the height; 0: all at one
+
+    mix: float = 0.0  # share of drawn lines among those of a set, 0..1
+    scale: float = 0.0  # lines at sizes from 1-scale to 1+scale of the height; 0: all at one
     skip_unknown: bool = False  # leave out lines whose labels have characters that the charset lacks
 
     def __post_init__(self):
-        for k, top in (('mix', 1), ('scale', .5)):
-            if not 0 <= getattr(self, k) <= top or self.mix == 1: raise KhmerOCRError(f"Setting '{k}' is {getattr(self, k)!r}: it must be from 0 to {top}" + ', 1 left out'*(k == 'mix'))
+        for k, top in (('mix', 1), ('scale', 0.5)):
+            if not 0 <= getattr(self, k) <= top or self.mix == 1:
+                raise KhmerOCRError(
+                    f"Setting '{k}' is {getattr(self, k)!r}: it must be from 0 to {top}" + ', 1 left out' * (k == 'mix')
+                )
 
 # %% ../../nbs/05_data/05_mixing.ipynb #f0b0e905
 def training_source(
@@ -149,21 +190,31 @@ def training_source(
     lines: int = 0,  # lines of the whole run, for the stages
     per_step: int = 64,  # lines of a step, for the stages
     height=HEIGHT,  # px
-    charset: Charset|None = None,  # labels of a set are checked against it
+    charset: Charset | None = None,  # labels of a set are checked against it
     texts=None,  # lines in place of the corpus
-    limit=None  # only so many lines of the set, from the beginning
+    limit=None,  # only so many lines of the set, from the beginning
 ) -> LineSource:  # its `left_out`: how many lines of the set `skip_unknown` has left out
     "Where the lines of a training run come from"
-    raw, share = feed.scale > 0, 1. if data == 'onthefly' else feed.mix
-    if feed.mix and data == 'onthefly': raise KhmerOCRError('mix puts drawn lines among those of a set: give the folder of a set as data')
-    if stages and not share: raise KhmerOCRError('A curriculum is made of drawn lines: give data onthefly, or mix some into your set')
-    drawn = Curriculum(stages, lines*share, per_step*share, height, texts, raw) if stages else OnTheFlyDataset(recipe, height=height, texts=texts, raw=raw)
+    raw, share = feed.scale > 0, 1.0 if data == 'onthefly' else feed.mix
+    if feed.mix and data == 'onthefly':
+        raise KhmerOCRError('mix puts drawn lines among those of a set: give the folder of a set as data')
+    if stages and not share:
+        raise KhmerOCRError('A curriculum is made of drawn lines: give data onthefly, or mix some into your set')
+    drawn = (
+        Curriculum(stages, lines * share, per_step * share, height, texts, raw)
+        if stages
+        else OnTheFlyDataset(recipe, height=height, texts=texts, raw=raw)
+    )
     source, gone = drawn, 0
     if data != 'onthefly':
-        source = open_lines(data, height, limit); source.raw = raw
-        if charset is not None: gone = check_labels(source, charset, feed.skip_unknown)
-        if share: source = MixedSource(source, drawn, share)
-    if raw: source = MultiScale(source, feed.scale, height)
+        source = open_lines(data, height, limit)
+        source.raw = raw
+        if charset is not None:
+            gone = check_labels(source, charset, feed.skip_unknown)
+        if share:
+            source = MixedSource(source, drawn, share)
+    if raw:
+        source = MultiScale(source, feed.scale, height)
     source.left_out = gone
     return source
 
@@ -176,10 +227,14 @@ def training_batches(
     validation=None,  # batches, or what `open_lines` takes
     workers=0,  # processes that make batches
     pool=POOL,  # batches a pool
-    texts=None  # lines in place of the corpus
+    texts=None,  # lines in place of the corpus
 ) -> tuple:  # batches(n): an iterator from the n-th batch on; list of validation batches, or None
     "What a training draws from, and what it is measured on"
-    if data == 'onthefly': lines, seed = OnTheFlyDataset(recipe, height=height, texts=texts), recipe.seed
-    else: lines, seed = data if isinstance(data, LineSource) else open_lines(data, height), train.seed
+    if data == 'onthefly':
+        lines, seed = OnTheFlyDataset(recipe, height=height, texts=texts), recipe.seed
+    else:
+        lines, seed = data if isinstance(data, LineSource) else open_lines(data, height), train.seed
     batches = lambda n: lines.stream(train.batch_size, seed, pool, n, workers)
-    return batches, validation if validation is None or isinstance(validation, list) else open_lines(validation, height).batches()
+    return batches, validation if validation is None or isinstance(validation, list) else open_lines(
+        validation, height
+    ).batches()

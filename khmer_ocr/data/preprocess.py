@@ -12,113 +12,136 @@ import numpy as np
 
 # %% ../../nbs/05_data/02_preprocess.ipynb #bc5399c5
 def lean(
-    grey: np.ndarray  # (H, W), any number type
+    grey: np.ndarray,  # (H, W), any number type
 ) -> float:  # -1..1; above 0: the median is nearer to the lightest grey
     "How far the greys of a line speak for dark ink on light paper"
     lo, mid, hi = np.percentile(grey[::2, ::2] if grey.size > 4000 else grey, (1, 50, 99))
-    return float((mid-lo) - (hi-mid))/max(1., hi-lo)
+    return float((mid - lo) - (hi - mid)) / max(1.0, hi - lo)
 
 # %% ../../nbs/05_data/02_preprocess.ipynb #a16dc312
 def evened(
-    grey: np.ndarray  # uint8 (H, W)
+    grey: np.ndarray,  # uint8 (H, W)
 ) -> np.ndarray:  # float32 (H, W), around 0
     "The line without its shadows: a copy blurred by 0.6 of the height is subtracted"
     h, w = grey.shape
-    small = cv2.resize(grey, (max(4, w//4), max(4, h//4)), interpolation=cv2.INTER_AREA).astype(np.float32)
-    return grey - cv2.resize(cv2.GaussianBlur(small, (0, 0), .15*h), (w, h))
+    small = cv2.resize(grey, (max(4, w // 4), max(4, h // 4)), interpolation=cv2.INTER_AREA).astype(np.float32)
+    return grey - cv2.resize(cv2.GaussianBlur(small, (0, 0), 0.15 * h), (w, h))
+
 
 def edges_lighter(
-    grey: np.ndarray  # uint8 (H, W)
+    grey: np.ndarray,  # uint8 (H, W)
 ) -> float:  # grey levels
     "How much lighter the upper and lower edge are than the middle third; the median over the line"
-    h = len(grey); k = max(1, h//12)
-    g = cv2.GaussianBlur(grey, (0, 0), max(.5, .03*h)).astype(np.float32)
-    d = np.median(np.concatenate([g[:k], g[-k:]]), 0) - g[h//3:max(h//3+1, 2*h//3)].mean(0)
-    return float(np.median(cv2.blur(d[None], (2*h+1, 1), borderType=cv2.BORDER_REFLECT)))
+    h = len(grey)
+    k = max(1, h // 12)
+    g = cv2.GaussianBlur(grey, (0, 0), max(0.5, 0.03 * h)).astype(np.float32)
+    d = np.median(np.concatenate([g[:k], g[-k:]]), 0) - g[h // 3 : max(h // 3 + 1, 2 * h // 3)].mean(0)
+    return float(np.median(cv2.blur(d[None], (2 * h + 1, 1), borderType=cv2.BORDER_REFLECT)))
+
 
 def upright_polarity(
-    image: np.ndarray  # uint8 (H, W), grey, of either polarity
+    image: np.ndarray,  # uint8 (H, W), grey, of either polarity
 ) -> np.ndarray:  # the same shape, ink dark
     "Dark ink on light paper, whatever came"
     sure = lean(image)
-    if abs(sure) < .6:
+    if abs(sure) < 0.6:
         sure = lean(evened(image))
-        if abs(sure) < .25: sure = edges_lighter(image)
-    return 255-image if sure < 0 else image
+        if abs(sure) < 0.25:
+            sure = edges_lighter(image)
+    return 255 - image if sure < 0 else image
 
 # %% ../../nbs/05_data/02_preprocess.ipynb #f71f8fac
 def paper_grey(
-    image: np.ndarray  # uint8 (H, W), dark ink on light paper
+    image: np.ndarray,  # uint8 (H, W), dark ink on light paper
 ) -> np.ndarray:  # float32, the image at a half or a quarter of its size
     "The grey that the paper has at each place"
-    h, w = image.shape; k = 4 if h >= 48 else 2; n = max(3, int(.35*h/k)|1)
-    small = cv2.medianBlur(cv2.resize(image, (max(4, w//k), max(4, h//k)), interpolation=cv2.INTER_AREA), 3)
+    h, w = image.shape
+    k = 4 if h >= 48 else 2
+    n = max(3, int(0.35 * h / k) | 1)
+    small = cv2.medianBlur(cv2.resize(image, (max(4, w // k), max(4, h // k)), interpolation=cv2.INTER_AREA), 3)
     closed = cv2.morphologyEx(small, cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (n, n)))
-    return cv2.GaussianBlur(closed.astype(np.float32), (0, 0), max(1., .4*h/k))
+    return cv2.GaussianBlur(closed.astype(np.float32), (0, 0), max(1.0, 0.4 * h / k))
+
 
 def unshaded(
     image: np.ndarray,  # uint8 (H, W), dark ink on light paper
-    uneven=.1  # largest difference of the paper's grey, as a share of the contrast, that is left alone
+    uneven=0.1,  # largest difference of the paper's grey, as a share of the contrast, that is left alone
 ) -> np.ndarray:  # uint8 (H, W)
     "The line as if the light had been the same everywhere"
-    p = np.maximum(paper_grey(image), 8); low, top, high = np.percentile(p, (5, 75, 95))
-    if high-low < uneven*max(20, top-np.percentile(image, .5)): return image
-    return np.clip(image*(top/cv2.resize(p, image.shape[::-1])), 0, 255).astype(np.uint8)
+    p = np.maximum(paper_grey(image), 8)
+    low, top, high = np.percentile(p, (5, 75, 95))
+    if high - low < uneven * max(20, top - np.percentile(image, 0.5)):
+        return image
+    return np.clip(image * (top / cv2.resize(p, image.shape[::-1])), 0, 255).astype(np.uint8)
 
 # %% ../../nbs/05_data/02_preprocess.ipynb #6f46320e
 def stretch(
     image: np.ndarray,  # uint8 (H, W), dark ink on light paper
-    least=40  # grey levels between ink and paper that are stretched in full; fewer are stretched less
+    least=40,  # grey levels between ink and paper that are stretched in full; fewer are stretched less
 ) -> np.ndarray:  # uint8 (H, W)
     "Grey levels stretched so that the paper is white and the darkest 0.5 % black; a range under `least` levels is not stretched in full, and stays pale"
-    lo, paper = np.percentile(image[::2, ::2] if image.size > 4000 else image, (.5, 60))
-    span = max(paper-lo, least)
-    return cv2.convertScaleAbs(np.minimum(image, paper).astype(np.float32), alpha=255/span, beta=255*(1-paper/span)) if span < 250 else image
+    lo, paper = np.percentile(image[::2, ::2] if image.size > 4000 else image, (0.5, 60))
+    span = max(paper - lo, least)
+    return (
+        cv2.convertScaleAbs(
+            np.minimum(image, paper).astype(np.float32), alpha=255 / span, beta=255 * (1 - paper / span)
+        )
+        if span < 250
+        else image
+    )
 
 # %% ../../nbs/05_data/02_preprocess.ipynb #e7b113d3
 def trim(
     image: np.ndarray,  # uint8 (H, W), dark ink on white
-    keep=.75  # least share of the height that the ink is left with
+    keep=0.75,  # least share of the height that the ink is left with
 ) -> np.ndarray:  # a view of `image`, uint8
     "Cut blank rows and columns off a loose crop: the ink is left with at least `keep` of the height, and half a height of margin at the ends"
     h, w = image.shape
     ink = image < 128
-    rows = np.flatnonzero(ink.sum(1) > max(1, w//400)); cols = np.flatnonzero(ink.any(0))
-    if not len(rows) or not len(cols): return image
-    a, b = rows[0], rows[-1]+1
-    extra = max(0, round((b-a)/keep)-(b-a)+1)//2
-    m = max(4, b-a)//2
-    return image[max(0, a-extra):b+extra, max(0, cols[0]-m):cols[-1]+1+m] if (b-a) < keep*h and b-a >= 8 else image[:, max(0, cols[0]-m-h//2):cols[-1]+1+m+h//2]
+    rows = np.flatnonzero(ink.sum(1) > max(1, w // 400))
+    cols = np.flatnonzero(ink.any(0))
+    if not len(rows) or not len(cols):
+        return image
+    a, b = rows[0], rows[-1] + 1
+    extra = max(0, round((b - a) / keep) - (b - a) + 1) // 2
+    m = max(4, b - a) // 2
+    return (
+        image[max(0, a - extra) : b + extra, max(0, cols[0] - m) : cols[-1] + 1 + m]
+        if (b - a) < keep * h and b - a >= 8
+        else image[:, max(0, cols[0] - m - h // 2) : cols[-1] + 1 + m + h // 2]
+    )
 
 # %% ../../nbs/05_data/02_preprocess.ipynb #26b693d4
 HEIGHT = 40
 
+
 def cleared(
-    image: np.ndarray  # uint8 (H, W), grey, any polarity
+    image: np.ndarray,  # uint8 (H, W), grey, any polarity
 ) -> np.ndarray:  # uint8 (H, W)
     "Dark ink on white: polarity, shadows and contrast mended, nothing cut off"
     return stretch(unshaded(upright_polarity(np.ascontiguousarray(image))))
 
+
 def prepare(
     image: np.ndarray,  # uint8 (H, W), grey, any polarity
-    height: int = HEIGHT
+    height: int = HEIGHT,
 ) -> np.ndarray:  # uint8 (height, W'), dark ink on white
     "What the network sees of a line image; the same in training and in reading"
     image = trim(cleared(image))
     h, w = image.shape
-    W = max(8, round(w*height/h))
+    W = max(8, round(w * height / h))
     return cv2.resize(image, (W, height), interpolation=cv2.INTER_AREA if h > height else cv2.INTER_LINEAR)
 
 # %% ../../nbs/05_data/02_preprocess.ipynb #ef5d63c4
 def local_threshold(
     grey: np.ndarray,  # uint8 or float32 HxW, dark ink on light paper
     window: int,  # side of the window, px, odd
-    k: float = .2,  # how far below the local mean a calm neighbourhood's threshold lies, 0..1
-    R: float = 128.,  # largest standard deviation, grey levels
+    k: float = 0.2,  # how far below the local mean a calm neighbourhood's threshold lies, 0..1
+    R: float = 128.0,  # largest standard deviation, grey levels
     depth: int = cv2.CV_64F,  # OpenCV's type of the sums; -1: that of `grey`
-    border: int = cv2.BORDER_REFLECT  # how OpenCV goes on beyond the edges
+    border: int = cv2.BORDER_REFLECT,  # how OpenCV goes on beyond the edges
 ) -> np.ndarray:  # float HxW, grey levels: darker is ink
     "The threshold of Sauvola and Pietikäinen (Pattern Recognition 33, 2000) at every pixel"
     mean, squares = (f(grey, depth, (window, window), borderType=border) for f in (cv2.boxFilter, cv2.sqrBoxFilter))
-    std = np.sqrt(np.maximum(squares - mean*mean, 0))
-    return mean*(1 + k*(std/R - 1))
+    std = np.sqrt(np.maximum(squares - mean * mean, 0))
+    return mean * (1 + k * (std / R - 1))

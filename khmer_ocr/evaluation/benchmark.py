@@ -25,7 +25,16 @@ from ..synth.records import read_shard
 from ..synth.store import validation_texts
 from ..data.images import read_image
 from ..data.datasets import read_labels
-from ..text.metrics import bootstrap, calibration, line_edits, lost_runs, paired_bootstrap, rejection, score, unit_hits
+from khmer_ocr.text.metrics import (
+    bootstrap,
+    calibration,
+    line_edits,
+    lost_runs,
+    paired_bootstrap,
+    rejection,
+    score,
+    unit_hits,
+)
 from ..inference.reader import Reader
 from .engines import Run, available_peers, run_peer
 
@@ -33,13 +42,17 @@ from .engines import Run, available_peers, run_peer
 @dataclass
 class LineSet:
     "Labelled lines by which readers are judged; lists of equal length"
-    name: str           # short; a key in metrics.json
-    paths: list         # of the images
-    truths: list[str]   # in normal form
-    facts: list[dict]   # what is known of a line: font, size, ops, kind, part
-    title: str = ''     # for people
+
+    name: str  # short; a key in metrics.json
+    paths: list  # of the images
+    truths: list[str]  # in normal form
+    facts: list[dict]  # what is known of a line: font, size, ops, kind, part
+    title: str = ''  # for people
     shown: bool = True  # False: neither text nor image of it may appear in a report
-    def __len__(self): return len(self.paths)
+
+    def __len__(self):
+        return len(self.paths)
+
     def part(self, some, name=None):
         "The lines number `some` as a set"
         take = lambda side: [side[i] for i in some]
@@ -48,48 +61,71 @@ class LineSet:
 # %% ../../nbs/10_evaluation/02_benchmark.ipynb #672042e5
 def _split(path: Path) -> Path:
     "The best split to judge on, where `path` is a whole generated set; else `path`"
-    if not path.is_dir() or (path/'labels').is_dir() or (path/'labels.tsv').exists() or any(path.glob('*.tar')): return path
-    return next((path/s for s in ('test', 'val', 'train') if (path/s).is_dir()), path)
+    if not path.is_dir() or (path / 'labels').is_dir() or (path / 'labels.tsv').exists() or any(path.glob('*.tar')):
+        return path
+    return next((path / s for s in ('test', 'val', 'train') if (path / s).is_dir()), path)
+
 
 def _unpack(path: Path, room: Path, limit) -> list[tuple]:
     "(image file, text, facts) of the samples of a folder of shards, the images written to `room`"
     rows = []
     for shard in sorted(path.glob('*.tar')):
         for name, png, text, facts in read_shard(shard):
-            if limit and len(rows) >= limit: return rows
-            write_atomic(Path(room)/f'{name}.png', png); rows.append((Path(room)/f'{name}.png', text, facts))
+            if limit and len(rows) >= limit:
+                return rows
+            write_atomic(Path(room) / f'{name}.png', png)
+            rows.append((Path(room) / f'{name}.png', text, facts))
     return rows
+
 
 def _recorded(path: Path) -> dict:
     "Image name -> facts, from the record of a generated split; {} for other sets"
-    record = path/'samples.jsonl'
-    try: return {r['name']: r for r in map(json.loads, record.read_text(encoding='utf-8').splitlines())} if record.is_file() else {}
-    except (ValueError, KeyError, TypeError): raise KhmerOCRError(f'{record} is damaged: make the set again') from None
+    record = path / 'samples.jsonl'
+    try:
+        return (
+            {r['name']: r for r in map(json.loads, record.read_text(encoding='utf-8').splitlines())}
+            if record.is_file()
+            else {}
+        )
+    except (ValueError, KeyError, TypeError):
+        raise KhmerOCRError(f'{record} is damaged: make the set again') from None
 
 # %% ../../nbs/10_evaluation/02_benchmark.ipynb #93cecd81
 _known = ('font', 'latin', 'size', 'ops', 'preset', 'kind', 'part')
+
 
 def open_set(
     path,  # labels.tsv or its folder, a split (files or shards), a generated set (then its test split), or a fixed validation set
     room,  # folder for images that have to be unpacked
     name: str = 'data',
-    limit: int|None = None,  # only so many lines, from the beginning
-    **more  # title, shown
+    limit: int | None = None,  # only so many lines, from the beginning
+    **more,  # title, shown
 ) -> LineSet:
     "Labelled lines at `path`; `KhmerOCRError` if there are none"
     path = _split(Path(path))
-    if path.is_dir() and any(path.glob('*.tar')): rows = _unpack(path, Path(room), limit)
+    if path.is_dir() and any(path.glob('*.tar')):
+        rows = _unpack(path, Path(room), limit)
     else:
         said = _recorded(path)
         rows = [(p, t, said.get(p.stem, {}) | columns) for p, t, columns in read_labels(path)[:limit]]
-    if not rows: raise KhmerOCRError(f'{path} has no labelled lines')
-    return LineSet(name, [p for p, *_ in rows], [t for _, t, _ in rows], [{k: f[k] for k in _known if k in f} for *_, f in rows], **more)
+    if not rows:
+        raise KhmerOCRError(f'{path} has no labelled lines')
+    return LineSet(
+        name,
+        [p for p, *_ in rows],
+        [t for _, t, _ in rows],
+        [{k: f[k] for k in _known if k in f} for *_, f in rows],
+        **more,
+    )
 
 # %% ../../nbs/10_evaluation/02_benchmark.ipynb #d16b2813
-FIXED = dict(fixed=('fixed validation set', dict(seed=42)),
+FIXED = dict(
+    fixed=('fixed validation set', dict(seed=42)),
     augmented=('fixed set, augmented', dict(seed=42, augment_val=True, preset='buoy2022')),
-    heldout=('held-out fonts, clean', dict(seed=43, held_out=True)))
+    heldout=('held-out fonts, clean', dict(seed=43, held_out=True)),
+)
 DAMAGES = ('clean', 'light', 'document', 'scan', 'photo', 'hard', 'buoy2022')
+
 
 def fixed_synth(name: str, corpus='data/processed', fonts=None) -> Synth:
     "Makes the samples of a fixed set, split 'val', as `sets.make_validation_set` does for 6,400 lines"
@@ -97,9 +133,21 @@ def fixed_synth(name: str, corpus='data/processed', fonts=None) -> Synth:
     lines = load_lines(corpus, 'val')
     return Synth(recipe, validation_texts(lines, min(6400, len(lines)), recipe.seed))
 
+
 def damaged_synth(preset: str, held_out: bool, corpus='data/processed', fonts=None) -> Synth:
     "Makes random texts of the split 'test' with the damage of `preset`; no blank lines, seed 77"
-    return Synth(Recipe(corpus=str(corpus), fonts=fonts, seed=77, preset=preset, held_out=held_out, random_text=True, augment_val=True, wording=Wording(blank=0.)))
+    return Synth(
+        Recipe(
+            corpus=str(corpus),
+            fonts=fonts,
+            seed=77,
+            preset=preset,
+            held_out=held_out,
+            random_text=True,
+            augment_val=True,
+            wording=Wording(blank=0.0),
+        )
+    )
 
 # %% ../../nbs/10_evaluation/02_benchmark.ipynb #981df018
 def draw_set(
@@ -109,52 +157,76 @@ def draw_set(
     folder,  # for the images
     name: str,
     progress: bool = False,  # a bar on a terminal
-    **more  # title, shown
+    **more,  # title, shown
 ) -> LineSet:
     "The first `n` samples of a split as a set, images as PNG in folder/name"
-    room, rows = Path(folder)/name, []
+    room, rows = Path(folder) / name, []
     room.mkdir(parents=True, exist_ok=True)
     for i in tqdm(range(n), desc=name, unit='line', disable=not (progress and sys.stderr.isatty())):
-        s = synth(split, i); cv2.imwrite(str(room/f'{i:06d}.png'), s.image)
-        rows.append((room/f'{i:06d}.png', s.text, {k: s.meta[k] for k in _known if k in s.meta}))
+        s = synth(split, i)
+        cv2.imwrite(str(room / f'{i:06d}.png'), s.image)
+        rows.append((room / f'{i:06d}.png', s.text, {k: s.meta[k] for k in _known if k in s.meta}))
     return LineSet(name, *map(list, zip(*rows)), **more)
 
 # %% ../../nbs/10_evaluation/02_benchmark.ipynb #95694456
 def held_out_fonts(fonts=None) -> bool:
     "Is any font of a held-out family installed?"
-    try: return bool(find_fonts(fonts, 'heldout'))
-    except KhmerOCRError: return False
+    try:
+        return bool(find_fonts(fonts, 'heldout'))
+    except KhmerOCRError:
+        return False
 
 # %% ../../nbs/10_evaluation/02_benchmark.ipynb #1d583d2f
 def battery(
     folder,  # for the images
     lines: int = 500,  # of each set
-    fixed_lines: int|None = None,  # of the three fixed sets; None: `lines`
+    fixed_lines: int | None = None,  # of the three fixed sets; None: `lines`
     corpus='data/processed',
     fonts=None,  # folder of fonts; None: the project's own
-    progress: bool = False
+    progress: bool = False,
 ) -> list[LineSet]:
     "The standard sets: fixed, augmented, heldout; each of `DAMAGES` in fonts of training, and as PRESET_heldout in others"
-    if min(lines, fixed_lines or lines) < 1: raise KhmerOCRError(f'The battery wants a number of lines from 1 up, not {min(lines, fixed_lines or lines)}')
+    if min(lines, fixed_lines or lines) < 1:
+        raise KhmerOCRError(f'The battery wants a number of lines from 1 up, not {min(lines, fixed_lines or lines)}')
     out, others = [], held_out_fonts(fonts)
     for name, (title, how) in FIXED.items():
-        if how.get('held_out') and not others: continue
+        if how.get('held_out') and not others:
+            continue
         synth = fixed_synth(name, corpus, fonts)
-        out.append(draw_set(synth, 'val', min(fixed_lines or lines, len(synth.lines('val'))), folder, name, progress, title=title))
-    for preset, held_out in [(d, h) for h in (False, True)[:1+others] for d in DAMAGES]:
-        out.append(draw_set(damaged_synth(preset, held_out, corpus, fonts), 'test', lines, folder, preset + '_heldout'*held_out, progress, title=f'{preset}, {"held-out" if held_out else "training"} fonts'))
-    if not others: print('Sets in held-out fonts were left out, for none is installed: run `khmer-ocr fonts install`', file=sys.stderr)
+        out.append(
+            draw_set(
+                synth, 'val', min(fixed_lines or lines, len(synth.lines('val'))), folder, name, progress, title=title
+            )
+        )
+    for preset, held_out in [(d, h) for h in (False, True)[: 1 + others] for d in DAMAGES]:
+        out.append(
+            draw_set(
+                damaged_synth(preset, held_out, corpus, fonts),
+                'test',
+                lines,
+                folder,
+                preset + '_heldout' * held_out,
+                progress,
+                title=f'{preset}, {"held-out" if held_out else "training"} fonts',
+            )
+        )
+    if not others:
+        print(
+            'Sets in held-out fonts were left out, for none is installed: run `khmer-ocr fonts install`',
+            file=sys.stderr,
+        )
     return out
 
 # %% ../../nbs/10_evaluation/02_benchmark.ipynb #fd4270b9
-def real_lines() -> LineSet|None:
+def real_lines() -> LineSet | None:
     "The lines of KHMER_OCR_REAL_LINES, as a set that is not shown; None where the variable is not set"
     where = os.environ.get('KHMER_OCR_REAL_LINES')
     return open_set(where, '', 'real', title='real lines', shown=False) if where else None
 
+
 def groups(
     lines: LineSet,
-    *keys  # names of facts, such as 'part', 'kind'
+    *keys,  # names of facts, such as 'part', 'kind'
 ) -> dict:  # name -> numbers of the lines, in the order of the names; {} where no line has any of the facts, or all lines are alike
     "The lines of a set by what is known about them"
     names = [' '.join(str(f[k]) for k in keys if f.get(k)) for f in lines.facts]
@@ -164,31 +236,40 @@ def groups(
 @dataclass
 class Judged:
     "A set and the readings of its lines"
+
     lines: LineSet
-    readings: list = field(repr=False)      # of `Reading`, one for each line
+    readings: list = field(repr=False)  # of `Reading`, one for each line
+
     @property
-    def texts(self) -> list[str]: return [r.text for r in self.readings]
+    def texts(self) -> list[str]:
+        return [r.text for r in self.readings]
+
     def part(self, some, name=None):
         "The lines number `some`"
         return Judged(self.lines.part(some, name), [self.readings[i] for i in some])
+
 
 def visible(judged: list[Judged]) -> list[Judged]:
     "Those of which text and images may appear in a report"
     return [j for j in judged if j.lines.shown]
 
 # %% ../../nbs/10_evaluation/02_benchmark.ipynb #d9559f0d
-def pool(
-    judged: list[Judged],
-    name: str
-) -> Judged:  # shown only if all of them are
+def pool(judged: list[Judged], name: str) -> Judged:  # shown only if all of them are
     "Several sets as one"
     joined = lambda key: [x for j in judged for x in getattr(j.lines, key)]
-    lines = LineSet(name, *map(joined, ('paths', 'truths', 'facts')), title=name, shown=all(j.lines.shown for j in judged))
+    lines = LineSet(
+        name, *map(joined, ('paths', 'truths', 'facts')), title=name, shown=all(j.lines.shown for j in judged)
+    )
     return Judged(lines, [r for j in judged for r in j.readings])
 
-def parts_of(lines: LineSet) -> dict:  # 'SET PART', 'SET PART KIND' -> numbers of the lines; {} where no part or kind is known
+
+def parts_of(
+    lines: LineSet,
+) -> dict:  # 'SET PART', 'SET PART KIND' -> numbers of the lines; {} where no part or kind is known
     "The parts of a set that are scored on their own; those without any text are left out"
-    found = {f'{lines.name} {g}': some for keys in (('part',), ('part', 'kind')) for g, some in groups(lines, *keys).items()}
+    found = {
+        f'{lines.name} {g}': some for keys in (('part',), ('part', 'kind')) for g, some in groups(lines, *keys).items()
+    }
     return {name: some for name, some in found.items() if any(lines.truths[i] for i in some)}
 
 # %% ../../nbs/10_evaluation/02_benchmark.ipynb #f341090c
@@ -197,22 +278,23 @@ def judge(
     lines: LineSet,
     batch_size: int = 32,
     progress: bool = False,  # a bar on a terminal
-    portion: int = 256  # images in memory at a time
+    portion: int = 256,  # images in memory at a time
 ) -> Judged:
     "Read every line of a set; `KhmerOCRError` for an image that cannot be opened"
     out = []
     with tqdm(total=len(lines), unit='line', desc=lines.name, disable=not (progress and sys.stderr.isatty())) as bar:
         for i in range(0, len(lines), portion):
-            images = [read_image(p) for p in lines.paths[i:i+portion]]
-            out += reader.read(images, batch_size=batch_size); bar.update(len(images))
+            images = [read_image(p) for p in lines.paths[i : i + portion]]
+            out += reader.read(images, batch_size=batch_size)
+            bar.update(len(images))
     return Judged(lines, out)
 
 # %% ../../nbs/10_evaluation/02_benchmark.ipynb #7faed243
 def open_readers(
     names: list,  # weights by name or path; '' for the best that ships
-    decoder: str|None = None,  # how scores become text; None or '': as the model likes
-    lm: str|None = None,  # a language model to listen to, by name or path; None or '': none
-    load=Reader.load
+    decoder: str | None = None,  # how scores become text; None or '': as the model likes
+    lm: str | None = None,  # a language model to listen to, by name or path; None or '': none
+    load=Reader.load,
 ) -> dict:  # short name -> reader, in the order given
     "Readers by the names of their weights; two files of one name keep their paths"
     out, options = {}, {k: v for k, v in dict(decoder=decoder, lm=lm).items() if v}
@@ -224,69 +306,109 @@ def open_readers(
 
 # %% ../../nbs/10_evaluation/02_benchmark.ipynb #aab4a21b
 def confidences(
-    judged: Judged
+    judged: Judged,
 ) -> dict:  # 'lines' and 'symbols': (confidences, whether right), two lists; symbols only where the reader gives them
     "What the reader claimed, and what came true; a line is right without spaces and with look-alikes folded"
     edits, _ = line_edits(judged.texts, judged.lines.truths)
-    units = [(min(max(c, 0.), 1.), hit) for r, t in zip(judged.readings, judged.lines.truths) for (_, c, *_), hit in zip(r.chars, unit_hits([u for u, *_ in r.chars], t))]
-    lines = [min(max(float(r.confidence), 0.), 1.) for r in judged.readings], (edits == 0).tolist()
+    units = [
+        (min(max(c, 0.0), 1.0), hit)
+        for r, t in zip(judged.readings, judged.lines.truths)
+        for (_, c, *_), hit in zip(r.chars, unit_hits([u for u, *_ in r.chars], t))
+    ]
+    lines = [min(max(float(r.confidence), 0.0), 1.0) for r in judged.readings], (edits == 0).tolist()
     return dict(lines=lines) | (dict(symbols=tuple(map(list, zip(*units)))) if units else {})
+
 
 def measure(
     judged: Judged,
-    seed: int = 0  # of the bootstrap
+    seed: int = 0,  # of the bootstrap
 ) -> dict:  # name -> number
     "`metrics.score`, and: low, high (95 % of cer_folded), runs (dropped, repeated, inserted), longest_run, ece_lines, ece_symbols, area, best_area, reject_1pc, reject_05pc"
     texts, truths = judged.texts, judged.lines.truths
-    edits, totals = line_edits(texts, truths); low, high = bootstrap(edits, totals, seed=seed)
+    edits, totals = line_edits(texts, truths)
+    low, high = bootstrap(edits, totals, seed=seed)
     runs, claimed = lost_runs(texts, truths), confidences(judged)
-    kept = rejection(claimed['lines'][0], edits, totals, targets=(.01, .005))
-    return score(texts, truths) | dict(low=low, high=high, runs=len(runs), **{k: sum(r['kind'] == k for r in runs) for k in ('dropped', 'repeated', 'inserted')}, longest_run=max((r['length'] for r in runs), default=0),
-        **{f'ece_{k}': calibration(*v)['ece'] for k, v in claimed.items()}, area=kept['area'], best_area=kept['best_area'], reject_1pc=kept['reject'][.01], reject_05pc=kept['reject'][.005])
+    kept = rejection(claimed['lines'][0], edits, totals, targets=(0.01, 0.005))
+    return score(texts, truths) | dict(
+        low=low,
+        high=high,
+        runs=len(runs),
+        **{k: sum(r['kind'] == k for r in runs) for k in ('dropped', 'repeated', 'inserted')},
+        longest_run=max((r['length'] for r in runs), default=0),
+        **{f'ece_{k}': calibration(*v)['ece'] for k, v in claimed.items()},
+        area=kept['area'],
+        best_area=kept['best_area'],
+        reject_1pc=kept['reject'][0.01],
+        reject_05pc=kept['reject'][0.005],
+    )
 
 # %% ../../nbs/10_evaluation/02_benchmark.ipynb #7989d925
 def choose_peers(
     names: list[str],  # names or beginnings of names, in any case; 'all' for all that are installed
-    installed: list[str]|None = None  # None: `available_peers()`
+    installed: list[str] | None = None,  # None: `available_peers()`
 ) -> list[str]:  # those of `installed` that are meant, in their order
     "The peers that are meant; `KhmerOCRError` for a name that fits none"
     installed = available_peers() if installed is None else installed
     fits = {n: [p for p in installed if n == 'all' or p.lower().startswith(str(n).lower())] for n in names}
     for n, found in fits.items():
-        if not found and n != 'all': raise KhmerOCRError(f'No peer called {n!r} is installed{suggest(str(n), installed)} (there are: {", ".join(installed) or "none"})')
+        if not found and n != 'all':
+            raise KhmerOCRError(
+                f'No peer called {n!r} is installed{suggest(str(n), installed)} (there are: {", ".join(installed) or "none"})'
+            )
     return [p for p in installed if any(p in found for found in fits.values())]
 
 # %% ../../nbs/10_evaluation/02_benchmark.ipynb #3da5ce0e
 def run_peers(
     lines: LineSet,
     names: list[str],  # as `available_peers` gives them
-    run=run_peer  # function (name, paths) -> Run
+    run=run_peer,  # function (name, paths) -> Run
 ) -> list[Run]:
     "What each peer reads on a set; one that fails is left out, with a line on stderr"
     out = []
     for name in names:
-        try: out.append(run(name, lines.paths))
-        except KhmerOCRError as e: print(f'{name} left out on {lines.name}' + (f': {e}' if lines.shown else ''), file=sys.stderr)
+        try:
+            out.append(run(name, lines.paths))
+        except KhmerOCRError as e:
+            print(f'{name} left out on {lines.name}' + (f': {e}' if lines.shown else ''), file=sys.stderr)
     return out
 
 # %% ../../nbs/10_evaluation/02_benchmark.ipynb #475ce14b
 def rank(
     runs: list[Run],  # ours first
     truths: list[str],
-    seed: int = 0
-) -> list[dict]:  # in the order given: engine, cer_folded, low, high, cer, cluster, exact; and behind_ours (difference, low, high, better), None for the first
+    seed: int = 0,
+) -> list[
+    dict
+]:  # in the order given: engine, cer_folded, low, high, cer, cluster, exact; and behind_ours (difference, low, high, better), None for the first
     "Error rates of engines on the same lines with their intervals, and the paired difference of each to the first"
-    ours, _ = line_edits(runs[0].texts, truths); rows = []
+    ours, _ = line_edits(runs[0].texts, truths)
+    rows = []
     for r in runs:
-        edits, totals = line_edits(r.texts, truths); low, high = bootstrap(edits, totals, seed=seed)
-        rates = {k: v for k, v in score(r.texts, truths, extras=False).items() if k in ('cer_folded', 'cer', 'cluster', 'exact')}
-        rows.append(dict(engine=r.engine, **rates, low=low, high=high, behind_ours=None if r is runs[0] else paired_bootstrap(ours, edits, totals, seed=seed)))
+        edits, totals = line_edits(r.texts, truths)
+        low, high = bootstrap(edits, totals, seed=seed)
+        rates = {
+            k: v
+            for k, v in score(r.texts, truths, extras=False).items()
+            if k in ('cer_folded', 'cer', 'cluster', 'exact')
+        }
+        rows.append(
+            dict(
+                engine=r.engine,
+                **rates,
+                low=low,
+                high=high,
+                behind_ours=None if r is runs[0] else paired_bootstrap(ours, edits, totals, seed=seed),
+            )
+        )
     return rows
+
 
 def rank_parts(
     runs: list[Run],  # ours first
-    lines: LineSet
+    lines: LineSet,
 ) -> dict:  # name of the set, and of each of `parts_of` -> rows of `rank`
     "Engines ranked on a set and on its parts"
     some = lambda r, at: Run(r.engine, [r.texts[i] for i in at], r.cpu_seconds)
-    return {lines.name: rank(runs, lines.truths)} | {name: rank([some(r, at) for r in runs], [lines.truths[i] for i in at]) for name, at in parts_of(lines).items()}
+    return {lines.name: rank(runs, lines.truths)} | {
+        name: rank([some(r, at) for r in runs], [lines.truths[i] for i in at]) for name, at in parts_of(lines).items()
+    }

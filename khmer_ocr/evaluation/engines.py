@@ -20,7 +20,8 @@ from ..inference.reader import Reader, read_files
 # %% ../../nbs/10_evaluation/01_engines.ipynb #cb8a04cc
 def tesseract_models() -> list[str]:
     "Khmer models of the installed Tesseract; [] where it is not installed"
-    if not shutil.which('tesseract'): return []
+    if not shutil.which('tesseract'):
+        return []
     out = subprocess.run(['tesseract', '--list-langs'], capture_output=True, text=True).stdout.split()
     have = [m for m in ('khm', 'script/Khmer', 'Khmer') if m in out]
     return have + (['khm+eng'] if {'khm', 'eng'} <= set(out) else [])
@@ -29,63 +30,105 @@ def tesseract_models() -> list[str]:
 @dataclass
 class Run:
     "What an engine read, and what it cost"
+
     engine: str
     texts: list[str]
-    cpu_seconds: float    # processor time, files to text, all threads
+    cpu_seconds: float  # processor time, files to text, all threads
+
     @property
     def lines_per_cpu_second(self):
         "Speed; processor time, not the clock on the wall"
-        return len(self.texts)/max(self.cpu_seconds, 1e-9)
+        return len(self.texts) / max(self.cpu_seconds, 1e-9)
 
-def _children(): u = resource.getrusage(resource.RUSAGE_CHILDREN); return u.ru_utime+u.ru_stime
+
+def _children():
+    u = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return u.ru_utime + u.ru_stime
+
 
 def run_tesseract(
     paths,  # line images
-    model='khm'  # one of `tesseract_models`
+    model='khm',  # one of `tesseract_models`
 ) -> Run:
     "Read line images with Tesseract on one thread; KhmerOCRError if it fails or is not installed"
-    if not shutil.which('tesseract'): raise KhmerOCRError('tesseract is not installed: on Debian and Ubuntu, apt install tesseract-ocr tesseract-ocr-khm')
+    if not shutil.which('tesseract'):
+        raise KhmerOCRError(
+            'tesseract is not installed: on Debian and Ubuntu, apt install tesseract-ocr tesseract-ocr-khm'
+        )
     with tempfile.TemporaryDirectory() as d:
-        (Path(d)/'list.txt').write_text(''.join(f'{Path(p).resolve()}\n' for p in paths))
+        (Path(d) / 'list.txt').write_text(''.join(f'{Path(p).resolve()}\n' for p in paths))
         c = _children()
-        p = subprocess.run(['tesseract', f'{d}/list.txt', f'{d}/out', '-l', model, '--psm', '7'], capture_output=True, text=True, env=os.environ | dict(OMP_THREAD_LIMIT='1'))
-        if p.returncode: raise KhmerOCRError(f'tesseract -l {model} failed: {p.stderr.strip().splitlines()[-1] if p.stderr.strip() else p.returncode}')
-        texts = [' '.join(t.split()) for t in (Path(d)/'out.txt').read_text(encoding='utf-8').split('\f')]
-    return Run(f'Tesseract {model}', texts[:len(paths)], _children()-c)
+        p = subprocess.run(
+            ['tesseract', f'{d}/list.txt', f'{d}/out', '-l', model, '--psm', '7'],
+            capture_output=True,
+            text=True,
+            env=os.environ | dict(OMP_THREAD_LIMIT='1'),
+        )
+        if p.returncode:
+            raise KhmerOCRError(
+                f'tesseract -l {model} failed: {p.stderr.strip().splitlines()[-1] if p.stderr.strip() else p.returncode}'
+            )
+        texts = [' '.join(t.split()) for t in (Path(d) / 'out.txt').read_text(encoding='utf-8').split('\f')]
+    return Run(f'Tesseract {model}', texts[: len(paths)], _children() - c)
 
 # %% ../../nbs/10_evaluation/01_engines.ipynb #e81fd0b8
-def peer_python(home, folder=None) -> Path|None:
+def peer_python(home, folder=None) -> Path | None:
     "The Python of environment `home` in `folder` (None: KHMER_OCR_PEERS); None if there is none"
     folder = folder or os.environ.get('KHMER_OCR_PEERS')
-    return p if folder and (p := Path(folder).absolute()/home/'bin/python').exists() else None
+    return p if folder and (p := Path(folder).absolute() / home / 'bin/python').exists() else None
+
 
 def install_homes(folder, recipes: dict[str, str], names):
     "One virtual environment in `folder` for each of `names`, with the packages of its recipe and no others; KhmerOCRError if pip fails"
     for name in names:
-        if name not in recipes: raise KhmerOCRError(f'Unknown peer {name!r}{suggest(name, recipes)}: choose from {", ".join(recipes)}')
-        venv.create(home := Path(folder)/name, with_pip=True)
-        p = subprocess.run([home/'bin/python', '-m', 'pip', 'install', '-q', '--no-deps', *recipes[name].split()], capture_output=True, text=True)
-        if p.returncode: raise KhmerOCRError(f'{name} could not be installed in {home}: {(p.stderr.strip() or "pip failed").splitlines()[-1]}')
+        if name not in recipes:
+            raise KhmerOCRError(f'Unknown peer {name!r}{suggest(name, recipes)}: choose from {", ".join(recipes)}')
+        venv.create(home := Path(folder) / name, with_pip=True)
+        p = subprocess.run(
+            [home / 'bin/python', '-m', 'pip', 'install', '-q', '--no-deps', *recipes[name].split()],
+            capture_output=True,
+            text=True,
+        )
+        if p.returncode:
+            raise KhmerOCRError(
+                f'{name} could not be installed in {home}: {(p.stderr.strip() or "pip failed").splitlines()[-1]}'
+            )
 
 # %% ../../nbs/10_evaluation/01_engines.ipynb #4a3a7860
 _TORCH = 'torch==2.13.0 filelock==4.2.11 fsspec==2026.9.0 jinja2==3.1.6 markupsafe==3.0.4 mpmath==1.3.0 networkx==3.6.1 sympy==1.14.0 typing_extensions==4.16.0 setuptools==84.2.1 numpy==2.4.6 '
 READ_RECIPES = {
     'kiri-ocr': _TORCH + 'kiri-ocr==0.1.3 pillow==13.0.0 opencv-python-headless==5.0.0.93 scipy==1.17.1',
     'khmer-ocr-ocm': _TORCH + 'khmer-ocr-ocm==0.1.0 pillow==13.0.0',
-    'netra-ocr': _TORCH + 'netra-ocr==0.1.1 pillow==10.4.0 opencv-python-headless==5.0.0.93 tqdm==4.70.1'}
+    'netra-ocr': _TORCH + 'netra-ocr==0.1.1 pillow==10.4.0 opencv-python-headless==5.0.0.93 tqdm==4.70.1',
+}
+
 
 def install_peers(folder, names=tuple(READ_RECIPES)):
     "Make one virtual environment a reader in `folder` (needs pip and its index, 1 GB each); then set KHMER_OCR_PEERS to it"
     install_homes(folder, READ_RECIPES, names)
 
 # %% ../../nbs/10_evaluation/01_engines.ipynb #5a2eb637
-_ALONE = dict(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MKL_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1')
+_ALONE = dict(
+    OMP_NUM_THREADS='1',
+    OPENBLAS_NUM_THREADS='1',
+    MKL_NUM_THREADS='1',
+    CUDA_VISIBLE_DEVICES='',
+    HF_HUB_OFFLINE='1',
+    TRANSFORMERS_OFFLINE='1',
+)
+
 
 def ask_peer(name, program, driver: str, told: list[str], wants=('seconds', 'version')) -> dict:
     "What `driver` answers in the Python `program`: the JSON object on its last line, which has the keys `wants`. KhmerOCRError, one line, if there is none"
-    with tempfile.TemporaryDirectory() as d: p = subprocess.run([program, '-I', '-c', driver, *told], capture_output=True, text=True, cwd=d, env=os.environ | _ALONE)
-    try: said = json.loads(p.stdout.strip().splitlines()[-1]); return {k: said[k] for k in wants}
-    except (IndexError, ValueError, KeyError, TypeError): raise KhmerOCRError(f'{name} failed: {(p.stderr.strip() or f"exit {p.returncode}").splitlines()[-1]}') from None
+    with tempfile.TemporaryDirectory() as d:
+        p = subprocess.run(
+            [program, '-I', '-c', driver, *told], capture_output=True, text=True, cwd=d, env=os.environ | _ALONE
+        )
+    try:
+        said = json.loads(p.stdout.strip().splitlines()[-1])
+        return {k: said[k] for k in wants}
+    except (IndexError, ValueError, KeyError, TypeError):
+        raise KhmerOCRError(f'{name} failed: {(p.stderr.strip() or f"exit {p.returncode}").splitlines()[-1]}') from None
 
 # %% ../../nbs/10_evaluation/01_engines.ipynb #3eb0840a
 _BEGIN = """
@@ -109,17 +152,25 @@ def finish(name, read):
 """
 
 # %% ../../nbs/10_evaluation/01_engines.ipynb #321322a2
-_KIRI = _BEGIN + """
+_KIRI = (
+    _BEGIN
+    + """
 import cv2; cv2.setNumThreads(1)
 with contextlib.redirect_stdout(sys.stderr): from kiri_ocr import OCR; ocr = OCR()
 finish('kiri-ocr', lambda some: [ocr.recognize_single_line_image(p)[0] for p in some])
 """
-_OCM = _BEGIN + """
+)
+_OCM = (
+    _BEGIN
+    + """
 from khmer_ocr_ocm import KhmerOCR
 ocr = KhmerOCR(device='cpu')
 finish('khmer-ocr-ocm', lambda some: ocr.predict_batch(some, batch_size=32))
 """
-_NETRA = _BEGIN + """
+)
+_NETRA = (
+    _BEGIN
+    + """
 import types, numpy as np
 vision = types.ModuleType('torchvision'); sys.modules['torchvision'] = vision
 def compose(steps):
@@ -131,6 +182,7 @@ vision.transforms = types.SimpleNamespace(Compose=compose, Grayscale=lambda: lam
 with contextlib.redirect_stdout(sys.stderr): from netra_ocr.recognition.recognize_text import _get_predictor; ocr = _get_predictor()
 finish('netra-ocr', lambda some: ocr.predict_batch(some, beam_width=1, batch_size=8))
 """
+)
 _DRIVERS = {'kiri-ocr': _KIRI, 'khmer-ocr-ocm': _OCM, 'netra-ocr': _NETRA}
 
 # %% ../../nbs/10_evaluation/01_engines.ipynb #f6b2a56d
@@ -138,17 +190,28 @@ def available_peers(folder=None) -> list[str]:
     "Names for `run_peer`: 'Tesseract MODEL' for its installed models, then the readers in `folder` (None: KHMER_OCR_PEERS)"
     return [f'Tesseract {m}' for m in tesseract_models()] + [n for n in READ_RECIPES if peer_python(n, folder)]
 
+
 def run_peer(name, paths, folder=None) -> Run:
     "Read line images with a peer, on one thread. KhmerOCRError if it is unknown, not installed, or fails"
-    if name.startswith('Tesseract '): return run_tesseract(paths, name.split(' ', 1)[1])
-    if name not in READ_RECIPES: raise KhmerOCRError(f'Unknown peer {name!r}{suggest(name, READ_RECIPES)}: choose from {", ".join(available_peers(folder)) or "none (no peer is installed)"}')
-    if not (program := peer_python(name, folder)): raise KhmerOCRError(f'{name} is not installed: see install_peers, and set KHMER_OCR_PEERS')
+    if name.startswith('Tesseract '):
+        return run_tesseract(paths, name.split(' ', 1)[1])
+    if name not in READ_RECIPES:
+        raise KhmerOCRError(
+            f'Unknown peer {name!r}{suggest(name, READ_RECIPES)}: choose from {", ".join(available_peers(folder)) or "none (no peer is installed)"}'
+        )
+    if not (program := peer_python(name, folder)):
+        raise KhmerOCRError(f'{name} is not installed: see install_peers, and set KHMER_OCR_PEERS')
     with tempfile.TemporaryDirectory() as d:
-        (asked := Path(d)/'paths.json').write_text(json.dumps([str(Path(p).resolve()) for p in paths]), encoding='utf-8')
+        (asked := Path(d) / 'paths.json').write_text(
+            json.dumps([str(Path(p).resolve()) for p in paths]), encoding='utf-8'
+        )
         said = ask_peer(name, program, _DRIVERS[name], [str(asked), f'{d}/texts.jsonl'])
-        try: texts = [json.loads(l)['text'] for l in open(f'{d}/texts.jsonl', encoding='utf-8')]
-        except (OSError, ValueError, KeyError): texts = []
-    if len(texts) != len(paths): raise KhmerOCRError(f'{name} failed: it read {len(texts)} of {len(paths)} lines')
+        try:
+            texts = [json.loads(l)['text'] for l in open(f'{d}/texts.jsonl', encoding='utf-8')]
+        except (OSError, ValueError, KeyError):
+            texts = []
+    if len(texts) != len(paths):
+        raise KhmerOCRError(f'{name} failed: it read {len(texts)} of {len(paths)} lines')
     return Run(f'{name} {said["version"]}', texts, float(said['seconds']))
 
 # %% ../../nbs/10_evaluation/01_engines.ipynb #1644d5bf
@@ -156,7 +219,7 @@ def run_reader(paths, reader: Reader, batch_size=32, name=None) -> Run:
     "Read line images with a reader of ours; a file that cannot be read gives ''"
     c = time.process_time()
     texts = [r.text if hasattr(r, 'text') else '' for _, r in read_files(reader, paths, batch_size=batch_size)]
-    return Run(name or 'khmer_ocr', texts, time.process_time()-c)
+    return Run(name or 'khmer_ocr', texts, time.process_time() - c)
 
 # %% ../../nbs/10_evaluation/01_engines.ipynb #708e6733
 def compare(runs: list[Run], truths: list[str]) -> list[dict]:
@@ -164,6 +227,15 @@ def compare(runs: list[Run], truths: list[str]) -> list[dict]:
     rows, first = [], runs[0].lines_per_cpu_second
     for r in runs:
         s = score(r.texts, truths, extras=False)
-        rows.append({'engine': r.engine, 'CER folded, no spaces %': round(100*s['cer_folded'], 2), 'CER raw %': round(100*s['cer'], 2), 'clusters %': round(100*s['cluster'], 2),
-            'exact lines %': round(100*s['exact'], 1), 'lines per CPU-second': round(r.lines_per_cpu_second, 1), 'speed ratio': round(r.lines_per_cpu_second/first, 2)})
+        rows.append(
+            {
+                'engine': r.engine,
+                'CER folded, no spaces %': round(100 * s['cer_folded'], 2),
+                'CER raw %': round(100 * s['cer'], 2),
+                'clusters %': round(100 * s['cluster'], 2),
+                'exact lines %': round(100 * s['exact'], 1),
+                'lines per CPU-second': round(r.lines_per_cpu_second, 1),
+                'speed ratio': round(r.lines_per_cpu_second / first, 2),
+            }
+        )
     return sorted(rows, key=lambda r: r['CER folded, no spaces %'])

@@ -23,7 +23,7 @@ from ..reporting.figures import error_by, khmer_mpl_font, new_figure
 # %% ../../nbs/10_evaluation/03_error_analysis.ipynb #009e0dec
 def cluster_pairs(
     true: str,  # in normal form
-    read: str  # in normal form
+    read: str,  # in normal form
 ) -> list[tuple[str, str, bool]]:  # (cluster of the truth, cluster of the reading, alike?), '' where one side has none
     "Truth and reading cluster by cluster, as they are spelled; compared with look-alikes folded"
     sides = clusters(true), clusters(read)
@@ -32,29 +32,42 @@ def cluster_pairs(
     return [(next(left[0]) if t else '', next(left[1]) if r else '', t == r) for t, r in align(*keys)]
 
 # %% ../../nbs/10_evaluation/03_error_analysis.ipynb #9470c071
-_true_style, _read_style = 'background:#cdebd6;color:#0f5132;border-radius:3px', 'background:#ffd6d1;color:#8f1313;border-radius:3px'
+_true_style, _read_style = (
+    'background:#cdebd6;color:#0f5132;border-radius:3px',
+    'background:#ffd6d1;color:#8f1313;border-radius:3px',
+)
+
 
 def _marked(text, style) -> str:
     "A stretch in colour; spaces made visible, nothing as ∅"
     return f'<span style="{style}">{html.escape(text.replace(" ", "␣")) or "∅"}</span>'
 
+
 class Difference:
     "Truth (green where it was missed) above reading (red where it is wrong); whole clusters are coloured, so that Khmer stays in shape"
-    def __init__(self, true: str, read: str): self.pairs = [(same, list(run)) for same, run in groupby(cluster_pairs(true, read), lambda p: p[2])]
 
-    def __repr__(self): return '\n'.join(''.join(''.join(p[k] for p in run) if same else f'[{"".join(p[k] for p in run)}]' for same, run in self.pairs) for k in (0, 1))
+    def __init__(self, true: str, read: str):
+        self.pairs = [(same, list(run)) for same, run in groupby(cluster_pairs(true, read), lambda p: p[2])]
+
+    def __repr__(self):
+        return '\n'.join(
+            ''.join(
+                ''.join(p[k] for p in run) if same else f'[{"".join(p[k] for p in run)}]' for same, run in self.pairs
+            )
+            for k in (0, 1)
+        )
 
     def line(self, k, style):
         "HTML of the truth (k 0) or of the reading (k 1)"
         texts = [(same, ''.join(p[k] for p in run)) for same, run in self.pairs]
         return ''.join(html.escape(t) if same else _marked(t, style) for same, t in texts)
 
-    def _repr_html_(self): return f'<div style="font-size:1.1rem;line-height:1.75">{self.line(0, _true_style)}<br>{self.line(1, _read_style)}</div>'
+    def _repr_html_(self):
+        return f'<div style="font-size:1.1rem;line-height:1.75">{self.line(0, _true_style)}<br>{self.line(1, _read_style)}</div>'
 
 # %% ../../nbs/10_evaluation/03_error_analysis.ipynb #2ee3af25
 def worst_lines(
-    judged: list[Judged],
-    most: int = 50
+    judged: list[Judged], most: int = 50
 ) -> list[tuple[Judged, int, int]]:  # (set, number of the line, edits), set by set, the worst first
     "The lines with the most edits, from each set in turn; only of sets that may be shown, and only lines with an error"
     shown = visible(judged)
@@ -67,175 +80,301 @@ def worst_lines(
 def _jpeg_url(image, widest=1000, quality=70) -> str:
     "A picture as text for a page; wider ones are made smaller"
     h, w = image.shape[:2]
-    if w > widest: image = cv2.resize(image, (widest, max(1, round(h*widest/w))), interpolation=cv2.INTER_AREA)
-    return 'data:image/jpeg;base64,' + base64.b64encode(cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()).decode()
+    if w > widest:
+        image = cv2.resize(image, (widest, max(1, round(h * widest / w))), interpolation=cv2.INTER_AREA)
+    return (
+        'data:image/jpeg;base64,'
+        + base64.b64encode(cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()).decode()
+    )
+
 
 class Worst:
     "The worst lines as cards: image, truth and reading with their difference, set, font and damage"
-    def __init__(self, judged: list[Judged], most: int = 50): self.rows = worst_lines(judged, most)
 
-    def __repr__(self): return '\n'.join(f'{e:3} {j.lines.truths[i]} | {j.texts[i]}' for j, i, e in self.rows) or 'none to show'
+    def __init__(self, judged: list[Judged], most: int = 50):
+        self.rows = worst_lines(judged, most)
+
+    def __repr__(self):
+        return '\n'.join(f'{e:3} {j.lines.truths[i]} | {j.texts[i]}' for j, i, e in self.rows) or 'none to show'
 
     def _card(self, j, i, e):
         f, r = j.lines.facts[i], j.readings[i]
-        note = ', '.join([j.lines.title or j.lines.name, f'{e} edit{"s"*(e > 1)}', f'confidence {r.confidence:.2f}', *([f['font']] if f.get('font') else []), *f.get('ops', [])])
-        return (f'<div style="margin:1rem 0 1.3rem"><img src="{_jpeg_url(read_image(j.lines.paths[i]))}" alt="{html.escape(j.lines.truths[i])}" style="max-height:52px;max-width:100%;width:auto;height:auto;margin:0 0 .2rem;display:block">'
-                f'{Difference(j.lines.truths[i], r.text)._repr_html_()}<div style="color:#777;font-size:.75rem">{html.escape(note)}</div></div>')
+        note = ', '.join(
+            [
+                j.lines.title or j.lines.name,
+                f'{e} edit{"s" * (e > 1)}',
+                f'confidence {r.confidence:.2f}',
+                *([f['font']] if f.get('font') else []),
+                *f.get('ops', []),
+            ]
+        )
+        return (
+            f'<div style="margin:1rem 0 1.3rem"><img src="{_jpeg_url(read_image(j.lines.paths[i]))}" alt="{html.escape(j.lines.truths[i])}" style="max-height:52px;max-width:100%;width:auto;height:auto;margin:0 0 .2rem;display:block">'
+            f'{Difference(j.lines.truths[i], r.text)._repr_html_()}<div style="color:#777;font-size:.75rem">{html.escape(note)}</div></div>'
+        )
 
-    def _repr_html_(self): return '<div>' + (''.join(self._card(*o) for o in self.rows) or 'none to show') + '</div>'
+    def _repr_html_(self):
+        return '<div>' + (''.join(self._card(*o) for o in self.rows) or 'none to show') + '</div>'
 
 # %% ../../nbs/10_evaluation/03_error_analysis.ipynb #0e7995af
 def cluster_places(
-    reading  # a `Reading`
-) -> list[tuple[str, float, float]]:  # (cluster with look-alikes folded, x0, x1 in px of the image); [] where the symbols do not spell the text
+    reading,  # a `Reading`
+) -> list[
+    tuple[str, float, float]
+]:  # (cluster with look-alikes folded, x0, x1 in px of the image); [] where the symbols do not spell the text
     "The clusters that were read, without spaces, and where they stand"
     units, text, out, k = [(u, a, b) for u, _, a, b in reading.chars if u.strip()], strip_spaces(reading.text), [], 0
-    if ''.join(u for u, *_ in units) != text: return []
-    where = [(a, b) for u, a, b in units for _ in u]      # of each code point
-    for c in clusters(text): out.append((fold(c) or c, where[k][0], where[(k := k + len(c)) - 1][1]))
+    if ''.join(u for u, *_ in units) != text:
+        return []
+    where = [(a, b) for u, a, b in units for _ in u]  # of each code point
+    for c in clusters(text):
+        out.append((fold(c) or c, where[k][0], where[(k := k + len(c)) - 1][1]))
     return out
+
 
 def confusion_spots(
     judged: list[Judged],
-    most: float = .3  # lines with a higher error rate are left out
+    most: float = 0.3,  # lines with a higher error rate are left out
 ) -> dict:  # (cluster of the truth, cluster that was read) -> list of (set, line, x0, x1), x in px or None; '' where one side has none
     "Every confusion of clusters with its places, without spaces and with look-alikes folded; only of sets that may be shown"
     spots = defaultdict(list)
     for j in visible(judged):
         edits, totals = line_edits(j.texts, j.lines.truths)
         for i, (r, true) in enumerate(zip(j.readings, j.lines.truths)):
-            if not 0 < edits[i] <= most*totals[i]: continue
-            found, at, last = cluster_places(r), 0, 0.
+            if not 0 < edits[i] <= most * totals[i]:
+                continue
+            found, at, last = cluster_places(r), 0, 0.0
             read = [c for c, *_ in found] or [fold(c) or c for c in clusters(strip_spaces(r.text))]
             for t, c in align([fold(c) or c for c in clusters(strip_spaces(true))], read):
-                x0, x1 = (found[at][1:] if c else (last, found[at][1] if at < len(found) else last)) if found else (None, None)
-                if t != c: spots[t, c].append((j, i, x0, x1))
-                if c: at, last = at + 1, x1
+                x0, x1 = (
+                    (found[at][1:] if c else (last, found[at][1] if at < len(found) else last))
+                    if found
+                    else (None, None)
+                )
+                if t != c:
+                    spots[t, c].append((j, i, x0, x1))
+                if c:
+                    at, last = at + 1, x1
     return dict(spots)
 
 # %% ../../nbs/10_evaluation/03_error_analysis.ipynb #b0fb3733
 def crop_spot(
     image,  # uint8 (H, W), grey
-    x0: float, x1: float,  # px
-    around: float = 1.2  # heights of the line to show on each side
+    x0: float,
+    x1: float,  # px
+    around: float = 1.2,  # heights of the line to show on each side
 ) -> np.ndarray:  # uint8 (H', W', 3), BGR
     "The part of a line image around a place, a red bar below the place"
-    h, w = image.shape; x0, x1, bar = min(max(x0, 0), w-1), min(max(x1, 1), w), max(2, h//14)
-    a, b = int(max(0, x0 - around*h)), int(min(w, x1 + around*h + 1))
-    piece = cv2.cvtColor(cv2.copyMakeBorder(image[:, a:b], 0, 2*bar, 0, 0, cv2.BORDER_CONSTANT, value=255), cv2.COLOR_GRAY2BGR)
-    cv2.rectangle(piece, (int(x0) - a, h + bar), (max(int(x0) + 2, int(x1)) - a, h + 2*bar), (30, 20, 190), -1)
+    h, w = image.shape
+    x0, x1, bar = min(max(x0, 0), w - 1), min(max(x1, 1), w), max(2, h // 14)
+    a, b = int(max(0, x0 - around * h)), int(min(w, x1 + around * h + 1))
+    piece = cv2.cvtColor(
+        cv2.copyMakeBorder(image[:, a:b], 0, 2 * bar, 0, 0, cv2.BORDER_CONSTANT, value=255), cv2.COLOR_GRAY2BGR
+    )
+    cv2.rectangle(piece, (int(x0) - a, h + bar), (max(int(x0) + 2, int(x1)) - a, h + 2 * bar), (30, 20, 190), -1)
     return piece
 
 # %% ../../nbs/10_evaluation/03_error_analysis.ipynb #8b4dac53
 class Examples:
     "The most frequent confusions, each with the places where it happened"
+
     def __init__(self, judged: list[Judged], most: int = 15, crops: int = 4):
         self.spots, self.crops = sorted(confusion_spots(judged).items(), key=lambda o: (-len(o[1]), o[0]))[:most], crops
 
-    def __repr__(self): return '\n'.join(f'{_letter(t)} | {_letter(c)} | {len(places)}' for (t, c), places in self.spots) or 'none to show'
+    def __repr__(self):
+        return (
+            '\n'.join(f'{_letter(t)} | {_letter(c)} | {len(places)}' for (t, c), places in self.spots) or 'none to show'
+        )
 
     def _crops(self, places):
         different = list({(j.lines.name, i): (j, i, x0, x1) for j, i, x0, x1 in places if x0 is not None}.values())
-        some = [crop_spot(read_image(j.lines.paths[i]), x0, x1) for j, i, x0, x1 in different[::max(1, len(different)//self.crops)][:self.crops]]
-        return ' '.join(f'<img src="{_jpeg_url(c, 300)}" alt="" style="height:44px;max-width:190px;object-fit:contain;margin:2px;display:inline-block;vertical-align:middle">' for c in some)
+        some = [
+            crop_spot(read_image(j.lines.paths[i]), x0, x1)
+            for j, i, x0, x1 in different[:: max(1, len(different) // self.crops)][: self.crops]
+        ]
+        return ' '.join(
+            f'<img src="{_jpeg_url(c, 300)}" alt="" style="height:44px;max-width:190px;object-fit:contain;margin:2px;display:inline-block;vertical-align:middle">'
+            for c in some
+        )
 
     def _repr_html_(self):
-        rows = ''.join(f'<tr><td class=s>{html.escape(_letter(t))}</td><td class=s>{html.escape(_letter(c))}</td><td class=n>{len(places)}</td><td class=s>{self._crops(places)}</td></tr>' for (t, c), places in self.spots)
-        return f'<table><thead><tr><th>what is there</th><th>what was read</th><th class=n>times</th><th>where</th></tr></thead><tbody>{rows}</tbody></table>' if rows else '<div>none to show</div>'
+        rows = ''.join(
+            f'<tr><td class=s>{html.escape(_letter(t))}</td><td class=s>{html.escape(_letter(c))}</td><td class=n>{len(places)}</td><td class=s>{self._crops(places)}</td></tr>'
+            for (t, c), places in self.spots
+        )
+        return (
+            f'<table><thead><tr><th>what is there</th><th>what was read</th><th class=n>times</th><th>where</th></tr></thead><tbody>{rows}</tbody></table>'
+            if rows
+            else '<div>none to show</div>'
+        )
 
 # %% ../../nbs/10_evaluation/03_error_analysis.ipynb #ff770b3b
 def sets_table(
     scores: dict,  # set -> as `battery.measure` gives it
-    titles: dict|None = None  # set -> what it is
+    titles: dict | None = None,  # set -> what it is
 ) -> Table:
     "Sets as rows; character errors folded (the judged rate) with their 95 % interval, without spaces, raw; clusters, words, exact lines, BLEU, all in per cent; and the number of lost runs"
-    pc = lambda v: f'{100*v:.2f}'
-    row = lambda k, s: ((titles or {}).get(k, k), s['lines'], pc(s['cer_folded']), f'{pc(s["low"])}–{pc(s["high"])}', *(pc(s[n]) for n in ('cer_nospace', 'cer', 'cluster', 'wer')), *(f'{100*s[n]:.1f}' for n in ('exact', 'bleu')), s['runs'])
-    return Table([row(k, s) for k, s in scores.items()], ('set', 'lines', 'folded', '95 %', 'no space', 'raw', 'cluster', 'WER', 'exact', 'BLEU', 'runs'))
+    pc = lambda v: f'{100 * v:.2f}'
+    row = lambda k, s: (
+        (titles or {}).get(k, k),
+        s['lines'],
+        pc(s['cer_folded']),
+        f'{pc(s["low"])}–{pc(s["high"])}',
+        *(pc(s[n]) for n in ('cer_nospace', 'cer', 'cluster', 'wer')),
+        *(f'{100 * s[n]:.1f}' for n in ('exact', 'bleu')),
+        s['runs'],
+    )
+    return Table(
+        [row(k, s) for k, s in scores.items()],
+        ('set', 'lines', 'folded', '95 %', 'no space', 'raw', 'cluster', 'WER', 'exact', 'BLEU', 'runs'),
+    )
+
 
 def rates_table(
     rates: dict,  # set -> group -> rate, a fraction; or None
-    what: str = ''  # what the groups are
+    what: str = '',  # what the groups are
 ) -> Table:
     "Sets as rows, groups as columns, in per cent; '-' where a set has no such group"
     names = sorted({g for by in rates.values() for g in by})
-    return Table([(k, *(f'{100*by[g]:.2f}' if by.get(g) is not None else '-' for g in names)) for k, by in rates.items()], (what, *names))
+    return Table(
+        [(k, *(f'{100 * by[g]:.2f}' if by.get(g) is not None else '-' for g in names)) for k, by in rates.items()],
+        (what, *names),
+    )
 
 # %% ../../nbs/10_evaluation/03_error_analysis.ipynb #f5c3f5f3
 _colours = ('#1f5fa8', '#c1121f', '#d98e04', '#2a7f4f', '#8a4f9e', '#777777', '#5b8e7d', '#bc6c25')
 
+
 def engines_figure(
-    ranked: dict  # set -> rows of `battery.rank`
+    ranked: dict,  # set -> rows of `battery.rank`
 ):  # a matplotlib figure
     "Error rates of engines with their intervals, a band for each set, logarithmic"
     engines = list(dict.fromkeys(r['engine'] for rows in ranked.values() for r in rows))
-    fig, ax = new_figure(8, .8 + sum(.1*len(rows) + .1 for rows in ranked.values()))
-    pc, y, ticks = (lambda v: max(100*v, .01)), 0., []
+    fig, ax = new_figure(8, 0.8 + sum(0.1 * len(rows) + 0.1 for rows in ranked.values()))
+    pc, y, ticks = (lambda v: max(100 * v, 0.01)), 0.0, []
     for name, rows in ranked.items():
-        ticks.append((y + .5*(len(rows) - 1), name))
+        ticks.append((y + 0.5 * (len(rows) - 1), name))
         for r in rows:
-            ax.plot([pc(r['low']), pc(r['high'])], [y, y], color=(c := _colours[engines.index(r['engine']) % len(_colours)]), lw=1.4)
-            ax.plot(pc(r['cer_folded']), y, 'o', ms=4, color=c, label=r['engine'] if name == next(n for n, rs in ranked.items() if any(q['engine'] == r['engine'] for q in rs)) else None); y += 1
-        ax.axhline(y, color='#eee', lw=1); y += 1
-    ax.set_yticks(*zip(*ticks)); ax.invert_yaxis(); ax.set_xscale('log'); ax.xaxis.set_major_formatter('{x:g}'); ax.tick_params(left=False, labelsize=8)
-    ax.set_xlabel('character errors, %'); ax.spines[['top', 'right', 'left']].set_visible(False); ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
+            ax.plot(
+                [pc(r['low']), pc(r['high'])],
+                [y, y],
+                color=(c := _colours[engines.index(r['engine']) % len(_colours)]),
+                lw=1.4,
+            )
+            ax.plot(
+                pc(r['cer_folded']),
+                y,
+                'o',
+                ms=4,
+                color=c,
+                label=r['engine']
+                if name == next(n for n, rs in ranked.items() if any(q['engine'] == r['engine'] for q in rs))
+                else None,
+            )
+            y += 1
+        ax.axhline(y, color='#eee', lw=1)
+        y += 1
+    ax.set_yticks(*zip(*ticks))
+    ax.invert_yaxis()
+    ax.set_xscale('log')
+    ax.xaxis.set_major_formatter('{x:g}')
+    ax.tick_params(left=False, labelsize=8)
+    ax.set_xlabel('character errors, %')
+    ax.spines[['top', 'right', 'left']].set_visible(False)
+    ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
     return fig
 
 # %% ../../nbs/10_evaluation/03_error_analysis.ipynb #9d90b069
 def engines_table(
-    ranked: dict  # set -> rows of `battery.rank`
+    ranked: dict,  # set -> rows of `battery.rank`
 ) -> Table:
     "Error rates in per cent with their intervals; ° where the difference to the first engine may be luck"
     engines = list(dict.fromkeys(r['engine'] for rows in ranked.values() for r in rows))
     luck = lambda r: ' °' if r['behind_ours'] and r['behind_ours']['low'] <= 0 <= r['behind_ours']['high'] else ''
-    cell = lambda r: f'{100*r["cer_folded"]:.2f} ({100*r["low"]:.2f}–{100*r["high"]:.2f}){luck(r)}'
+    cell = lambda r: f'{100 * r["cer_folded"]:.2f} ({100 * r["low"]:.2f}–{100 * r["high"]:.2f}){luck(r)}'
     by = {name: {r['engine']: cell(r) for r in rows} for name, rows in ranked.items()}
     return Table([(name, *(cells.get(e, '-') for e in engines)) for name, cells in by.items()], ('set', *engines))
 
 # %% ../../nbs/10_evaluation/03_error_analysis.ipynb #ebd13035
 def class_figure(
-    by_class: dict  # as `metrics.class_errors` gives it
+    by_class: dict,  # as `metrics.class_errors` gives it
 ):  # a matplotlib figure
     "Drops, substitutions and insertions by class of symbol, in per cent of the symbols of the class"
     rows = {k: r for k, r in by_class.items() if r['symbols']}
-    fig, ax = new_figure(7, .9 + .24*len(rows)); left = np.zeros(len(rows))
+    fig, ax = new_figure(7, 0.9 + 0.24 * len(rows))
+    left = np.zeros(len(rows))
     for what, c in (('drops', '#1f5fa8'), ('substitutions', '#d98e04'), ('insertions', '#c1121f')):
-        share = np.array([100*r[what]/r['symbols'] for r in rows.values()]); ax.barh(list(rows), share, left=left, color=c, label=what); left += share
-    for y, (x, r) in enumerate(zip(left, rows.values())): ax.annotate(f'{x:.2f} % of {r["symbols"]:,}', (x, y), (4, 0), textcoords='offset points', va='center', fontsize=8, color='#444')
-    ax.invert_yaxis(); ax.margins(x=.25); ax.set_xticks([]); ax.spines[:].set_visible(False); ax.tick_params(left=False, labelsize=9); ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
+        share = np.array([100 * r[what] / r['symbols'] for r in rows.values()])
+        ax.barh(list(rows), share, left=left, color=c, label=what)
+        left += share
+    for y, (x, r) in enumerate(zip(left, rows.values())):
+        ax.annotate(
+            f'{x:.2f} % of {r["symbols"]:,}',
+            (x, y),
+            (4, 0),
+            textcoords='offset points',
+            va='center',
+            fontsize=8,
+            color='#444',
+        )
+    ax.invert_yaxis()
+    ax.margins(x=0.25)
+    ax.set_xticks([])
+    ax.spines[:].set_visible(False)
+    ax.tick_params(left=False, labelsize=9)
+    ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
     return fig
 
 # %% ../../nbs/10_evaluation/03_error_analysis.ipynb #cb6fbb42
 def reliability_figure(
-    curves: dict  # name -> as `metrics.calibration` gives it
+    curves: dict,  # name -> as `metrics.calibration` gives it
 ):  # a matplotlib figure
     "Claimed against true accuracy; the area of a point goes with the share of the readings"
-    fig, ax = new_figure(6, 3); ax.plot([0, 1], [0, 1], ':', color='#999')
+    fig, ax = new_figure(6, 3)
+    ax.plot([0, 1], [0, 1], ':', color='#999')
     for (name, c), colour in zip(curves.items(), _colours):
-        size = np.maximum(120*np.array(c['count'])/sum(c['count']), 6)
-        ax.plot(c['confidence'], c['accuracy'], color=colour, lw=1, label=f'{name}, ECE {c["ece"]:.3f}'); ax.scatter(c['confidence'], c['accuracy'], size, color=colour)
-    ax.set(xlabel='claimed', ylabel='came true', xlim=(0, 1.02), ylim=(0, 1.02)); ax.spines[['top', 'right']].set_visible(False); ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1.02, .5))
+        size = np.maximum(120 * np.array(c['count']) / sum(c['count']), 6)
+        ax.plot(c['confidence'], c['accuracy'], color=colour, lw=1, label=f'{name}, ECE {c["ece"]:.3f}')
+        ax.scatter(c['confidence'], c['accuracy'], size, color=colour)
+    ax.set(xlabel='claimed', ylabel='came true', xlim=(0, 1.02), ylim=(0, 1.02))
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1.02, 0.5))
     return fig
 
+
 def rejection_figure(
-    curves: dict  # name -> as `metrics.rejection` gives it
+    curves: dict,  # name -> as `metrics.rejection` gives it
 ):  # a matplotlib figure
     "Error rate among the lines that are kept, surest first"
     fig, ax = new_figure(7, 2.8)
-    for k, (name, c) in enumerate(curves.items()): ax.plot(100*np.array(c['kept']), 100*np.array(c['error']), color=_colours[k % len(_colours)], ls='-' if k < len(_colours) else '--', lw=1.4, label=name)
-    ax.set(xlabel='lines kept, %', ylabel='character errors among them, %', ylim=(0, None), xlim=(0, 100)); ax.spines[['top', 'right']].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
+    for k, (name, c) in enumerate(curves.items()):
+        ax.plot(
+            100 * np.array(c['kept']),
+            100 * np.array(c['error']),
+            color=_colours[k % len(_colours)],
+            ls='-' if k < len(_colours) else '--',
+            lw=1.4,
+            label=name,
+        )
+    ax.set(xlabel='lines kept, %', ylabel='character errors among them, %', ylim=(0, None), xlim=(0, 100))
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
     return fig
 
 # %% ../../nbs/10_evaluation/03_error_analysis.ipynb #427d7498
 def operation_errors(
     judged: list[Judged],
-    least: int = 10  # lines that must have gone through an operation
+    least: int = 10,  # lines that must have gone through an operation
 ) -> dict:  # operation -> rate, a fraction, the worst first; '(none)' for lines without any
     "Character error rate without spaces, look-alikes folded, of the lines that went through each operation"
     texts, truths, ops = [], [], []
     for j in judged:
         for text, true, f in zip(j.texts, j.lines.truths, j.lines.facts):
-            for op in dict.fromkeys(f.get('ops') or ['(none)'] if 'ops' in f else []): texts.append(text); truths.append(true); ops.append(op)
+            for op in dict.fromkeys(f.get('ops') or ['(none)'] if 'ops' in f else []):
+                texts.append(text)
+                truths.append(true)
+                ops.append(op)
     n = Counter(ops)
-    return dict(sorted(((op, rate) for op, rate in error_by(texts, truths, ops).items() if n[op] >= least), key=lambda o: -o[1]))
+    return dict(
+        sorted(((op, rate) for op, rate in error_by(texts, truths, ops).items() if n[op] >= least), key=lambda o: -o[1])
+    )

@@ -24,44 +24,64 @@ from ..core.files import _deaf
 def in_turn(
     jobs: dict,  # name -> function without arguments
     rounds: int = 5,  # after one that is not counted
-    device: str = 'cpu'  # or 'cuda'
+    device: str = 'cpu',  # or 'cuda'
 ) -> dict[str, float]:  # name -> seconds, the least
     "The time of each job, taken in turn"
     took = {name: [] for name in jobs}
-    for r in range(rounds+1):
+    for r in range(rounds + 1):
         for name, job in jobs.items():
-            start = _now(device); job(); took[name].append(_now(device)-start)
+            start = _now(device)
+            job()
+            took[name].append(_now(device) - start)
     return {name: min(t[1:]) for name, t in took.items()}
+
 
 def _now(device):
     "Seconds: of the process, or on the wall when the GPU has caught up"
-    if device == 'cpu': return time.process_time()
-    torch.cuda.synchronize(); return time.perf_counter()
+    if device == 'cpu':
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 # %% ../../nbs/11_experiments/05_claims.ipynb #ccfb7e73
 def in_precision(loss_fn, precision: str = '32-true', device: str = 'cpu'):
     "`loss_fn` in 'bf16-mixed', '16-mixed' or '32-true'"
-    if precision == '32-true': return loss_fn
+    if precision == '32-true':
+        return loss_fn
     dtype = {'bf16-mixed': torch.bfloat16, '16-mixed': torch.float16}[precision]
+
     def mixed(model, batch):
-        with torch.autocast(device, dtype): return loss_fn(model, batch)
+        with torch.autocast(device, dtype):
+            return loss_fn(model, batch)
+
     return mixed
+
 
 def one_step(net, loss_fn, batches: list):
     "A function that goes forward and backward through `batches` and forgets the gradients"
+
     def step():
-        for b in batches: (loss_fn(net, b)/len(batches)).backward()
+        for b in batches:
+            (loss_fn(net, b) / len(batches)).backward()
         net.zero_grad(set_to_none=True)
+
     return step
+
 
 def step_bytes(net, loss_fn, batches: list) -> int:
     "Bytes kept between forward and backward pass of a step: those of its largest batch"
-    net.train(); return max(kept_bytes(net, loss_fn, b) for b in batches)
+    net.train()
+    return max(kept_bytes(net, loss_fn, b) for b in batches)
 
-def peak_bytes(step) -> int|None:
+
+def peak_bytes(step) -> int | None:
     "The most that a step takes on a GPU, weights and gradients included; None without one"
-    if not torch.cuda.is_available(): return None
-    torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(); step(); torch.cuda.synchronize()
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()
 
 # %% ../../nbs/11_experiments/05_claims.ipynb #650b2f1c
@@ -70,36 +90,48 @@ def loading_rate(
     workers: int,  # processes
     batches: int = 64,  # that are counted
     batch_size: int = 32,
-    pool: int = 8  # batches that a process makes at a time
+    pool: int = 8,  # batches that a process makes at a time
 ) -> float:  # lines a second, by the clock on the wall
     "How fast a source gives lines"
-    stream = source.stream(batch_size, pool=pool, workers=workers); skip = max(1, workers)*pool
-    with _deaf(): next(stream)          # here the processes are started
-    for _ in islice(stream, skip+3): pass
-    start = time.perf_counter(); n = sum(len(b['texts']) for b in islice(stream, batches)); took = time.perf_counter()-start
+    stream = source.stream(batch_size, pool=pool, workers=workers)
+    skip = max(1, workers) * pool
+    with _deaf():
+        next(stream)  # here the processes are started
+    for _ in islice(stream, skip + 3):
+        pass
+    start = time.perf_counter()
+    n = sum(len(b['texts']) for b in islice(stream, batches))
+    took = time.perf_counter() - start
     stream.close()
-    return n/took
+    return n / took
 
 # %% ../../nbs/11_experiments/05_claims.ipynb #f3d958c6
 def number_lines(n: int, seed: int = 0) -> list[str]:
     "`n` different numbers of 3 to 6 Khmer digits"
     rng, digits = np.random.default_rng(seed), list(DIGITS)
-    return list(islice(dict.fromkeys(''.join(rng.choice(digits, rng.integers(3, 7))) for _ in range(3*n)), n))
+    return list(islice(dict.fromkeys(''.join(rng.choice(digits, rng.integers(3, 7))) for _ in range(3 * n)), n))
+
 
 def pair_lines(
     lines,  # of a corpus: where the words come from
     n: int,  # lines to make
     words: int = 100,  # the commonest of 2 to 9 characters
     known=None,  # characters that may occur; None: any
-    seed: int = 0
+    seed: int = 0,
 ) -> list[str]:
     "`n` different lines of two words"
-    counts = Counter(w for l in lines for w in l.split() if 2 <= len(w) <= 9 and (known is None or set(w) <= set(known)))
-    common = [w for w, _ in counts.most_common(words)]; rng = np.random.default_rng(seed)
-    if n > len(common)**2/2: raise KhmerOCRError(f'{len(common)} words are too few for {n} different pairs: give more text')
+    counts = Counter(
+        w for l in lines for w in l.split() if 2 <= len(w) <= 9 and (known is None or set(w) <= set(known))
+    )
+    common = [w for w, _ in counts.most_common(words)]
+    rng = np.random.default_rng(seed)
+    if n > len(common) ** 2 / 2:
+        raise KhmerOCRError(f'{len(common)} words are too few for {n} different pairs: give more text')
     found = {}
-    while len(found) < n: found[' '.join(rng.choice(common, 2))] = None
+    while len(found) < n:
+        found[' '.join(rng.choice(common, 2))] = None
     return list(found)
+
 
 def toy_batches(texts: list[str], recipe: Recipe, height: int = HEIGHT, batch_size: int = 32) -> list[dict]:
     "A picture of each text, damaged as training lines of the recipe are, in batches: to judge by"
@@ -108,9 +140,18 @@ def toy_batches(texts: list[str], recipe: Recipe, height: int = HEIGHT, batch_si
 
 # %% ../../nbs/11_experiments/05_claims.ipynb #4eb976cc
 def claim(
-    name: str, said: str,  # what the document says
+    name: str,
+    said: str,  # what the document says
     measure: str,  # what was measured, with its unit
-    without: float, using: float
+    without: float,
+    using: float,
 ) -> dict:
     "A row of the table of claims; `change` in per cent of `without`"
-    return dict(setting=name, document=said, measure=measure, without=without, using=using, change=f'{100*(using/without-1):+.0f} %' if without else '')
+    return dict(
+        setting=name,
+        document=said,
+        measure=measure,
+        without=without,
+        using=using,
+        change=f'{100 * (using / without - 1):+.0f} %' if without else '',
+    )

@@ -30,24 +30,46 @@ from ..generative.vae_training import train_vae
 # %% ../../nbs/11_experiments/04_generator_speed.ipynb #d5410d41
 class Decode(nn.Module):
     "The half of a VAE that makes images, as a network of its own"
-    def __init__(self, vae: VAE): super().__init__(); self.vae = vae
-    def forward(self, *start): return self.vae.decode(*start)
+
+    def __init__(self, vae: VAE):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, *start):
+        return self.vae.decode(*start)
+
 
 def _unet(form, styled):
-    return lambda size, width, latent: make_generator(Pix2PixConfig(resolution=size, ngf=width, form=form, style=latent*styled))
+    return lambda size, width, latent: make_generator(
+        Pix2PixConfig(resolution=size, ngf=width, form=form, style=latent * styled)
+    )
 
-_makers = {'pix2pix': _unet('stride', False), 'pix2pix, double convolutions': _unet('double', False), 'hybrid': _unet('stride', True),
-    'vae': lambda size, width, latent: Decode(VAE(VAEConfig(resolution=size, latent=latent, width=max(1, width//2)))),
-    'vae, plain': lambda size, width, latent: Decode(VAE(VAEConfig(resolution=size, latent=latent, width=max(1, width//2), form='plain'))),
-    'dcgan': lambda size, width, latent: Generator(image_size=size//2, width=max(1, width//2))}
+
+_makers = {
+    'pix2pix': _unet('stride', False),
+    'pix2pix, double convolutions': _unet('double', False),
+    'hybrid': _unet('stride', True),
+    'vae': lambda size, width, latent: Decode(VAE(VAEConfig(resolution=size, latent=latent, width=max(1, width // 2)))),
+    'vae, plain': lambda size, width, latent: Decode(
+        VAE(VAEConfig(resolution=size, latent=latent, width=max(1, width // 2), form='plain'))
+    ),
+    'dcgan': lambda size, width, latent: Generator(image_size=size // 2, width=max(1, width // 2)),
+}
 NETWORKS = tuple(_makers)
 
 # %% ../../nbs/11_experiments/04_generator_speed.ipynb #281d65af
 def _starts(name, batch, size, latent) -> list[torch.Tensor]:
     "What a network takes to make `batch` images: masks like text, codes, noise"
-    mask = (F.avg_pool2d(torch.rand(batch, 1, size+8, size+8), 9, 1) > .52).float(); z = torch.randn(batch, latent)
+    mask = (F.avg_pool2d(torch.rand(batch, 1, size + 8, size + 8), 9, 1) > 0.52).float()
+    z = torch.randn(batch, latent)
     noise = torch.randn(batch, 3, size, size)
-    return {'vae': [z, mask, noise], 'vae, plain': [z], 'hybrid': [mask, z, noise], 'dcgan': [torch.randn(batch, 100, 1, 1)]}.get(name, [mask])
+    return {
+        'vae': [z, mask, noise],
+        'vae, plain': [z],
+        'hybrid': [mask, z, noise],
+        'dcgan': [torch.randn(batch, 100, 1, 1)],
+    }.get(name, [mask])
+
 
 def network(
     name: str,  # of `NETWORKS`
@@ -58,23 +80,36 @@ def network(
     device: str = 'cpu',
 ) -> tuple[nn.Module, list[torch.Tensor]]:  # in eval mode; what to call it with
     "A generator with random weights, always the same ones"
-    if name not in _makers: raise KhmerOCRError(f"There is no generator {name!r}{suggest(name, _makers)}: it must be one of {'; '.join(_makers)}")
+    if name not in _makers:
+        raise KhmerOCRError(
+            f"There is no generator {name!r}{suggest(name, _makers)}: it must be one of {'; '.join(_makers)}"
+        )
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        return _makers[name](size, width, latent).eval().to(device), [x.to(device) for x in _starts(name, batch, size, latent)]
+        return _makers[name](size, width, latent).eval().to(device), [
+            x.to(device) for x in _starts(name, batch, size, latent)
+        ]
 
 # %% ../../nbs/11_experiments/04_generator_speed.ipynb #941c7141
 @dataclass(frozen=True)
 class Way:
     "One way to run a trained network"
-    name: str
-    bf16: bool = False           # weights and inputs as bfloat16
-    channels_last: bool = False
-    inference: bool = True       # torch.inference_mode, else torch.no_grad
-    compiled: bool = False       # by torch.compile, with frozen weights
 
-WAYS = (Way('fp32', inference=False), Way('fp32, inference mode'), Way('fp32, channels last', channels_last=True),
-    Way('bf16', bf16=True), Way('bf16, channels last', bf16=True, channels_last=True), Way('bf16, compiled', bf16=True, compiled=True))
+    name: str
+    bf16: bool = False  # weights and inputs as bfloat16
+    channels_last: bool = False
+    inference: bool = True  # torch.inference_mode, else torch.no_grad
+    compiled: bool = False  # by torch.compile, with frozen weights
+
+
+WAYS = (
+    Way('fp32', inference=False),
+    Way('fp32, inference mode'),
+    Way('fp32, channels last', channels_last=True),
+    Way('bf16', bf16=True),
+    Way('bf16, channels last', bf16=True, channels_last=True),
+    Way('bf16, compiled', bf16=True, compiled=True),
+)
 
 # %% ../../nbs/11_experiments/04_generator_speed.ipynb #706919b6
 def ready(
@@ -83,14 +118,21 @@ def ready(
     inputs: list[torch.Tensor],  # float32
 ) -> Callable[[], torch.Tensor]:
     "A function that runs a copy of the network in this way, and returns when the work is done"
-    dtype, layout = torch.bfloat16 if way.bf16 else torch.float32, dict(memory_format=torch.channels_last) if way.channels_last else {}
+    dtype, layout = (
+        torch.bfloat16 if way.bf16 else torch.float32,
+        dict(memory_format=torch.channels_last) if way.channels_last else {},
+    )
     net = deepcopy(net).eval().requires_grad_(False).to(dtype=dtype, **layout)
     xs = [x.to(dtype=dtype, **layout if x.ndim == 4 else {}) for x in inputs]
     call = torch.compile(net, options={'freezing': True, 'cpp.dynamic_threads': True}) if way.compiled else net
+
     def go():
-        with torch.inference_mode() if way.inference else torch.no_grad(): out = call(*xs)
-        if out.is_cuda: torch.cuda.synchronize()
+        with torch.inference_mode() if way.inference else torch.no_grad():
+            out = call(*xs)
+        if out.is_cuda:
+            torch.cuda.synchronize()
         return out
+
     return go
 
 # %% ../../nbs/11_experiments/04_generator_speed.ipynb #1005e335
@@ -100,20 +142,27 @@ def likeness(
 ) -> float:  # SSIM, 1 for the same
     "How alike two outputs are, relative to the range of `exact`"
     exact, got = exact.float(), got.float()
-    return structural_similarity_index_measure(got, exact, data_range=(exact.max()-exact.min()).clamp_min(1e-6).item()).item()
+    return structural_similarity_index_measure(
+        got, exact, data_range=(exact.max() - exact.min()).clamp_min(1e-6).item()
+    ).item()
 
 # %% ../../nbs/11_experiments/04_generator_speed.ipynb #9498070f
 def interleave(
     work: dict[str, Callable],
     rounds: int = 9,
-    seconds: float = 10.,  # no round begins after that, but three are made
+    seconds: float = 10.0,  # no round begins after that, but three are made
 ) -> dict[str, np.ndarray]:  # name -> seconds of each round
     "Time several functions in turns, each called once before to warm up"
-    for f in work.values(): f()
+    for f in work.values():
+        f()
     times, begun = {k: [] for k in work}, time.perf_counter()
     for n in range(rounds):
-        if n >= 3 and time.perf_counter()-begun > seconds: break
-        for k, f in work.items(): t = time.perf_counter(); f(); times[k].append(time.perf_counter()-t)
+        if n >= 3 and time.perf_counter() - begun > seconds:
+            break
+        for k, f in work.items():
+            t = time.perf_counter()
+            f()
+            times[k].append(time.perf_counter() - t)
     return {k: np.array(v) for k, v in times.items()}
 
 # %% ../../nbs/11_experiments/04_generator_speed.ipynb #f98bdb7b
@@ -121,26 +170,41 @@ def interleave(
 def threads(n: int):
     "Inside: torch computes with `n` threads; 0: as it likes"
     was = torch.get_num_threads()
-    try: torch.set_num_threads(n or was); yield
-    finally: torch.set_num_threads(was)
+    try:
+        torch.set_num_threads(n or was)
+        yield
+    finally:
+        torch.set_num_threads(was)
 
 # %% ../../nbs/11_experiments/04_generator_speed.ipynb #8864ce35
 def operations(net: nn.Module, inputs: list[torch.Tensor]) -> int:
     "Floating-point operations of one forward pass, in convolutions and matrix products; a multiplication and an addition are two"
-    with FlopCounterMode(display=False) as count, torch.no_grad(): net(*inputs)
+    with FlopCounterMode(display=False) as count, torch.no_grad():
+        net(*inputs)
     return count.get_total_flops()
+
 
 def calibrations(
     device: str = 'cpu',
     side: int = 64,  # of the convolution's image, px; the matrices have 24 times as many rows
 ) -> dict[str, tuple]:  # name -> (function without arguments, its operations)
     "Work that is nothing but arithmetic"
-    dtype = torch.bfloat16 if best_precision('cuda' if 'cuda' in str(device) else 'cpu').startswith('bf16') else torch.float32
+    dtype = (
+        torch.bfloat16
+        if best_precision('cuda' if 'cuda' in str(device) else 'cpu').startswith('bf16')
+        else torch.float32
+    )
     n, wait = (32, torch.cuda.synchronize) if 'cuda' in str(device) else (1, lambda: None)
     conv, x = nn.Conv2d(256, 256, 3, padding=1, bias=False), torch.rand(n, 256, side, side)
-    conv, x = (o.to(device=device, dtype=dtype, memory_format=torch.channels_last) for o in (conv.requires_grad_(False), x))
-    a = torch.rand(24*side*(4 if n > 1 else 1), 24*side).to(device=device, dtype=dtype); b = a[:24*side].clone()
-    return dict(convolution=(lambda: (conv(x), wait()), 2*9*256*256*side*side*n), product=(lambda: (a@b, wait()), 2*len(a)*len(b)**2))
+    conv, x = (
+        o.to(device=device, dtype=dtype, memory_format=torch.channels_last) for o in (conv.requires_grad_(False), x)
+    )
+    a = torch.rand(24 * side * (4 if n > 1 else 1), 24 * side).to(device=device, dtype=dtype)
+    b = a[: 24 * side].clone()
+    return dict(
+        convolution=(lambda: (conv(x), wait()), 2 * 9 * 256 * 256 * side * side * n),
+        product=(lambda: (a @ b, wait()), 2 * len(a) * len(b) ** 2),
+    )
 
 # %% ../../nbs/11_experiments/04_generator_speed.ipynb #9bdee32a
 def _start(net, ways, inputs) -> tuple[dict, dict]:  # name -> function; name -> why not
@@ -149,9 +213,12 @@ def _start(net, ways, inputs) -> tuple[dict, dict]:  # name -> function; name ->
     works, failed = {}, {}
     for w in ways:
         go = ready(net, w, inputs)
-        try: go(); works[w.name] = go
+        try:
+            go()
+            works[w.name] = go
         except Exception as e:
-            if not w.compiled: raise
+            if not w.compiled:
+                raise
             failed[w.name] = f'{type(e).__name__}: {(str(e).strip().splitlines() or [""])[0]}'[:200]
     return works, failed
 
@@ -161,61 +228,122 @@ def measure(
     inputs: list[torch.Tensor],  # float32, of one batch
     ways=WAYS,  # the first is what the others are compared with
     rounds: int = 9,
-    seconds: float = 10.,  # see `interleave`
+    seconds: float = 10.0,  # see `interleave`
     side: int = 64,  # see `calibrations`
-) -> list[dict]:  # for each way: way, samples_per_s, ratio, low, high, share, ssim, ceiling (samples a second), gflop (of one sample); or way and failed
+) -> list[
+    dict
+]:  # for each way: way, samples_per_s, ratio, low, high, share, ssim, ceiling (samples a second), gflop (of one sample); or way and failed
     "Samples a second of each way, its ratio to the first (median and quartiles of the rounds), its share of the ceiling, its likeness to the first"
     works, failed = _start(net, ways, inputs)
-    if ways[0].name in failed: raise KhmerOCRError(f'The first way, {ways[0].name!r}, is what the others are compared with, and it failed: {failed[ways[0].name]}')
+    if ways[0].name in failed:
+        raise KhmerOCRError(
+            f'The first way, {ways[0].name!r}, is what the others are compared with, and it failed: {failed[ways[0].name]}'
+        )
     marks = calibrations(inputs[0].device, side)
     times = interleave(works | {k: f for k, (f, _) in marks.items()}, rounds, seconds)
-    rate = max(n/float(np.median(times[k])) for k, (_, n) in marks.items())
-    batch, need, first = len(inputs[0]), operations(net, inputs), ways[0].name; exact = works[first]()
+    rate = max(n / float(np.median(times[k])) for k, (_, n) in marks.items())
+    batch, need, first = len(inputs[0]), operations(net, inputs), ways[0].name
+    exact = works[first]()
     rows = [dict(way=k, failed=why) for k, why in failed.items()]
     for k, go in works.items():
-        low, ratio, high = np.quantile(times[first]/times[k], (.25, .5, .75)).tolist(); t = float(np.median(times[k]))
-        rows.append(dict(way=k, samples_per_s=batch/t, ratio=ratio, low=low, high=high, share=need/t/rate, ssim=likeness(exact, go()), ceiling=rate*batch/need, gflop=need/batch/1e9))
+        low, ratio, high = np.quantile(times[first] / times[k], (0.25, 0.5, 0.75)).tolist()
+        t = float(np.median(times[k]))
+        rows.append(
+            dict(
+                way=k,
+                samples_per_s=batch / t,
+                ratio=ratio,
+                low=low,
+                high=high,
+                share=need / t / rate,
+                ssim=likeness(exact, go()),
+                ceiling=rate * batch / need,
+                gflop=need / batch / 1e9,
+            )
+        )
     return sorted(rows, key=lambda r: [w.name for w in ways].index(r['way']))
 
 # %% ../../nbs/11_experiments/04_generator_speed.ipynb #7d9fd7e4
 def compiler() -> str:  # its first line of --version, or why there is none
     "The C++ compiler that `torch.compile` would use for the CPU"
     from torch._inductor.cpp_builder import get_cpp_compiler
-    try: return subprocess.run([get_cpp_compiler(), '--version'], capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    except Exception as e: return f'none ({type(e).__name__})'
+
+    try:
+        return subprocess.run(
+            [get_cpp_compiler(), '--version'], capture_output=True, text=True, check=True
+        ).stdout.splitlines()[0]
+    except Exception as e:
+        return f'none ({type(e).__name__})'
 
 # %% ../../nbs/11_experiments/04_generator_speed.ipynb #80323730
 def peak_mb(device: str = 'cpu') -> float:
     "Highest memory of this process so far in MB (of the GPU, if that is the device)"
-    if 'cuda' in str(device): return torch.cuda.max_memory_allocated()/2**20
-    if sys.platform == 'linux': return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])/2**10
-    return getattr(m := psutil.Process().memory_info(), 'peak_wset', m.rss)/2**20
+    if 'cuda' in str(device):
+        return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == 'linux':
+        return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1]) / 2**10
+    return getattr(m := psutil.Process().memory_info(), 'peak_wset', m.rss) / 2**20
+
 
 _alone = "import json, sys; from khmer_ocr import speed; print(json.dumps(getattr(speed, sys.argv[1])(*json.loads(sys.argv[2]))))"
+
 
 def alone(f: Callable, *args):
     "`f(*args)`, a function of this module with arguments that JSON can hold, in a fresh process"
     got = subprocess.run([sys.executable, '-c', _alone, f.__name__, json.dumps(args)], capture_output=True, text=True)
-    if got.returncode: raise KhmerOCRError(f"{f.__name__}{args} failed in a process of its own: {(got.stderr.strip().splitlines() or ['it was ended'])[-1]}")
+    if got.returncode:
+        raise KhmerOCRError(
+            f"{f.__name__}{args} failed in a process of its own: {(got.stderr.strip().splitlines() or ['it was ended'])[-1]}"
+        )
     return json.loads(got.stdout.splitlines()[-1])
 
 # %% ../../nbs/11_experiments/04_generator_speed.ipynb #0bc6423e
-def generating_mb(name: str, batch: int, bf16: bool, shape: dict, device: str = 'cpu') -> tuple[float, float]:  # MB before there was a network, MB at most
+def generating_mb(
+    name: str, batch: int, bf16: bool, shape: dict, device: str = 'cpu'
+) -> tuple[float, float]:  # MB before there was a network, MB at most
     "Memory of making one batch; `shape`: size, width, latent of `network`. To be called through `alone`"
     before = peak_mb(device)
     net, inputs = network(name, batch, **shape, device=device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     net, inputs = net.to(dtype), [x.to(dtype) for x in inputs]
-    with torch.inference_mode(): net(*inputs)
+    with torch.inference_mode():
+        net(*inputs)
     return before, peak_mb(device)
 
 # %% ../../nbs/11_experiments/04_generator_speed.ipynb #10d4d1e0
-def training_mb(name: str, batch: int, shape: dict, device: str = 'cpu', precision: str = 'auto') -> tuple[float, float]:  # as in `generating_mb`
+def training_mb(
+    name: str, batch: int, shape: dict, device: str = 'cpu', precision: str = 'auto'
+) -> tuple[float, float]:  # as in `generating_mb`
     "Memory of two steps of training: networks, averages, the optimiser's memory, activations. To be called through `alone`"
     before, size, width = peak_mb(device), shape['size'], shape['width']
     page = Pair(np.full((size, size, 3), 200, np.uint8), np.zeros((size, size), np.uint8))
-    loop = dict(epochs=1, steps=2, batch_size=batch, verbose=False, tensorboard=False, device=device, precision=precision)
+    loop = dict(
+        epochs=1, steps=2, batch_size=batch, verbose=False, tensorboard=False, device=device, precision=precision
+    )
     with tempfile.TemporaryDirectory() as room:
-        if name.startswith('vae'): train_vae(room, [page], VAEConfig(resolution=size, latent=shape['latent'], width=max(1, width//2), form='plain' if 'plain' in name else 'style'), **loop)
-        else: train_pix2pix(room, [page], Pix2PixConfig(resolution=size, ngf=width, ndf=width, form='double' if 'double' in name else 'stride', style=shape['latent']*(name == 'hybrid')), **loop)
+        if name.startswith('vae'):
+            train_vae(
+                room,
+                [page],
+                VAEConfig(
+                    resolution=size,
+                    latent=shape['latent'],
+                    width=max(1, width // 2),
+                    form='plain' if 'plain' in name else 'style',
+                ),
+                **loop,
+            )
+        else:
+            train_pix2pix(
+                room,
+                [page],
+                Pix2PixConfig(
+                    resolution=size,
+                    ngf=width,
+                    ndf=width,
+                    form='double' if 'double' in name else 'stride',
+                    style=shape['latent'] * (name == 'hybrid'),
+                ),
+                **loop,
+            )
         return before, peak_mb(device)

@@ -18,43 +18,81 @@ from ..models.language_model import NGram
 from ..text.metrics import score
 
 # %% ../../nbs/11_experiments/06_lm_tuning.ipynb #9b9bec9d
-def _pick(rng, s): return s[int(rng.integers(len(s)))]
-def _digits(rng, a, b): return ''.join(_pick(rng, '0123456789') for _ in range(int(rng.integers(a, b))))
-def _khmer(s): return s.translate({48+i: 0x17E0+i for i in range(10)})
+def _pick(rng, s):
+    return s[int(rng.integers(len(s)))]
+
+
+def _digits(rng, a, b):
+    return ''.join(_pick(rng, '0123456789') for _ in range(int(rng.integers(a, b))))
+
+
+def _khmer(s):
+    return s.translate({48 + i: 0x17E0 + i for i in range(10)})
+
 
 def _clusters(rng):
-    one = lambda: _pick(rng, CONSONANTS) + (COENG + _pick(rng, CONSONANTS) if rng.random() < .3 else '') + (_pick(rng, VOWELS) if rng.random() < .7 else '') + (_pick(rng, SIGNS[:2]) if rng.random() < .1 else '')
+    one = lambda: (
+        _pick(rng, CONSONANTS)
+        + (COENG + _pick(rng, CONSONANTS) if rng.random() < 0.3 else '')
+        + (_pick(rng, VOWELS) if rng.random() < 0.7 else '')
+        + (_pick(rng, SIGNS[:2]) if rng.random() < 0.1 else '')
+    )
     return ''.join(one() for _ in range(int(rng.integers(4, 16))))
+
 
 def _number(rng):
     s = _pick(rng, ' .,-/').join(_digits(rng, 1, 6) for _ in range(int(rng.integers(2, 6))))
-    return _khmer(s) if rng.random() < .5 else s
+    return _khmer(s) if rng.random() < 0.5 else s
+
 
 def _code(rng):
-    upper = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'; which = upper if rng.random() < .7 else upper + upper.lower()
+    upper = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'
+    which = upper if rng.random() < 0.7 else upper + upper.lower()
     letters = [_pick(rng, which) for _ in range(int(rng.integers(6, 20)))]
-    return ''.join(c + ('-' if rng.random() < .15 else '') for c in letters)
+    return ''.join(c + ('-' if rng.random() < 0.15 else '') for c in letters)
 
 # %% ../../nbs/11_experiments/06_lm_tuning.ipynb #23346e01
 def _latin(rng):
-    word = lambda: ''.join(_pick(rng, 'bcdfghjklmnprstvwyz') + _pick(rng, 'aeiouy') + (_pick(rng, 'lnrst') if rng.random() < .3 else '') for _ in range(int(rng.integers(2, 5)))).capitalize()
+    word = lambda: ''.join(
+        _pick(rng, 'bcdfghjklmnprstvwyz') + _pick(rng, 'aeiouy') + (_pick(rng, 'lnrst') if rng.random() < 0.3 else '')
+        for _ in range(int(rng.integers(2, 5)))
+    ).capitalize()
     return ' '.join(word() for _ in range(int(rng.integers(2, 5))))
 
+
 def _foreign_name(rng):
-    word = lambda: ''.join(_pick(rng, 'បខគជចសទតដនមរលវហផភព') + _pick(rng, ['ា', 'ី', 'េ', 'ូ', 'ែ', 'ុ', 'ៃ', 'ូ']) + (_pick(rng, ['ន', 'ល', 'រ', 'ស', 'ត', 'ម']) + ('៍' if rng.random() < .4 else '') if rng.random() < .5 else '') for _ in range(int(rng.integers(2, 5))))
+    word = lambda: ''.join(
+        _pick(rng, 'បខគជចសទតដនមរលវហផភព')
+        + _pick(rng, ['ា', 'ី', 'េ', 'ូ', 'ែ', 'ុ', 'ៃ', 'ូ'])
+        + (
+            _pick(rng, ['ន', 'ល', 'រ', 'ស', 'ត', 'ម']) + ('៍' if rng.random() < 0.4 else '')
+            if rng.random() < 0.5
+            else ''
+        )
+        for _ in range(int(rng.integers(2, 5)))
+    )
     return ' '.join(word() for _ in range(int(rng.integers(1, 4))))
 
-ODD = {'random clusters': _clusters, 'numbers': _number, 'codes': _code, 'Latin words': _latin, 'foreign names': _foreign_name}
+
+ODD = {
+    'random clusters': _clusters,
+    'numbers': _number,
+    'codes': _code,
+    'Latin words': _latin,
+    'foreign names': _foreign_name,
+}
+
 
 def odd_lines(
     n: int,  # lines of each kind
     units: Units,  # the lines can be written with these
-    seed: int = 0
+    seed: int = 0,
 ) -> dict[str, list[str]]:  # kind -> lines in normal form
     "Lines that cannot be guessed"
     out = {}
     for i, (kind, make) in enumerate(ODD.items()):
-        rng = np.random.default_rng([seed, i]); lines = (normalise(make(rng)) for _ in itertools.count())
+        rng = np.random.default_rng([seed, i])
+        lines = (normalise(make(rng)) for _ in itertools.count())
         out[kind] = list(itertools.islice((s for s in lines if s and not units.charset.unknown(s)), n))
     return out
 
@@ -62,24 +100,28 @@ def odd_lines(
 @torch.inference_mode()
 def frame_log_probs(
     net,  # a reader's network
-    batches  # of `collate`'s kind
+    batches,  # of `collate`'s kind
 ) -> tuple[list[np.ndarray], list[str]]:  # float32 (T, n units) for each line, nats; the labels in the same order
     "What the frames of each line say"
-    net.eval(); device, frames, texts = next(net.parameters()).device, [], []
+    net.eval()
+    device, frames, texts = next(net.parameters()).device, [], []
     for b in batches:
         logits = net(as_input(b['images']).to(device).contiguous(memory_format=torch.channels_last), b['widths'])
         log_probs = logits.float().log_softmax(-1).cpu().numpy()
-        frames += [l[:int(n)].copy() for l, n in zip(log_probs, net.lengths(b['widths']))]; texts += b['texts']
+        frames += [l[: int(n)].copy() for l, n in zip(log_probs, net.lengths(b['widths']))]
+        texts += b['texts']
     return frames, texts
+
 
 def decode(
     frames: list[np.ndarray],  # see `frame_log_probs`
     units: Units,
     beam: int = 8,  # 0: the greedy reading
-    **kwargs  # lm, alpha, beta, least, top: see `beams`
+    **kwargs,  # lm, alpha, beta, least, top: see `beams`
 ) -> list[str]:
     "The texts of lines"
-    if beam: return [units.decode(beams(f, beam, **kwargs)[0][0]) for f in frames]
+    if beam:
+        return [units.decode(beams(f, beam, **kwargs)[0][0]) for f in frames]
     return [units.decode(_greedy_line(f.argmax(1), f.max(1))[0]) for f in frames]
 
 # %% ../../nbs/11_experiments/06_lm_tuning.ipynb #c6520156
@@ -87,20 +129,23 @@ def weigh(
     sets: dict,  # name -> (frames, texts)
     units: Units,
     lm: NGram,
-    alphas, betas,  # what to try
-    **kwargs  # beam, least, top
+    alphas,
+    betas,  # what to try
+    **kwargs,  # beam, least, top
 ) -> list[dict]:  # alpha, beta, ratio (mean over the sets), and each set's CER (folded, 0..1); best first
     "Every pair of weights, judged by the mean ratio to the greedy error"
     cer = lambda reads, texts: score(reads, texts, extras=False)['cer_folded']
     base, rows = {k: max(cer(decode(f, units, 0), t), 1e-6) for k, (f, t) in sets.items()}, []
     for a, b in itertools.product(alphas, betas):
         got = {k: cer(decode(f, units, lm=lm, alpha=a, beta=b, **kwargs), t) for k, (f, t) in sets.items()}
-        rows.append(dict(alpha=a, beta=b, ratio=float(np.mean([got[k]/base[k] for k in sets])), **got))
+        rows.append(dict(alpha=a, beta=b, ratio=float(np.mean([got[k] / base[k] for k in sets])), **got))
     return sorted(rows, key=lambda r: (r['ratio'], r['alpha'], r['beta']))
 
+
 def changes(
-    before: list[str], after: list[str],  # two readings of the same lines
-    truths: list[str]
+    before: list[str],
+    after: list[str],  # two readings of the same lines
+    truths: list[str],
 ) -> dict[str, list[int]]:  # 'better', 'worse': indices of lines, the largest change of edits first
     "Lines in which the second reading has fewer errors than the first, and lines in which it has more"
     d = [editdistance.eval(a, t) - editdistance.eval(b, t) for a, b, t in zip(before, after, truths)]
@@ -111,9 +156,9 @@ def changes(
 def shared_runs(
     lines: list[str],
     others: list[str],  # lines of a test
-    k: int = 16  # characters, spaces taken out
+    k: int = 16,  # characters, spaces taken out
 ) -> list[bool]:  # for each of `lines`: it has a run of k characters that one of `others` has too
     "Which lines share a run of k characters with others"
-    runs = lambda s: (s[i:i+k] for i in range(len(s)-k+1))
+    runs = lambda s: (s[i : i + k] for i in range(len(s) - k + 1))
     known = {r for s in others for r in runs(strip_spaces(s))}
     return [any(r in known for r in runs(strip_spaces(s))) for s in lines]

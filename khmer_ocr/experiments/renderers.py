@@ -28,147 +28,233 @@ from ..evaluation.engines import _children, ask_peer, install_homes, peer_python
 # %% ../../nbs/11_experiments/03_renderers.ipynb #2801396c
 def pillow_face(font: Font, size: float) -> ImageFont.FreeTypeFont:
     "A font in Pillow, with the layout that shapes Khmer; KhmerOCRError where Pillow lacks it"
-    if not features.check('raqm'): raise KhmerOCRError('This Pillow has no Raqm layout and would draw Khmer wrongly: install libfribidi (Debian: libfribidi0)')
+    if not features.check('raqm'):
+        raise KhmerOCRError(
+            'This Pillow has no Raqm layout and would draw Khmer wrongly: install libfribidi (Debian: libfribidi0)'
+        )
     face = ImageFont.truetype(font.path, size, layout_engine=ImageFont.Layout.RAQM)
-    if font.axes: face.set_variation_by_axes([dict(font.axes).get(a.tag, a.default) for a in freetype.Face(font.path).get_variation_info().axes])
+    if font.axes:
+        face.set_variation_by_axes(
+            [dict(font.axes).get(a.tag, a.default) for a in freetype.Face(font.path).get_variation_info().axes]
+        )
     return face
+
 
 def pillow_line(text, face) -> Image.Image:
     "A line by `getbbox` and `draw.text`: mode L, dark on light"
     x0, y0, x1, y1 = map(int, face.getbbox(text))
-    image = Image.new('L', (max(1, x1-x0), max(1, y1-y0)), 255)
+    image = Image.new('L', (max(1, x1 - x0), max(1, y1 - y0)), 255)
     ImageDraw.Draw(image).text((-x0, -y0), text, font=face, fill=0)
     return image
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #9e7f9d5b
-def _weight(im, rng, strength=(.2, .9)):
-    size, heavier = (2, 3)[rng.random() < .3], rng.random() < .6
-    a = float(rng.uniform(*strength)) * (1. if heavier else .6)
-    if size == 3: changed = im.filter(ImageFilter.MinFilter(3) if heavier else ImageFilter.MaxFilter(3))
+def _weight(im, rng, strength=(0.2, 0.9)):
+    size, heavier = (2, 3)[rng.random() < 0.3], rng.random() < 0.6
+    a = float(rng.uniform(*strength)) * (1.0 if heavier else 0.6)
+    if size == 3:
+        changed = im.filter(ImageFilter.MinFilter(3) if heavier else ImageFilter.MaxFilter(3))
     else:
         pick = ImageChops.darker if heavier else ImageChops.lighter
-        changed = pick(im, ImageChops.offset(im, 1, 0)); changed = pick(changed, ImageChops.offset(changed, 0, 1))
+        changed = pick(im, ImageChops.offset(im, 1, 0))
+        changed = pick(changed, ImageChops.offset(changed, 0, 1))
     return Image.blend(im, changed, a)
 
-def _blur(im, rng, sigma=(.3, 1.3)):
-    return im.filter(ImageFilter.GaussianBlur(float(rng.uniform(*sigma)) * max(.6, im.height/40)))
+
+def _blur(im, rng, sigma=(0.3, 1.3)):
+    return im.filter(ImageFilter.GaussianBlur(float(rng.uniform(*sigma)) * max(0.6, im.height / 40)))
+
 
 def _motion(im, rng, length=(2, 5)):
-    n = int(rng.integers(length[0], length[1]+1)); t = rng.uniform(0, np.pi)
-    x, y = min(2, n/2)*np.cos(t), min(2, n/2)*np.sin(t)
-    k = Image.new('L', (5, 5)); ImageDraw.Draw(k).line([round(2-x), round(2-y), round(2+x), round(2+y)], fill=1)
+    n = int(rng.integers(length[0], length[1] + 1))
+    t = rng.uniform(0, np.pi)
+    x, y = min(2, n / 2) * np.cos(t), min(2, n / 2) * np.sin(t)
+    k = Image.new('L', (5, 5))
+    ImageDraw.Draw(k).line([round(2 - x), round(2 - y), round(2 + x), round(2 + y)], fill=1)
     return im.filter(ImageFilter.Kernel((5, 5), list(k.transpose(Image.Transpose.FLIP_TOP_BOTTOM).tobytes())))
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #7df19224
-def _soft(size, rng, px=1.):
+def _soft(size, rng, px=1.0):
     "Fresh noise (H, W) float32, soft over about `px` pixels, of a standard deviation near 1"
     w, h = size
-    if px <= 1: return rng.standard_normal((h, w), np.float32)
-    return 1.2*np.asarray(Image.fromarray(rng.standard_normal((math.ceil(h/px)+1, math.ceil(w/px)+1), np.float32)).resize((w, h), Image.Resampling.BICUBIC))
+    if px <= 1:
+        return rng.standard_normal((h, w), np.float32)
+    return 1.2 * np.asarray(
+        Image.fromarray(rng.standard_normal((math.ceil(h / px) + 1, math.ceil(w / px) + 1), np.float32)).resize(
+            (w, h), Image.Resampling.BICUBIC
+        )
+    )
 
-def _grey(a): return Image.fromarray(np.clip(a, 0, 255).astype(np.uint8))
 
-def _noise(im, rng, sigma=(2., 16.)):
-    px = (1., 2.4)[rng.random() < .4]
-    return _grey(np.asarray(im) + _soft(im.size, rng, px)*np.float32(rng.uniform(*sigma)))
+def _grey(a):
+    return Image.fromarray(np.clip(a, 0, 255).astype(np.uint8))
 
-def _paper(im, rng, sigma=(2., 12.)):
+
+def _noise(im, rng, sigma=(2.0, 16.0)):
+    px = (1.0, 2.4)[rng.random() < 0.4]
+    return _grey(np.asarray(im) + _soft(im.size, rng, px) * np.float32(rng.uniform(*sigma)))
+
+
+def _paper(im, rng, sigma=(2.0, 12.0)):
     level = int(rng.integers(185, 251))
-    ground = level + _soft(im.size, rng, 18)*np.float32(rng.uniform(*sigma)) + _soft(im.size, rng, 2.4)*np.float32(rng.uniform(0, sigma[1]/2))
+    ground = (
+        level
+        + _soft(im.size, rng, 18) * np.float32(rng.uniform(*sigma))
+        + _soft(im.size, rng, 2.4) * np.float32(rng.uniform(0, sigma[1] / 2))
+    )
     return ImageChops.multiply(im, _grey(ground))
 
-def _contrast(im, rng, ink=(0, 110), paper=(170, 255)):
-    a, b = int(rng.integers(ink[0], ink[1]+1)), int(rng.integers(paper[0], paper[1]+1))
-    return im.point([round(a+(b-a)*i/255) for i in range(256)])
 
-def _light(im, rng, depth=(.1, .45)):
-    (w, h), t, d = im.size, rng.uniform(0, 2*np.pi), rng.uniform(*depth)
-    g = np.cos(t)*np.linspace(-1, 1, w, dtype=np.float32)[None] + np.sin(t)*np.linspace(-1, 1, h, dtype=np.float32)[:, None]
-    return _grey(np.asarray(im)*(1 - d*(g+1.5)/3))
+def _contrast(im, rng, ink=(0, 110), paper=(170, 255)):
+    a, b = int(rng.integers(ink[0], ink[1] + 1)), int(rng.integers(paper[0], paper[1] + 1))
+    return im.point([round(a + (b - a) * i / 255) for i in range(256)])
+
+
+def _light(im, rng, depth=(0.1, 0.45)):
+    (w, h), t, d = im.size, rng.uniform(0, 2 * np.pi), rng.uniform(*depth)
+    g = (
+        np.cos(t) * np.linspace(-1, 1, w, dtype=np.float32)[None]
+        + np.sin(t) * np.linspace(-1, 1, h, dtype=np.float32)[:, None]
+    )
+    return _grey(np.asarray(im) * (1 - d * (g + 1.5) / 3))
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #94502af5
-def _skew(im, rng, degrees=1.5, slant=.15, stretch=.12):
+def _skew(im, rng, degrees=1.5, slant=0.15, stretch=0.12):
     w, h = im.size
-    a = np.tan(np.deg2rad(rng.uniform(-degrees, degrees))); a = float(np.clip(a, -.33*h/w, .33*h/w))
-    s, k = float(rng.uniform(-slant, slant)), float(rng.uniform(1-stretch, 1+stretch))
-    M = np.linalg.inv([[k, s, max(0, -s)*h], [a*k, 1, max(0, -a*k)*w], [0, 0, 1]])
-    size = math.ceil(w*k + abs(s)*h), math.ceil(h + abs(a)*w)
-    return im.transform(size, Image.Transform.AFFINE, M[:2].ravel(), Image.Resampling.BILINEAR, fillcolor=int(np.median(np.asarray(im)[0])))
+    a = np.tan(np.deg2rad(rng.uniform(-degrees, degrees)))
+    a = float(np.clip(a, -0.33 * h / w, 0.33 * h / w))
+    s, k = float(rng.uniform(-slant, slant)), float(rng.uniform(1 - stretch, 1 + stretch))
+    M = np.linalg.inv([[k, s, max(0, -s) * h], [a * k, 1, max(0, -a * k) * w], [0, 0, 1]])
+    size = math.ceil(w * k + abs(s) * h), math.ceil(h + abs(a) * w)
+    return im.transform(
+        size,
+        Image.Transform.AFFINE,
+        M[:2].ravel(),
+        Image.Resampling.BILINEAR,
+        fillcolor=int(np.median(np.asarray(im)[0])),
+    )
 
-def _margins(im, rng, most=.35, cut=.04):
-    w, h = im.size; v = im.getextrema()[1]
-    t, b, l, r = (int(h*most*rng.random()**2) for _ in range(4))
-    if rng.random() < .1: im = im.crop((0, int(h*cut*rng.random()), w, h-int(h*cut*rng.random())))
+
+def _margins(im, rng, most=0.35, cut=0.04):
+    w, h = im.size
+    v = im.getextrema()[1]
+    t, b, l, r = (int(h * most * rng.random() ** 2) for _ in range(4))
+    if rng.random() < 0.1:
+        im = im.crop((0, int(h * cut * rng.random()), w, h - int(h * cut * rng.random())))
     return ImageOps.expand(im, (l, t, r, b), v)
 
-def _neighbours(im, rng, other=None, depth=(.03, .22)):
+
+def _neighbours(im, rng, other=None, depth=(0.03, 0.22)):
     im, (w, h) = im.copy(), im.size
     for top in (True, False):
-        d = int(round(h*rng.uniform(*depth)))
-        if rng.random() < .35 or d < 1: continue
-        piece = other.crop((0, other.height-min(d, other.height), other.width, other.height) if top else (0, 0, other.width, min(d, other.height)))
-        x = int(rng.integers(-piece.width//3, max(1, w//2))); a, b = max(0, x), min(w, x+piece.width)
-        if a >= b: continue
-        box = a, (0 if top else h-piece.height), b, (piece.height if top else h)
-        im.paste(ImageChops.darker(im.crop(box), piece.crop((a-x, 0, b-x, piece.height))), box)
+        d = int(round(h * rng.uniform(*depth)))
+        if rng.random() < 0.35 or d < 1:
+            continue
+        piece = other.crop(
+            (0, other.height - min(d, other.height), other.width, other.height)
+            if top
+            else (0, 0, other.width, min(d, other.height))
+        )
+        x = int(rng.integers(-piece.width // 3, max(1, w // 2)))
+        a, b = max(0, x), min(w, x + piece.width)
+        if a >= b:
+            continue
+        box = a, (0 if top else h - piece.height), b, (piece.height if top else h)
+        im.paste(ImageChops.darker(im.crop(box), piece.crop((a - x, 0, b - x, piece.height))), box)
     return im
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #d2920f2d
 def _rule(im, rng):
     im, (w, h) = im.copy(), im.size
-    ink, thick = int(rng.integers(0, 120)), 1 + int(rng.random() < .3)
-    if rng.random() < .75:
-        y = int(h*(rng.uniform(.82, .99) if rng.random() < .75 else rng.uniform(0, .08)))
-        x0, x1 = (0, w) if rng.random() < .6 else sorted(rng.integers(0, w+1, 2).tolist())
-        box = x0, y, x1, min(h, y+thick)
+    ink, thick = int(rng.integers(0, 120)), 1 + int(rng.random() < 0.3)
+    if rng.random() < 0.75:
+        y = int(h * (rng.uniform(0.82, 0.99) if rng.random() < 0.75 else rng.uniform(0, 0.08)))
+        x0, x1 = (0, w) if rng.random() < 0.6 else sorted(rng.integers(0, w + 1, 2).tolist())
+        box = x0, y, x1, min(h, y + thick)
     else:
-        x = (0, max(0, w-thick))[rng.random() < .5]; box = x, 0, min(w, x+thick), h
-    if box[0] < box[2] and box[1] < box[3]: im.paste(im.crop(box).point([min(i, ink) for i in range(256)]), box)
+        x = (0, max(0, w - thick))[rng.random() < 0.5]
+        box = x, 0, min(w, x + thick), h
+    if box[0] < box[2] and box[1] < box[3]:
+        im.paste(im.crop(box).point([min(i, ink) for i in range(256)]), box)
     return im
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #5db93f19
-def _resample(im, rng, factor=(.4, .9)):
+def _resample(im, rng, factor=(0.4, 0.9)):
     (w, h), R = im.size, Image.Resampling
-    f = max(float(rng.uniform(*factor)), min(1., 14/h))
-    small = im.resize((max(1, round(w*f)), max(1, round(h*f))), (R.BILINEAR, R.BOX)[rng.random() < .7])
-    return small if rng.random() < .5 else small.resize((w, h), (R.BILINEAR, R.BICUBIC)[rng.random() < .5])
+    f = max(float(rng.uniform(*factor)), min(1.0, 14 / h))
+    small = im.resize((max(1, round(w * f)), max(1, round(h * f))), (R.BILINEAR, R.BOX)[rng.random() < 0.7])
+    return small if rng.random() < 0.5 else small.resize((w, h), (R.BILINEAR, R.BICUBIC)[rng.random() < 0.5])
 
-def _threshold(im, rng, level=(.35, .65)):
-    lo, hi = im.getextrema(); cut = lo + (hi-lo)*float(rng.uniform(*level))
-    return im.point([255*(i > cut) for i in range(256)])
+
+def _threshold(im, rng, level=(0.35, 0.65)):
+    lo, hi = im.getextrema()
+    cut = lo + (hi - lo) * float(rng.uniform(*level))
+    return im.point([255 * (i > cut) for i in range(256)])
+
 
 def _jpeg(im, rng, quality=(20, 85)):
-    im.save(out := io.BytesIO(), 'JPEG', quality=int(rng.integers(quality[0], quality[1]+1)))
+    im.save(out := io.BytesIO(), 'JPEG', quality=int(rng.integers(quality[0], quality[1] + 1)))
     return Image.open(out).convert('L')
 
-def _invert(im, rng): return ImageOps.invert(im)
 
-_PILLOW = dict(weight=_weight, margins=_margins, rule=_rule, skew=_skew, paper=_paper, contrast=_contrast, light=_light, motion=_motion, blur=_blur, resample=_resample, noise=_noise,
-    threshold=_threshold, jpeg=_jpeg, invert=_invert, neighbours=_neighbours)
+def _invert(im, rng):
+    return ImageOps.invert(im)
+
+
+_PILLOW = dict(
+    weight=_weight,
+    margins=_margins,
+    rule=_rule,
+    skew=_skew,
+    paper=_paper,
+    contrast=_contrast,
+    light=_light,
+    motion=_motion,
+    blur=_blur,
+    resample=_resample,
+    noise=_noise,
+    threshold=_threshold,
+    jpeg=_jpeg,
+    invert=_invert,
+    neighbours=_neighbours,
+)
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #9cc4f8a1
 def pillow_operations(
-    other=None  # a neighbouring line, mode L; without it no neighbours intrude
+    other=None,  # a neighbouring line, mode L; without it no neighbours intrude
 ) -> list[tuple[Callable, float]]:  # for `degrade`, which takes and hands on mode L images
     "The preset `document` with every operation done by Pillow and NumPy"
-    return [(partial(_PILLOW[k], other=other) if k == 'neighbours' else _PILLOW[k], p) for k, p in preset('document') if other is not None or k != 'neighbours']
+    return [
+        (partial(_PILLOW[k], other=other) if k == 'neighbours' else _PILLOW[k], p)
+        for k, p in preset('document')
+        if other is not None or k != 'neighbours'
+    ]
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #abc6f089
-def _labels(folder, texts): (folder/'labels.tsv').write_text(''.join(f'{i:06d}.png\t{t}\n' for i, t in enumerate(texts)), encoding='utf-8')
+def _labels(folder, texts):
+    (folder / 'labels.tsv').write_text(''.join(f'{i:06d}.png\t{t}\n' for i, t in enumerate(texts)), encoding='utf-8')
+
 
 def _saved(folder, images):
     "Bare lines as files, after the clock has stopped"
-    for i, im in enumerate(images): cv2.imwrite(str(folder/f'{i:06d}.png'), np.asarray(im))
+    for i, im in enumerate(images):
+        cv2.imwrite(str(folder / f'{i:06d}.png'), np.asarray(im))
 
-def draw_ours(texts, font, size, work, folder, seed=0, degradations='document') -> tuple[float, str]:  # seconds of processor time, version
+
+def draw_ours(
+    texts, font, size, work, folder, seed=0, degradations='document'
+) -> tuple[float, str]:  # seconds of processor time, version
     "Lines by `render` and `degrade`; `work` is bare, degraded or written"
     rng, before, made, start = np.random.default_rng(seed), None, [], time.process_time()
     for i, t in enumerate(texts):
         image = 255 - render(t, font, size).ink
-        if work == 'bare': made.append(image)
-        else: image, before = degrade(image, rng, degradations, before, before)[0], image
-        if work == 'written': (folder/f'{i:06d}.png').write_bytes(_png(image, True))
-    if work == 'written': _labels(folder, texts)
+        if work == 'bare':
+            made.append(image)
+        else:
+            image, before = degrade(image, rng, degradations, before, before)[0], image
+        if work == 'written':
+            (folder / f'{i:06d}.png').write_bytes(_png(image, True))
+    if work == 'written':
+        _labels(folder, texts)
     seconds = time.process_time() - start
     _saved(folder, made)
     return seconds, __version__
@@ -179,10 +265,14 @@ def draw_pillow(texts, font, size, work, folder, seed=0) -> tuple[float, str]:
     face, rng, before, made, start = pillow_face(font, size), np.random.default_rng(seed), None, [], time.process_time()
     for i, t in enumerate(texts):
         image = pillow_line(t, face)
-        if work == 'bare': made.append(image)
-        else: image, before = degrade(image, rng, pillow_operations(before))[0], image
-        if work == 'written': Image.fromarray(image).save(folder/f'{i:06d}.png')
-    if work == 'written': _labels(folder, texts)
+        if work == 'bare':
+            made.append(image)
+        else:
+            image, before = degrade(image, rng, pillow_operations(before))[0], image
+        if work == 'written':
+            Image.fromarray(image).save(folder / f'{i:06d}.png')
+    if work == 'written':
+        _labels(folder, texts)
     seconds = time.process_time() - start
     _saved(folder, made)
     return seconds, PIL.__version__
@@ -190,11 +280,13 @@ def draw_pillow(texts, font, size, work, folder, seed=0) -> tuple[float, str]:
 # %% ../../nbs/11_experiments/03_renderers.ipynb #4604ef7d
 RECIPES = dict(
     trdg='trdg==1.8.0 pillow==9.5.0 numpy==1.26.4 opencv-python-headless==4.9.0.80 tqdm==4.70.1 wikipedia==1.4.0 requests==2.34.2 urllib3==2.8.0 idna==3.20 certifi==2026.10.18 '
-        'charset-normalizer==3.5.2 beautifulsoup4==4.15.0 soupsieve==4.1.1 typing_extensions==4.16.0 diffimg==0.2.3 arabic-reshaper==2.1.3 future==1.0.0 python-bidi==0.4.2 six==1.17.0',
+    'charset-normalizer==3.5.2 beautifulsoup4==4.15.0 soupsieve==4.1.1 typing_extensions==4.16.0 diffimg==0.2.3 arabic-reshaper==2.1.3 future==1.0.0 python-bidi==0.4.2 six==1.17.0',
     synthtiger='synthtiger==1.2.1 pillow==9.5.0 numpy==1.26.4 opencv-python-headless==4.9.0.80 imgaug==0.4.0 scipy==1.11.4 scikit-image==0.22.0 shapely==2.0.4 imageio==2.38.1 six==1.17.0 '
-        'lazy-loader==0.6 networkx==3.6.1 packaging==26.3 tifffile==2026.3.3 matplotlib==3.8.4 contourpy==1.2.1 cycler==0.12.1 fonttools==4.68.0 kiwisolver==1.5.1 pyparsing==3.3.3 '
-        'python-dateutil==4.0.0 pygame==2.6.1 blend-modes==2.2.0 arabic-reshaper==3.1.0 python-bidi==0.6.12 pytweening==1.2.0 pyyaml==6.0.3 regex==2026.11.15',
-    kiri='kiri-ocr==0.2.15 numpy==2.4.6 pillow==13.0.0 opencv-python-headless==5.0.0.93 tqdm==4.70.1')
+    'lazy-loader==0.6 networkx==3.6.1 packaging==26.3 tifffile==2026.3.3 matplotlib==3.8.4 contourpy==1.2.1 cycler==0.12.1 fonttools==4.68.0 kiwisolver==1.5.1 pyparsing==3.3.3 '
+    'python-dateutil==4.0.0 pygame==2.6.1 blend-modes==2.2.0 arabic-reshaper==3.1.0 python-bidi==0.6.12 pytweening==1.2.0 pyyaml==6.0.3 regex==2026.11.15',
+    kiri='kiri-ocr==0.2.15 numpy==2.4.6 pillow==13.0.0 opencv-python-headless==5.0.0.93 tqdm==4.70.1',
+)
+
 
 def install_draw_peers(folder, names=tuple(RECIPES)):
     "Make one virtual environment a peer in `folder` (needs pip and its index); then set KHMER_OCR_PEERS to it"
@@ -215,7 +307,9 @@ def finish(start, images, name):
 '''
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #d7b1d60d
-_TRDG = _BEGIN + '''
+_TRDG = (
+    _BEGIN
+    + '''
 from trdg.data_generator import FakeTextDataGenerator
 from trdg.generators import GeneratorFromStrings
 words, height = work.endswith('words'), round(1.5*size)
@@ -230,9 +324,13 @@ else:
             f.write(f'{i}.png {t}\\n')
     finish(start, [], 'trdg')
 '''
+)
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #0902751a
-_SYNTHTIGER = "import os; os.environ['PYGAME_HIDE_SUPPORT_PROMPT'] = '1'" + _BEGIN + '''
+_SYNTHTIGER = (
+    "import os; os.environ['PYGAME_HIDE_SUPPORT_PROMPT'] = '1'"
+    + _BEGIN
+    + '''
 from PIL import Image
 import synthtiger
 from synthtiger import components as C, layers, utils
@@ -252,9 +350,12 @@ else:
             Image.fromarray(page.output()[..., :3].astype(np.uint8)).convert('L').save(out/f'{i:06d}.png'); f.write(f'{i:06d}.png\\t{t}\\n')
     finish(start, [], 'synthtiger')
 '''
+)
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #df57c0d8
-_KIRI = _BEGIN + '''
+_KIRI = (
+    _BEGIN
+    + '''
 import contextlib, os
 from PIL import ImageFont
 from kiri_ocr.generator import DatasetGenerator
@@ -266,180 +367,310 @@ with open(os.devnull, 'w') as null, contextlib.redirect_stdout(null), contextlib
     else: maker._generate_split(sys.argv[1], str(out), 1, 'train', random_augment=True)
 finish(start, made, 'kiri-ocr')
 '''
+)
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #f1db6b8a
 def _text2image(texts, font, size, work, out, seed=0):
     "Pages by text2image in `out`; (seconds of processor time, version). It has no seed to give"
-    (out/'fonts').mkdir(); (out/'fonts'/Path(font.path).name).symlink_to(Path(font.path).resolve()); (out/'texts.txt').write_text('\n'.join(texts), encoding='utf-8')
+    (out / 'fonts').mkdir()
+    (out / 'fonts' / Path(font.path).name).symlink_to(Path(font.path).resolve())
+    (out / 'texts.txt').write_text('\n'.join(texts), encoding='utf-8')
     widest = max(render(t, font, size).ink.shape[1] for t in texts)
-    options = dict(text=out/'texts.txt', outputbase=out/'page', font=font.family, fonts_dir=out/'fonts', fontconfig_tmpdir=out/'fonts', ptsize=round(size/2), resolution=144, xsize=int(1.1*widest)+300, ysize=3600,
-        degrade_image=str(work != 'bare').lower())
+    options = dict(
+        text=out / 'texts.txt',
+        outputbase=out / 'page',
+        font=font.family,
+        fonts_dir=out / 'fonts',
+        fontconfig_tmpdir=out / 'fonts',
+        ptsize=round(size / 2),
+        resolution=144,
+        xsize=int(1.1 * widest) + 300,
+        ysize=3600,
+        degrade_image=str(work != 'bare').lower(),
+    )
     start = _children()
-    p = subprocess.run(['text2image', *(f'--{k}={v}' for k, v in options.items())], capture_output=True, text=True, env=os.environ | dict(OMP_THREAD_LIMIT='1'))
-    if p.returncode or not (out/'page.tif').exists(): raise KhmerOCRError(f'text2image failed: {(p.stderr.strip() or str(p.returncode)).splitlines()[-1]}')
+    p = subprocess.run(
+        ['text2image', *(f'--{k}={v}' for k, v in options.items())],
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(OMP_THREAD_LIMIT='1'),
+    )
+    if p.returncode or not (out / 'page.tif').exists():
+        raise KhmerOCRError(f'text2image failed: {(p.stderr.strip() or str(p.returncode)).splitlines()[-1]}')
     seconds = _children() - start
-    return seconds, ' '.join(subprocess.run(['tesseract', '--version'], capture_output=True, text=True).stdout.split()[1:2])
+    return seconds, ' '.join(
+        subprocess.run(['tesseract', '--version'], capture_output=True, text=True).stdout.split()[1:2]
+    )
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #f22d415f
 @dataclass(frozen=True)
 class DrawPeer:
     "A program that makes line images"
-    name: str      # in tables
-    home: str      # its environment in the folder of peers; '': a program on the PATH
-    driver: str    # text for its Python
-    bare: str      # what the driver calls the work `bare`
-    written: str   # and `written`
-    note: str      # what one should know, beside what is measured
+
+    name: str  # in tables
+    home: str  # its environment in the folder of peers; '': a program on the PATH
+    driver: str  # text for its Python
+    bare: str  # what the driver calls the work `bare`
+    written: str  # and `written`
+    note: str  # what one should know, beside what is measured
+
 
 DRAW_PEERS = (
-    DrawPeer('trdg', 'trdg', _TRDG, 'bare', 'written', 'its default; sets one character after the other; no seed of its own'),
+    DrawPeer(
+        'trdg', 'trdg', _TRDG, 'bare', 'written', 'its default; sets one character after the other; no seed of its own'
+    ),
     DrawPeer('trdg, word_split', 'trdg', _TRDG, 'bare words', 'written words', 'no seed of its own'),
-    DrawPeer('SynthTIGER', 'synthtiger', _SYNTHTIGER, 'bare', 'written', 'image as high as ascent and descent; degraded: one layer a cluster'),
-    DrawPeer('kiri-ocr', 'kiri', _KIRI, 'bare', 'written', 'no seed of its own; lines wider than 512 px are squeezed; a tenth of the training lines are validation lines too if none are given'),
-    DrawPeer('text2image', '', '', 'bare', 'written', 'whole pages of one bit a pixel, and a box for every cluster'))
+    DrawPeer(
+        'SynthTIGER',
+        'synthtiger',
+        _SYNTHTIGER,
+        'bare',
+        'written',
+        'image as high as ascent and descent; degraded: one layer a cluster',
+    ),
+    DrawPeer(
+        'kiri-ocr',
+        'kiri',
+        _KIRI,
+        'bare',
+        'written',
+        'no seed of its own; lines wider than 512 px are squeezed; a tenth of the training lines are validation lines too if none are given',
+    ),
+    DrawPeer('text2image', '', '', 'bare', 'written', 'whole pages of one bit a pixel, and a box for every cluster'),
+)
 
-def _program(peer) -> Path|None:
+
+def _program(peer) -> Path | None:
     "Where the peer's Python (or program) is; None if it is not installed"
-    if peer.home: return peer_python(peer.home)
+    if peer.home:
+        return peer_python(peer.home)
     return Path(found) if (found := shutil.which('text2image')) else None
+
 
 def draw_peers() -> list[DrawPeer]:
     "The peers that are installed: environments in the folder KHMER_OCR_PEERS, and text2image on the PATH"
     return [p for p in DRAW_PEERS if _program(p)]
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #3aeabf6d
-def draw_with(peer: DrawPeer, texts, font, size, work, folder, seed=0) -> tuple[float, str]:  # seconds of processor time, version
+def draw_with(
+    peer: DrawPeer, texts, font, size, work, folder, seed=0
+) -> tuple[float, str]:  # seconds of processor time, version
     "Lines by a peer, as files in the empty `folder`; all that is not bare is written. KhmerOCRError if it is not installed or fails"
-    if not (program := _program(peer)): raise KhmerOCRError(f'{peer.name} is not installed: see install_draw_peers, and set KHMER_OCR_PEERS')
+    if not (program := _program(peer)):
+        raise KhmerOCRError(f'{peer.name} is not installed: see install_draw_peers, and set KHMER_OCR_PEERS')
     word = peer.bare if work == 'bare' else peer.written
-    if not peer.home: return _text2image(texts, font, size, word, folder, seed)
+    if not peer.home:
+        return _text2image(texts, font, size, word, folder, seed)
     with tempfile.TemporaryDirectory() as d:
-        (Path(d)/'texts.txt').write_text('\n'.join(texts), encoding='utf-8')
-        told = [f'{d}/texts.txt', str(Path(font.path).resolve()), str(size), word, str(Path(folder).resolve()), str(seed)]
+        (Path(d) / 'texts.txt').write_text('\n'.join(texts), encoding='utf-8')
+        told = [
+            f'{d}/texts.txt',
+            str(Path(font.path).resolve()),
+            str(size),
+            word,
+            str(Path(folder).resolve()),
+            str(seed),
+        ]
         said = ask_peer(peer.name, program, peer.driver, told)
     return float(said['seconds']), said['version']
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #f6532db3
 def drawers() -> dict[str, Callable]:
     "name -> function like `draw_ours`; Pillow only with Raqm, peers only if installed"
-    return {'khmer_ocr': draw_ours} | ({'Pillow': draw_pillow} if features.check('raqm') else {}) | {p.name: partial(draw_with, p) for p in draw_peers()}
+    return (
+        {'khmer_ocr': draw_ours}
+        | ({'Pillow': draw_pillow} if features.check('raqm') else {})
+        | {p.name: partial(draw_with, p) for p in draw_peers()}
+    )
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #f94a12eb
 def _inked(ink):
     "The part of `ink` that has some"
     rows, cols = (np.flatnonzero((ink > 100).any(a)) for a in (1, 0))
-    return ink[rows[0]:rows[-1]+1, cols[0]:cols[-1]+1] if len(rows) else np.zeros((1, 1), np.uint8)
+    return ink[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1] if len(rows) else np.zeros((1, 1), np.uint8)
+
 
 def agreement(
     image,  # uint8 (H, W), somebody's line, dark on light, undamaged
     ink,  # uint8 (h, w), ours, as `render` gives it
-    near=2  # px of `ink` within which ink counts as being in its place
+    near=2,  # px of `ink` within which ink counts as being in its place
 ) -> tuple[float, float]:  # share of ink in its place (0-1); rows that their line lacks, px of `ink`
     "Does a line show what ours shows?"
-    a = _inked(255 - image); k, h = ink.shape[1]/a.shape[1], ink.shape[0]
-    a = (cv2.resize(a, (ink.shape[1], max(1, min(4*h, round(a.shape[0]*k)))), interpolation=cv2.INTER_AREA if k < 1 else cv2.INTER_CUBIC) > 110).astype(np.uint8)
-    n, box = a.shape[0], np.ones((2*near+1, 2*near+1), np.uint8)
-    b = np.pad((ink > 110).astype(np.uint8), ((n, n), (0, 0))); wide_a, wide_b, best = cv2.dilate(a, box), cv2.dilate(b, box), 0.
-    for y in range(h+n):
-        if (mine := (wide_b[y:y+n] & a).sum()/max(1, a.sum())) > best: best = max(best, min(mine, (b[y:y+n] & wide_a).sum()/max(1, b.sum())))
-    return float(best), float(h-n)
+    a = _inked(255 - image)
+    k, h = ink.shape[1] / a.shape[1], ink.shape[0]
+    a = (
+        cv2.resize(
+            a,
+            (ink.shape[1], max(1, min(4 * h, round(a.shape[0] * k)))),
+            interpolation=cv2.INTER_AREA if k < 1 else cv2.INTER_CUBIC,
+        )
+        > 110
+    ).astype(np.uint8)
+    n, box = a.shape[0], np.ones((2 * near + 1, 2 * near + 1), np.uint8)
+    b = np.pad((ink > 110).astype(np.uint8), ((n, n), (0, 0)))
+    wide_a, wide_b, best = cv2.dilate(a, box), cv2.dilate(b, box), 0.0
+    for y in range(h + n):
+        if (mine := (wide_b[y : y + n] & a).sum() / max(1, a.sum())) > best:
+            best = max(best, min(mine, (b[y : y + n] & wide_a).sum() / max(1, b.sum())))
+    return float(best), float(h - n)
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #8615c43b
 def _page_rows(boxes) -> list[list]:
     "Rows of boxes (text, x0, y0, x1, y1, page), in reading order; y counts from the bottom"
     rows, parts, now = [], [], []
     for b in boxes:
-        if b[0] == '\t' or now and (b[5] != now[0][5] or b[1] < now[0][1]+5 and b[4]+4 < min(r[2] for r in now)): parts.append(now); now = []
-        if b[0] != '\t': now.append(b)
+        if b[0] == '\t' or now and (b[5] != now[0][5] or b[1] < now[0][1] + 5 and b[4] + 4 < min(r[2] for r in now)):
+            parts.append(now)
+            now = []
+        if b[0] != '\t':
+            now.append(b)
     for part in filter(None, [*parts, now]):
-        (y0, y1), (z0, z1) = ((min(b[2] for b in r), max(b[4] for b in r)) if r else (0, 0) for r in (part, rows[-1] if rows else ()))
-        if rows and part[0][5] == rows[-1][0][5] and min(y1, z1) - max(y0, z0) > .5*min(y1-y0, z1-z0): rows[-1] += part
-        else: rows.append(part)
+        (y0, y1), (z0, z1) = (
+            (min(b[2] for b in r), max(b[4] for b in r)) if r else (0, 0) for r in (part, rows[-1] if rows else ())
+        )
+        if rows and part[0][5] == rows[-1][0][5] and min(y1, z1) - max(y0, z0) > 0.5 * min(y1 - y0, z1 - z0):
+            rows[-1] += part
+        else:
+            rows.append(part)
     return rows
 
-def _page_lines(folder, texts) -> list[np.ndarray|None]:
+
+def _page_lines(folder, texts) -> list[np.ndarray | None]:
     "The lines of page.tif, cut out with page.box and told by their text"
-    boxes = [(c, *map(int, n)) for c, *n in (r.rsplit(' ', 5) for r in (folder/'page.box').read_text(encoding='utf-8').splitlines())]
-    rows, pages, found = _page_rows(boxes), Image.open(folder/'page.tif'), []
+    boxes = [
+        (c, *map(int, n))
+        for c, *n in (r.rsplit(' ', 5) for r in (folder / 'page.box').read_text(encoding='utf-8').splitlines())
+    ]
+    rows, pages, found = _page_rows(boxes), Image.open(folder / 'page.tif'), []
     for t in texts:
-        like = [SequenceMatcher(None, t, ''.join(b[0] for b in r), False).ratio() >= .5 for r in rows[:4]]
-        if not any(like): found.append(None); continue
-        r, rows = rows[like.index(True)], rows[like.index(True)+1:]; x0, y0, x1, y1 = (f(b[i] for b in r) for i, f in ((1, min), (2, min), (3, max), (4, max)))
-        pages.seek(r[0][5]); found.append(np.asarray(pages.convert('L').crop((x0-8, pages.height-y1-2, x1+8, pages.height-y0+2))))
+        like = [SequenceMatcher(None, t, ''.join(b[0] for b in r), False).ratio() >= 0.5 for r in rows[:4]]
+        if not any(like):
+            found.append(None)
+            continue
+        r, rows = rows[like.index(True)], rows[like.index(True) + 1 :]
+        x0, y0, x1, y1 = (f(b[i] for b in r) for i, f in ((1, min), (2, min), (3, max), (4, max)))
+        pages.seek(r[0][5])
+        found.append(
+            np.asarray(pages.convert('L').crop((x0 - 8, pages.height - y1 - 2, x1 + 8, pages.height - y0 + 2)))
+        )
     return found
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #9b383246
-def drawn_lines(folder, texts) -> list[np.ndarray|None]:
+def drawn_lines(folder, texts) -> list[np.ndarray | None]:
     "The bare lines that a peer left in `folder`, one for each text; None for a missing one"
     folder = Path(folder)
-    if (folder/'page.box').exists(): return _page_lines(folder, texts)
-    return [cv2.imread(str(p), cv2.IMREAD_GRAYSCALE) if (p := folder/f'{i:06d}.png').exists() else None for i in range(len(texts))]
+    if (folder / 'page.box').exists():
+        return _page_lines(folder, texts)
+    return [
+        cv2.imread(str(p), cv2.IMREAD_GRAYSCALE) if (p := folder / f'{i:06d}.png').exists() else None
+        for i in range(len(texts))
+    ]
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #dfe55f00
-def _digest(folder): return hashlib.sha256(b''.join(p.read_bytes() for p in sorted(folder.rglob('*')) if p.suffix in ('.png', '.jpg', '.tif'))).hexdigest()
+def _digest(folder):
+    return hashlib.sha256(
+        b''.join(p.read_bytes() for p in sorted(folder.rglob('*')) if p.suffix in ('.png', '.jpg', '.tif'))
+    ).hexdigest()
+
 
 def inspect_drawing(
     draw: Callable,  # one of `drawers`
-    texts, font, size=24
+    texts,
+    font,
+    size=24,
 ) -> dict:  # lines, right, cut, missing, same_bytes, version; images: the bare lines (None: missing)
     "Look at what somebody draws: letters in their places, ink cut off, the same bytes for the same seed"
     with tempfile.TemporaryDirectory() as d:
-        places = [Path(d)/k for k in ('bare', 'once', 'again')]
-        for p, work in zip(places, ('bare', 'written', 'written')): p.mkdir(); _, version = draw(texts, font, size, work, p, seed=7)
+        places = [Path(d) / k for k in ('bare', 'once', 'again')]
+        for p, work in zip(places, ('bare', 'written', 'written')):
+            p.mkdir()
+            _, version = draw(texts, font, size, work, p, seed=7)
         images = drawn_lines(places[0], texts)
-        marks = [agreement(im, render(t, font, 2*size).ink) if im is not None else (0., 0.) for im, t in zip(images, texts)]
-        right = [a >= .9 for a, _ in marks]
-        return dict(lines=len(texts), right=sum(right), cut=sum(r and lack > size/4 for r, (_, lack) in zip(right, marks)), missing=sum(im is None for im in images),
-            same_bytes=_digest(places[1]) == _digest(places[2]), version=version, images=images)
+        marks = [
+            agreement(im, render(t, font, 2 * size).ink) if im is not None else (0.0, 0.0)
+            for im, t in zip(images, texts)
+        ]
+        right = [a >= 0.9 for a, _ in marks]
+        return dict(
+            lines=len(texts),
+            right=sum(right),
+            cut=sum(r and lack > size / 4 for r, (_, lack) in zip(right, marks)),
+            missing=sum(im is None for im in images),
+            same_bytes=_digest(places[1]) == _digest(places[2]),
+            version=version,
+            images=images,
+        )
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #7fedf305
 def time_ways(
     ways: dict[str, Callable[[Path], tuple[float, int]]],  # name -> function of an empty folder: (seconds, lines)
-    rounds=3
+    rounds=3,
 ) -> dict[str, float]:  # lines per second of processor time, the best of the rounds
     "Time some ways of making lines, in turn"
     best = {}
     for _ in range(rounds):
         for name, way in ways.items():
-            with tempfile.TemporaryDirectory() as d: seconds, lines = way(Path(d))
-            best[name] = max(best.get(name, 0.), lines/max(seconds, 1e-9))
+            with tempfile.TemporaryDirectory() as d:
+                seconds, lines = way(Path(d))
+            best[name] = max(best.get(name, 0.0), lines / max(seconds, 1e-9))
     return best
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #61e1c364
-def _works(name): return {'khmer_ocr': ('bare', 'degraded, document', 'degraded, scan', 'written, document'), 'Pillow': ('bare', 'degraded, document', 'written, document')}.get(name, ('bare', 'written'))
+def _works(name):
+    return {
+        'khmer_ocr': ('bare', 'degraded, document', 'degraded, scan', 'written, document'),
+        'Pillow': ('bare', 'degraded, document', 'written, document'),
+    }.get(name, ('bare', 'written'))
+
 
 def drawing_ways(texts, font, size=24, peer_lines=60) -> dict[tuple[str, str], Callable]:
     "{(who, work): function of a folder} for all `drawers`, for `time_ways`; peers in Python draw the first `peer_lines`"
     ways, slow = {}, {p.name for p in DRAW_PEERS if p.home}
+
     def add(name, draw, work, lines):
         kw = dict(degradations=work.split(', ')[1]) if name == 'khmer_ocr' and work != 'bare' else {}
         ways[name, work] = lambda d: (draw(lines, font, size, work.split(',')[0], d, **kw)[0], len(lines))
+
     for name, draw in drawers().items():
-        for work in _works(name): add(name, draw, work, list(texts)[:peer_lines if name in slow else None])
+        for work in _works(name):
+            add(name, draw, work, list(texts)[: peer_lines if name in slow else None])
     return ways
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #f97af3e9
 def drawing_table(
-    speeds: dict[str, dict]  # name of font -> what `time_ways` gave for its `drawing_ways`
+    speeds: dict[str, dict],  # name of font -> what `time_ways` gave for its `drawing_ways`
 ) -> list[dict]:
     "One row for who and which work: lines per second of processor time, and how many times as fast ours is, by font; peers that are not installed are named"
     first, rows = next(iter(speeds.values())), []
     for who, work in first:
-        row = {'who': who, 'work': work}; same = work if ('khmer_ocr', work) in first else 'written, document'
+        row = {'who': who, 'work': work}
+        same = work if ('khmer_ocr', work) in first else 'written, document'
         for font, s in speeds.items():
-            row |= {font: round(s[who, work], 1 if s[who, work] < 100 else None), f'× {font}': round(s['khmer_ocr', same]/s[who, work], 1)}
+            row |= {
+                font: round(s[who, work], 1 if s[who, work] < 100 else None),
+                f'× {font}': round(s['khmer_ocr', same] / s[who, work], 1),
+            }
         rows.append(row)
     absent = [p.name for p in DRAW_PEERS if (p.name, 'bare') not in first]
     return rows + [dict.fromkeys(rows[0], '') | {'who': p, 'work': 'not installed'} for p in absent]
 
 # %% ../../nbs/11_experiments/03_renderers.ipynb #acb46b35
 def seen_table(
-    inspected: dict[str, dict[str, dict]]  # name of font -> who -> what `inspect_drawing` gave
+    inspected: dict[str, dict[str, dict]],  # name of font -> who -> what `inspect_drawing` gave
 ) -> list[dict]:
     "One row for each who: version, lines that are right, lines cut, whether a seed gives the same bytes, and what else one should know"
     rows, notes = [], {p.name: p.note for p in DRAW_PEERS}
     for who in next(iter(inspected.values())):
         found = [f[who] for f in inspected.values()]
         of = lambda k: f"{sum(f[k] for f in found)} of {sum(f['lines'] for f in found)}"
-        rows.append({'who': who, 'version': found[0]['version'], 'right': of('right'), 'cut': of('cut'), 'same bytes': 'yes' if all(f['same_bytes'] for f in found) else 'no', 'note': notes.get(who, '')})
+        rows.append(
+            {
+                'who': who,
+                'version': found[0]['version'],
+                'right': of('right'),
+                'cut': of('cut'),
+                'same bytes': 'yes' if all(f['same_bytes'] for f in found) else 'no',
+                'note': notes.get(who, ''),
+            }
+        )
     return rows

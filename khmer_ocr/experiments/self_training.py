@@ -24,32 +24,39 @@ from ..models.zoo import _checkpoint
 # %% ../../nbs/11_experiments/01_self_training.ipynb #352908c2
 def trust(reading: Reading) -> float:
     "Geometric mean of the letters' confidences, 0..1; of the line's own where there are no letters; 0 for an empty line"
-    if not reading.text.strip(): return 0.
+    if not reading.text.strip():
+        return 0.0
     c = reading.char_confidences or [reading.confidence]
     return float(np.exp(np.mean(np.log(np.clip(c, 1e-6, 1)))))
 
+
 def choose(
     readings: list[Reading],
-    keep: float = .5  # share of the lines that say something
+    keep: float = 0.5,  # share of the lines that say something
 ) -> list[int]:  # their numbers, in the order of the lines
     "The surest lines; of equals the earlier ones"
-    if not 0 < keep <= 1: raise KhmerOCRError(f'The share of lines to keep is {keep}: it must be above 0 and at most 1')
+    if not 0 < keep <= 1:
+        raise KhmerOCRError(f'The share of lines to keep is {keep}: it must be above 0 and at most 1')
     some = [i for i, r in enumerate(readings) if trust(r) > 0]
-    return sorted(sorted(some, key=lambda i: -trust(readings[i]))[:round(keep*len(some))])
+    return sorted(sorted(some, key=lambda i: -trust(readings[i]))[: round(keep * len(some))])
 
 # %% ../../nbs/11_experiments/01_self_training.ipynb #8fde5233
 def label_lines(
     reader,  # anything with `read`; with a language model it labels better
     paths,  # images of lines; those that cannot be opened are left out
     out,  # labels.tsv to write
-    keep: float = .5  # see `choose`
+    keep: float = 0.5,  # see `choose`
 ) -> int:  # lines kept
     "Label images of lines with what a reader is surest of"
     read = [(p, r) for p, r in read_files(reader, paths) if isinstance(r, Reading)]
     kept = choose([r for _, r in read], keep)
-    if not kept: raise KhmerOCRError(f'None of the {len(read)} lines can be believed: the reader saw no text in them')
-    rows = [f'{os.path.relpath(read[i][0], Path(out).parent)}\t{read[i][1].text}\t{trust(read[i][1]):.4f}\n' for i in kept]
-    Path(out).parent.mkdir(parents=True, exist_ok=True); write_atomic(out, 'path\ttext\tconfidence\n' + ''.join(rows))
+    if not kept:
+        raise KhmerOCRError(f'None of the {len(read)} lines can be believed: the reader saw no text in them')
+    rows = [
+        f'{os.path.relpath(read[i][0], Path(out).parent)}\t{read[i][1].text}\t{trust(read[i][1]):.4f}\n' for i in kept
+    ]
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, 'path\ttext\tconfidence\n' + ''.join(rows))
     return len(kept)
 
 # %% ../../nbs/11_experiments/01_self_training.ipynb #0b7cbf18
@@ -59,19 +66,37 @@ def adapt(
     folder,  # gets round1/, round2/ ...: labels.tsv and a training run
     recipe: Recipe,  # of the lines that are mixed in
     train: TrainConfig,  # of each round
-    keep=(.2, .35, .5),  # share of the lines that is believed in each round
-    mix: float = .5,  # share of the drawn lines
+    keep=(0.2, 0.35, 0.5),  # share of the lines that is believed in each round
+    mix: float = 0.5,  # share of the drawn lines
     texts=None,  # lines in place of the corpus, for those that are drawn
-    **kwargs  # of `train_ctc`: validation, workers, callbacks, teacher, verbose, pool
+    **kwargs,  # of `train_ctc`: validation, workers, callbacks, teacher, verbose, pool
 ) -> Path:  # weights of the last round
     "Self-training in rounds; a round that is finished is not done again"
     at = _checkpoint(init)
     for n, share in enumerate(keep, 1):
-        room = Path(folder)/f'round{n}'; latest = room/'latest.safetensors'
-        if not (room/'labels.tsv').exists(): label_lines(Reader.load(at), paths, room/'labels.tsv', share)
+        room = Path(folder) / f'round{n}'
+        latest = room / 'latest.safetensors'
+        if not (room / 'labels.tsv').exists():
+            label_lines(Reader.load(at), paths, room / 'labels.tsv', share)
         config = load_ctc(at)[0].config
-        own = MixedSource(LineFolder(room/'labels.tsv', config.height), OnTheFlyDataset(recipe, height=config.height, texts=texts), mix)
-        learn = train_ctc(room, recipe, replace(train, seed=train.seed+n), config, data=own, init=at, resume='latest' if latest.exists() else None, **kwargs)
-        if learn.step < train.steps: raise KhmerOCRError(f'Round {n} stopped at step {learn.step} ({learn.stopping}): the same call goes on from there')
-        at = room/'best.safetensors'
+        own = MixedSource(
+            LineFolder(room / 'labels.tsv', config.height),
+            OnTheFlyDataset(recipe, height=config.height, texts=texts),
+            mix,
+        )
+        learn = train_ctc(
+            room,
+            recipe,
+            replace(train, seed=train.seed + n),
+            config,
+            data=own,
+            init=at,
+            resume='latest' if latest.exists() else None,
+            **kwargs,
+        )
+        if learn.step < train.steps:
+            raise KhmerOCRError(
+                f'Round {n} stopped at step {learn.step} ({learn.stopping}): the same call goes on from there'
+            )
+        at = room / 'best.safetensors'
     return at

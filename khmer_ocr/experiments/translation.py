@@ -42,26 +42,34 @@ _tens = 'ដប់ ម្ភៃ សាមសិប សែសិប ហាសិ�
 _powers = dict(លាន=10**6, សែន=10**5, ម៉ឺន=10**4, ពាន់=1000, រយ=100)
 TOP = 10**12
 
+
 def _countable(n):
-    if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < TOP: raise KhmerOCRError(f'{n!r} cannot be written in words: give a whole number from 0 to {TOP-1:,}')
+    if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < TOP:
+        raise KhmerOCRError(f'{n!r} cannot be written in words: give a whole number from 0 to {TOP - 1:,}')
+
 
 def khmer_words(n: int) -> str:
     "A number from 0 to 10**12-1 in Khmer words"
     _countable(n)
-    if n < 10: return _units[n]
-    if n < 100: return _tens[n//10-1] + (_units[n % 10] if n % 10 else '')
+    if n < 10:
+        return _units[n]
+    if n < 100:
+        return _tens[n // 10 - 1] + (_units[n % 10] if n % 10 else '')
     name, p = next((k, v) for k, v in _powers.items() if n >= v)
-    return khmer_words(n//p) + name + (khmer_words(n % p) if n % p else '')
+    return khmer_words(n // p) + name + (khmer_words(n % p) if n % p else '')
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #3f84e409
 _below_hundred = {khmer_words(n): n for n in range(100)}
 
+
 def khmer_value(words: str) -> int:
     "The number that Khmer words stand for"
-    if words in _below_hundred: return _below_hundred[words]
+    if words in _below_hundred:
+        return _below_hundred[words]
     for name, p in _powers.items():
         many, found, rest = words.rpartition(name)
-        if found and many: return khmer_value(many)*p + (khmer_value(rest) if rest else 0)
+        if found and many:
+            return khmer_value(many) * p + (khmer_value(rest) if rest else 0)
     raise KhmerOCRError(f'{words!r} is no Khmer number')
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #79632764
@@ -69,102 +77,186 @@ _small = 'zero one two three four five six seven eight nine ten eleven twelve th
 _english_tens = 'twenty thirty forty fifty sixty seventy eighty ninety'.split()
 _english_powers = dict(billion=10**9, million=10**6, thousand=1000, hundred=100)
 
+
 def english_words(n: int) -> str:
     "A number from 0 to 10**12-1 in English words"
     _countable(n)
-    if n < 20: return _small[n]
-    if n < 100: return _english_tens[n//10-2] + (f'-{_small[n % 10]}' if n % 10 else '')
+    if n < 20:
+        return _small[n]
+    if n < 100:
+        return _english_tens[n // 10 - 2] + (f'-{_small[n % 10]}' if n % 10 else '')
     name, p = next((k, v) for k, v in _english_powers.items() if n >= v)
-    return f'{english_words(n//p)} {name}' + (f' {english_words(n % p)}' if n % p else '')
+    return f'{english_words(n // p)} {name}' + (f' {english_words(n % p)}' if n % p else '')
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #dbf81ce1
 class Pair(NamedTuple):
     "A Khmer line in normal form, what it says in English, the rule that made it, and the combination that it is"
+
     khmer: str
     english: str
     rule: str = ''
     key: str = ''
 
+
 def side(pair: Pair) -> str:
     "train, val or test: where a pair belongs; without a key to train"
     return split_of(pair.key) if pair.key else 'train'
 
+
 _khmer_digits = str.maketrans('0123456789', '០១២៣៤៥៦៧៨៩')
-def _pick(rng, seq): return seq[int(rng.integers(len(seq)))]
-def _digits(rng, s): return s.translate(_khmer_digits) if rng.random() < .75 else s        # three in four as Khmer digits
-def _gap(rng): return _pick(rng, ('', ' '))
+
+
+def _pick(rng, seq):
+    return seq[int(rng.integers(len(seq)))]
+
+
+def _digits(rng, s):
+    return s.translate(_khmer_digits) if rng.random() < 0.75 else s  # three in four as Khmer digits
+
+
+def _gap(rng):
+    return _pick(rng, ('', ' '))
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #35076320
 def number_key(n: int) -> str:
     "The range that a number lies in: its length and first three digits; '' below 100"
     return f'number of {len(str(n))} digits from {str(n)[:3]}' if n > 99 else ''
 
+
 def _number(rng, digits=(1, 7)):
     "A number of so many digits, each length alike; half of them round"
-    n = int(rng.integers(10**int(rng.integers(digits[0], digits[1]+1))))
-    round_to = 10**max(0, len(str(n))-int(rng.integers(1, 4)))
-    return n//round_to*round_to if rng.random() < .5 else n
+    n = int(rng.integers(10 ** int(rng.integers(digits[0], digits[1] + 1))))
+    round_to = 10 ** max(0, len(str(n)) - int(rng.integers(1, 4)))
+    return n // round_to * round_to if rng.random() < 0.5 else n
 
-def _apart(rng, n): return f'{n:,}'.replace(',', _pick(rng, ('.', ',', '.', ',', '')))
+
+def _apart(rng, n):
+    return f'{n:,}'.replace(',', _pick(rng, ('.', ',', '.', ',', '')))
+
 
 def number_pair(rng) -> Pair:
     "A number: in digits, in words, or in both"
-    n = _number(rng); style = rng.random()
-    if style < .3: return Pair(_digits(rng, _apart(rng, n)), f'{n:,}', 'numbers', number_key(n))
-    if style < .75: return Pair(khmer_words(n), english_words(n), 'numbers', number_key(n))
-    return Pair(f'{_digits(rng, _apart(rng, n))} ({khmer_words(n)})', f'{n:,} ({english_words(n)})', 'numbers', number_key(n))
+    n = _number(rng)
+    style = rng.random()
+    if style < 0.3:
+        return Pair(_digits(rng, _apart(rng, n)), f'{n:,}', 'numbers', number_key(n))
+    if style < 0.75:
+        return Pair(khmer_words(n), english_words(n), 'numbers', number_key(n))
+    return Pair(
+        f'{_digits(rng, _apart(rng, n))} ({khmer_words(n)})', f'{n:,} ({english_words(n)})', 'numbers', number_key(n)
+    )
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #e7f0f95f
-_frames = (('{}', '{}'), ('{}', '{}'), ('តម្លៃ {}', 'Price: {}'), ('សរុប {}', 'Total: {}'), ('ចំនួនទឹកប្រាក់ {}', 'Amount: {}'))
-_currencies = (('{} រៀល', 'riels'), ('{}រៀល', 'riels'), ('{}៛', 'riels'), ('{} ដុល្លារ', 'dollars'), ('${}', 'dollars'), ('{}ដុល្លារអាមេរិក', 'US dollars'))
+_frames = (
+    ('{}', '{}'),
+    ('{}', '{}'),
+    ('តម្លៃ {}', 'Price: {}'),
+    ('សរុប {}', 'Total: {}'),
+    ('ចំនួនទឹកប្រាក់ {}', 'Amount: {}'),
+)
+_currencies = (
+    ('{} រៀល', 'riels'),
+    ('{}រៀល', 'riels'),
+    ('{}៛', 'riels'),
+    ('{} ដុល្លារ', 'dollars'),
+    ('${}', 'dollars'),
+    ('{}ដុល្លារអាមេរិក', 'US dollars'),
+)
 
-def _framed(rng, frames, pair): km, en = _pick(rng, frames); return pair._replace(khmer=km.format(pair.khmer), english=en.format(pair.english))
+
+def _framed(rng, frames, pair):
+    km, en = _pick(rng, frames)
+    return pair._replace(khmer=km.format(pair.khmer), english=en.format(pair.english))
+
 
 def _sum(rng):
     "(as the Khmer writes it, the number): in digits, in words, or in units of 10,000 and more"
     style, n = rng.random(), max(100, _number(rng, (3, 7)))
-    if style < .45: return _digits(rng, _apart(rng, n)), n
-    if style < .7: return khmer_words(n), n
-    unit, p = _pick(rng, [*_powers.items()][:3]); k = int(rng.integers(1, 10 if p == 10**5 else 100))
-    return f'{_digits(rng, str(k))}{_gap(rng)}{unit}', k*p
+    if style < 0.45:
+        return _digits(rng, _apart(rng, n)), n
+    if style < 0.7:
+        return khmer_words(n), n
+    unit, p = _pick(rng, [*_powers.items()][:3])
+    k = int(rng.integers(1, 10 if p == 10**5 else 100))
+    return f'{_digits(rng, str(k))}{_gap(rng)}{unit}', k * p
+
 
 def money_pair(rng) -> Pair:
     "A sum of money"
-    shown, n = _sum(rng); form, name = _pick(rng, _currencies)
-    if not shown[-1].isdigit(): form = _pick(rng, ('{}រៀល', '{} រៀល')) if name == 'riels' else '{}ដុល្លារ' if name == 'dollars' else form
+    shown, n = _sum(rng)
+    form, name = _pick(rng, _currencies)
+    if not shown[-1].isdigit():
+        form = _pick(rng, ('{}រៀល', '{} រៀល')) if name == 'riels' else '{}ដុល្លារ' if name == 'dollars' else form
     return _framed(rng, _frames, Pair(form.format(shown), f'{n:,} {name}', 'money', number_key(n)))
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #56b87be9
 _months = 'មករា កុម្ភៈ មីនា មេសា ឧសភា មិថុនា កក្កដា សីហា កញ្ញា តុលា វិច្ឆិកា ធ្នូ'.split()
-_weekdays = 'ចន្ទ អង្គារ ពុធ ព្រហស្បតិ៍ សុក្រ សៅរ៍ អាទិត្យ'.split()          # from Monday, as `calendar` has it
-_date_frames = (('{}', '{}'),)*6 + (('រាជធានីភ្នំពេញ {}', 'Phnom Penh, {}'), ('កាលបរិច្ឆេទ {}', 'Date: {}'), ('ថ្ងៃខែឆ្នាំកំណើត {}', 'Date of birth: {}'))
+_weekdays = 'ចន្ទ អង្គារ ពុធ ព្រហស្បតិ៍ សុក្រ សៅរ៍ អាទិត្យ'.split()  # from Monday, as `calendar` has it
+_date_frames = (('{}', '{}'),) * 6 + (
+    ('រាជធានីភ្នំពេញ {}', 'Phnom Penh, {}'),
+    ('កាលបរិច្ឆេទ {}', 'Date: {}'),
+    ('ថ្ងៃខែឆ្នាំកំណើត {}', 'Date of birth: {}'),
+)
+
 
 def _dated(rng, d, m, y):
     "A day in Khmer and in English"
-    style, gap, month, day = rng.random(), _gap(rng), _months[m-1], f'{d} {calendar.month_name[m]}'
-    if style < .35: return _digits(rng, f'ថ្ងៃទី{gap}{d:0{int(rng.integers(1, 3))}} ខែ{month} ឆ្នាំ{gap}{y}'), f'{day} {y}'
-    if style < .55: w = datetime.date(y, m, d).weekday(); return _digits(rng, f'ថ្ងៃ{_weekdays[w]} ទី{gap}{d} ខែ{month} ឆ្នាំ{gap}{y}'), f'{calendar.day_name[w]}, {day} {y}'
-    if style < .75: return _digits(rng, _pick(rng, '/-.').join((f'{d:02}', f'{m:02}', str(y)))), f'{day} {y}'
-    if style < .9: return f'ថ្ងៃទី{khmer_words(d)} ខែ{month} ឆ្នាំ{khmer_words(y)}', f'{day} {y}'
-    return _digits(rng, f'ថ្ងៃទី{gap}{d} ខែ{month} ព.ស. {y+543}'), f'{day} {y+543} BE'
+    style, gap, month, day = rng.random(), _gap(rng), _months[m - 1], f'{d} {calendar.month_name[m]}'
+    if style < 0.35:
+        return _digits(rng, f'ថ្ងៃទី{gap}{d:0{int(rng.integers(1, 3))}} ខែ{month} ឆ្នាំ{gap}{y}'), f'{day} {y}'
+    if style < 0.55:
+        w = datetime.date(y, m, d).weekday()
+        return _digits(rng, f'ថ្ងៃ{_weekdays[w]} ទី{gap}{d} ខែ{month} ឆ្នាំ{gap}{y}'), f'{calendar.day_name[w]}, {day} {y}'
+    if style < 0.75:
+        return _digits(rng, _pick(rng, '/-.').join((f'{d:02}', f'{m:02}', str(y)))), f'{day} {y}'
+    if style < 0.9:
+        return f'ថ្ងៃទី{khmer_words(d)} ខែ{month} ឆ្នាំ{khmer_words(y)}', f'{day} {y}'
+    return _digits(rng, f'ថ្ងៃទី{gap}{d} ខែ{month} ព.ស. {y + 543}'), f'{day} {y + 543} BE'
+
 
 def date_pair(rng) -> Pair:
     "A date of the years 1950 to 2035"
-    y, m = int(rng.integers(1950, 2036)), int(rng.integers(1, 13)); d = int(rng.integers(1, calendar.monthrange(y, m)[1]+1))
+    y, m = int(rng.integers(1950, 2036)), int(rng.integers(1, 13))
+    d = int(rng.integers(1, calendar.monthrange(y, m)[1] + 1))
     return _framed(rng, _date_frames, Pair(*_dated(rng, d, m, y), 'dates', f'{d} {calendar.month_name[m]}'))
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #de8e96a2
-_moons = dict(មិគសិរ='Mikasir', បុស្ស='Bos', មាឃ='Meak', ផល្គុន='Phalkun', ចេត្រ='Chet', ពិសាខ='Pisak', ជេស្ឋ='Chesth', អាសាឍ='Asath', ស្រាពណ៍='Srapon', ភទ្របទ='Photrobot', អស្សុជ='Asoch', កត្តិក='Kadeuk')
+_moons = dict(
+    មិគសិរ='Mikasir',
+    បុស្ស='Bos',
+    មាឃ='Meak',
+    ផល្គុន='Phalkun',
+    ចេត្រ='Chet',
+    ពិសាខ='Pisak',
+    ជេស្ឋ='Chesth',
+    អាសាឍ='Asath',
+    ស្រាពណ៍='Srapon',
+    ភទ្របទ='Photrobot',
+    អស្សុជ='Asoch',
+    កត្តិក='Kadeuk',
+)
 _animals = 'Rat Ox Tiger Rabbit Dragon Snake Horse Goat Monkey Rooster Dog Pig'.split()
 
-def _th(n): return f'{n}{"th" if 10 < n % 100 < 14 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")}'
+
+def _th(n):
+    return f'{n}{"th" if 10 < n % 100 < 14 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")}'
+
 
 def lunar_pair(rng) -> Pair:
     "A date by the moon"
     y, w, (moon, name) = int(rng.integers(1950, 2036)), int(rng.integers(7)), _pick(rng, [*_moons.items()])
-    phase, english = _pick(rng, (('កើត', 'waxing'), ('រោច', 'waning'))); d = int(rng.integers(1, 16 if phase == 'កើត' else 15))
-    day, year = f'{_th(d)} {english} day of {name}', f'Year of the {_animals[(y-4) % 12]}, {_th((y-639) % 10 + 1)} of the decade, {y+544} BE'
-    return Pair(f'ថ្ងៃ{_weekdays[w]} {str(d).translate(_khmer_digits)}{_gap(rng)}{phase} ខែ{moon} {lunar_year(y)}', f'{calendar.day_name[w]}, {day}, {year}', 'lunar', day)
+    phase, english = _pick(rng, (('កើត', 'waxing'), ('រោច', 'waning')))
+    d = int(rng.integers(1, 16 if phase == 'កើត' else 15))
+    day, year = (
+        f'{_th(d)} {english} day of {name}',
+        f'Year of the {_animals[(y - 4) % 12]}, {_th((y - 639) % 10 + 1)} of the decade, {y + 544} BE',
+    )
+    return Pair(
+        f'ថ្ងៃ{_weekdays[w]} {str(d).translate(_khmer_digits)}{_gap(rng)}{phase} ខែ{moon} {lunar_year(y)}',
+        f'{calendar.day_name[w]}, {day}, {year}',
+        'lunar',
+        day,
+    )
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #7f713af6
 _khans = """ចំការមន Chamkar Mon: ទន្លេបាសាក់ Tonle Basak, ទួលទំពូង Tuol Tumpung 2, បឹងត្របែក Boeng Trabaek, ផ្សារដើមថ្កូវ Phsar Daeum Thkov
@@ -181,7 +273,14 @@ _khans = """ចំការមន Chamkar Mon: ទន្លេបាសាក់
 ព្រែកព្នៅ Prek Pnov: គោករកា Kouk Roka, ព្រែកព្នៅ Preaek Pnov, ពញាពន់ Pounhea Pun, ពន្សាំង Punsang, សំរោង Samraong
 បឹងកេងកង Boeng Keng Kang: បឹងកេងកង Boeng Keng Kang 3, អូឡាំពិក Oulampik, ទំនប់ទឹក Tumnub Tuek, ទួលស្វាយព្រៃ Tuol Svay Prey 2
 កំបូល Kamboul: កំបូល Kamboul, កន្ទោក Kantaok, ឪឡោក Ovlaok, ស្នោរ Snaor, ភ្លើងឆេះរទេះ Phleung Chheh Roteh, បឹងធំ Boeng Thum"""
-_boulevards = dict(ព្រះនរោត្តម='Norodom', ព្រះមុនីវង្ស='Monivong', ព្រះសីហនុ='Sihanouk', ម៉ៅសេទុង='Mao Tse Toung', សហព័ន្ធរុស្ស៊ី='Russian Federation', កម្ពុជាក្រោម='Kampuchea Krom')
+_boulevards = dict(
+    ព្រះនរោត្តម='Norodom',
+    ព្រះមុនីវង្ស='Monivong',
+    ព្រះសីហនុ='Sihanouk',
+    ម៉ៅសេទុង='Mao Tse Toung',
+    សហព័ន្ធរុស្ស៊ី='Russian Federation',
+    កម្ពុជាក្រោម='Kampuchea Krom',
+)
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #4b1542fb
 _communes = """សៀមរាប Siem Reap; ពួក Puok: ល្វា Lvea, ខ្នាត Khnat
@@ -199,67 +298,124 @@ _communes = """សៀមរាប Siem Reap; ពួក Puok: ល្វា Lvea, 
 តាកែវ Takeo; បាទី Bati: ចំបក់ Chambak, ដូង Doung
 តាកែវ Takeo; ត្រាំកក់ Tram Kak: អង្គតាសោម Ang Ta Saom, ជាងទង Cheang Tong"""
 
-def _names(s): return [tuple(part.strip().split(' ', 1)) for part in s.split(',')]
-_quarters = [(khan, [(km, *(en.rsplit(' ', 1) if en[-1].isdigit() else (en, '0'))) for km, en in _names(rest)]) for l in _khans.splitlines() for (khan,), rest in [(_names(l.split(': ')[0]), l.split(': ')[1])]]
-_country = [(*_names(l.split('; ')[0]), *_names(l.split('; ')[1].split(': ')[0]), c) for l in _communes.splitlines() for c in _names(l.split(': ')[1])]
+
+def _names(s):
+    return [tuple(part.strip().split(' ', 1)) for part in s.split(',')]
+
+
+_quarters = [
+    (khan, [(km, *(en.rsplit(' ', 1) if en[-1].isdigit() else (en, '0'))) for km, en in _names(rest)])
+    for l in _khans.splitlines()
+    for (khan,), rest in [(_names(l.split(': ')[0]), l.split(': ')[1])]
+]
+_country = [
+    (*_names(l.split('; ')[0]), *_names(l.split('; ')[1].split(': ')[0]), c)
+    for l in _communes.splitlines()
+    for c in _names(l.split(': ')[1])
+]
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #eef6624f
 def _city(rng):
     "An address in Phnom Penh"
-    (khan, Khan), quarters = _pick(rng, _quarters); x, X, n = _pick(rng, quarters); gap = _gap(rng); house = int(rng.integers(1, 500)); i = int(rng.integers(int(n)))+1 if n != '0' else 0
-    if rng.random() < .25: name, Name = _pick(rng, [*_boulevards.items()]); street, Street = f'មហាវិថី{name}', f'{Name} Boulevard'
-    else: s = int(rng.integers(1, 700)); street, Street = f'ផ្លូវលេខ{gap}{s}', f'Street {s}'
-    km, en = f'{street} សង្កាត់{x}{f"ទី{gap}{i}"*bool(i)} ខណ្ឌ{khan}', f'{Street}, Sangkat {X}{f" {i}"*bool(i)}, Khan {Khan}'
-    if rng.random() < .6: km, en = f'ផ្ទះលេខ{gap}{house} {km}', f'No. {house}, {en}'
-    if rng.random() < .6: km, en = f'{km} រាជធានីភ្នំពេញ', f'{en}, Phnom Penh'
+    (khan, Khan), quarters = _pick(rng, _quarters)
+    x, X, n = _pick(rng, quarters)
+    gap = _gap(rng)
+    house = int(rng.integers(1, 500))
+    i = int(rng.integers(int(n))) + 1 if n != '0' else 0
+    if rng.random() < 0.25:
+        name, Name = _pick(rng, [*_boulevards.items()])
+        street, Street = f'មហាវិថី{name}', f'{Name} Boulevard'
+    else:
+        s = int(rng.integers(1, 700))
+        street, Street = f'ផ្លូវលេខ{gap}{s}', f'Street {s}'
+    km, en = (
+        f'{street} សង្កាត់{x}{f"ទី{gap}{i}" * bool(i)} ខណ្ឌ{khan}',
+        f'{Street}, Sangkat {X}{f" {i}" * bool(i)}, Khan {Khan}',
+    )
+    if rng.random() < 0.6:
+        km, en = f'ផ្ទះលេខ{gap}{house} {km}', f'No. {house}, {en}'
+    if rng.random() < 0.6:
+        km, en = f'{km} រាជធានីភ្នំពេញ', f'{en}, Phnom Penh'
     return km, en, f'{Street} in {Khan}'
+
 
 def _village(rng):
     "An address elsewhere"
-    (p, P), (d, D), (c, C) = _pick(rng, _country); km, en = f'ឃុំ{c} ស្រុក{d} ខេត្ត{p}', f'{C} Commune, {D} District, {P} Province'; gap, road = _gap(rng), rng.random() < .5
-    n = int(rng.integers(1, 9 if road else 500)); house, House = (f'ផ្លូវជាតិលេខ{gap}{n}', f'National Road {n}') if road else (f'ផ្ទះលេខ{gap}{n}', f'No. {n}')
+    (p, P), (d, D), (c, C) = _pick(rng, _country)
+    km, en = f'ឃុំ{c} ស្រុក{d} ខេត្ត{p}', f'{C} Commune, {D} District, {P} Province'
+    gap, road = _gap(rng), rng.random() < 0.5
+    n = int(rng.integers(1, 9 if road else 500))
+    house, House = (f'ផ្លូវជាតិលេខ{gap}{n}', f'National Road {n}') if road else (f'ផ្ទះលេខ{gap}{n}', f'No. {n}')
     return f'{house} {km}', f'{House}, {en}', f'{House} in {C}, {D}'
+
 
 def address_pair(rng) -> Pair:
     "An address, two in three in the capital"
-    km, en, key = (_city if rng.random() < .67 else _village)(rng)
+    km, en, key = (_city if rng.random() < 0.67 else _village)(rng)
     return Pair(_digits(rng, km) if '៧' not in km else km.translate(_khmer_digits), en, 'addresses', key)
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #7064e46a
 RULES = dict(dates=date_pair, lunar=lunar_pair, numbers=number_pair, money=money_pair, addresses=address_pair)
 
+
 class Pairs:
     "Pairs 0, 1, 2, ... of one side; `rules`: names of `RULES`, or a dict of rules of your own, rng -> `Pair`"
+
     def __init__(self, split='train', rules=tuple(RULES), seed=42, length=10**9):
         for r in rules:
-            if r not in RULES and not isinstance(rules, dict): raise KhmerOCRError(f'Unknown rule {r!r}{suggest(r, RULES)}: choose from {", ".join(RULES)}')
-        self.split, self.seed, self.length, self.rules = split, seed, length, [rules[r] if isinstance(rules, dict) else RULES[r] for r in rules]
-    def __len__(self): return self.length
+            if r not in RULES and not isinstance(rules, dict):
+                raise KhmerOCRError(f'Unknown rule {r!r}{suggest(r, RULES)}: choose from {", ".join(RULES)}')
+        self.split, self.seed, self.length, self.rules = (
+            split,
+            seed,
+            length,
+            [rules[r] if isinstance(rules, dict) else RULES[r] for r in rules],
+        )
+
+    def __len__(self):
+        return self.length
+
     def __getitem__(self, i) -> Pair:
-        if not 0 <= i < self.length: raise IndexError(f'pair {i} of {self.length}')
-        rng, rule = sample_rng(self.seed, self.split, i, 2**32), self.rules[i % len(self.rules)]          # a stream that no image is drawn from
+        if not 0 <= i < self.length:
+            raise IndexError(f'pair {i} of {self.length}')
+        rng, rule = (
+            sample_rng(self.seed, self.split, i, 2**32),
+            self.rules[i % len(self.rules)],
+        )  # a stream that no image is drawn from
         for _ in range(10_000):
-            if side(pair := rule(rng)) == self.split: return pair
+            if side(pair := rule(rng)) == self.split:
+                return pair
         raise KhmerOCRError(f'The rule of pair {i} gives nothing for {self.split}: give its pairs keys')
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #9af7d8a8
 class KhmerSide:
     "The Khmer of `Pairs`, for `Synth`"
-    def __init__(self, pairs): self.pairs = pairs
-    def __len__(self): return len(self.pairs)
-    def __getitem__(self, i): return self.pairs[i].khmer
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        return self.pairs[i].khmer
+
 
 class ParallelLines(OnTheFlyDataset):
     "Lines for training: item i is (prepared image of pair i's Khmer, its English)"
+
     path = 'onthefly, Khmer with English labels'
+
     def __init__(self, recipe: Recipe = Recipe(), pairs=None, height=HEIGHT):
         self.pairs = Pairs() if pairs is None else pairs
         super().__init__(replace(recipe, random_text=False), height=height, texts=KhmerSide(self.pairs))
+
     def sample(self, n):
         pair = self.pairs[n % len(self.pairs)]
-        for again in range(100):          # the same pair under another number
-            image, text = super().sample(n + again*len(self.pairs))
-            if text == pair.khmer: return image, pair.english
+        for again in range(100):  # the same pair under another number
+            image, text = super().sample(n + again * len(self.pairs))
+            if text == pair.khmer:
+                return image, pair.english
         raise KhmerOCRError(f'Pair {n} could not be drawn alone in 100 attempts: use a preset that joins fewer lines')
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #bec7a56c
@@ -269,21 +425,26 @@ def parallel_batches(
     n: int,  # how many of them, from the first
     height=HEIGHT,  # px
     batch_size=32,
-    split='val'  # fonts and damage as of this split: outside training no damage, unless the recipe says `augment_val`
+    split='val',  # fonts and damage as of this split: outside training no damage, unless the recipe says `augment_val`
 ) -> list[dict]:  # batches of `collate`, labels in English
     "Pictures of Khmer with English labels, to judge by"
-    lines = ParallelLines(recipe, pairs, height); synth = Synth(lines.recipe, KhmerSide(pairs))
-    items = [lines.sample(i) if split == 'train' else (prepare(synth(split, i).image, height), pairs[i].english) for i in range(n)]
+    lines = ParallelLines(recipe, pairs, height)
+    synth = Synth(lines.recipe, KhmerSide(pairs))
+    items = [
+        lines.sample(i) if split == 'train' else (prepare(synth(split, i).image, height), pairs[i].english)
+        for i in range(n)
+    ]
     return bucket_batches(items, batch_size)
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #7119ad6c
 ENGLISH = Charset(" '(),-.0123456789:ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 
+
 def english_targets(
     pairs,  # a sequence of `Pair`
     n=5000,  # learn from so many, from the first
     kind='subwords',  # or characters
-    size=400  # subwords at most
+    size=400,  # subwords at most
 ):  # a target of `make_targets`
     "Output units for the English of pairs; any text of `ENGLISH` can be written with them"
     return make_targets(kind, [pairs[i].english for i in range(n)], ENGLISH, size, 'bpe')
@@ -291,49 +452,79 @@ def english_targets(
 # %% ../../nbs/11_experiments/02_translation.ipynb #85b14b20
 def translation_scores(
     read: list[str],  # what was written
-    true: list[str]  # what was wanted
+    true: list[str],  # what was wanted
 ) -> dict:  # exact, bleu, cer: fractions; lines: a count
     "Scores of translations, one reference each"
-    if not true: raise KhmerOCRError('There are no translations to judge: give at least one pair')
+    if not true:
+        raise KhmerOCRError('There are no translations to judge: give at least one pair')
     exact, cer = ExactLines(), CER()
-    return dict(exact=exact(read, true).item(), bleu=sacre_bleu_score(read, [[t] for t in true]).item(), cer=cer(read, true).item(), lines=len(true))
+    return dict(
+        exact=exact(read, true).item(),
+        bleu=sacre_bleu_score(read, [[t] for t in true]).item(),
+        cer=cer(read, true).item(),
+        lines=len(true),
+    )
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #a67ad357
 def translator_preset(
     eye,  # checkpoint of a CTC reader
     steps=3000,
-    **changes  # of the network's settings
+    **changes,  # of the network's settings
 ) -> Preset:  # config, train, recipe
     "A small transformer on a frozen CTC reader, which writes without CTC"
-    shape = dict(ctc_weight=0., guide=0., encoder_depth=0, encoder_width=192, decoder_width=192, decoder_depth=2, cross='all')
+    shape = dict(
+        ctc_weight=0.0, guide=0.0, encoder_depth=0, encoder_width=192, decoder_width=192, decoder_depth=2, cross='all'
+    )
     p = vision_text_preset('tiny', ctc=eye, **shape | changes)
-    train = TrainConfig(steps=steps, batch_size=32, lr=2e-3, warmup=.1, clip=1., label_smoothing=.05, freeze=('encoder.stem',), channels_last=True)
+    train = TrainConfig(
+        steps=steps,
+        batch_size=32,
+        lr=2e-3,
+        warmup=0.1,
+        clip=1.0,
+        label_smoothing=0.05,
+        freeze=('encoder.stem',),
+        channels_last=True,
+    )
     return Preset(p.config, train, Recipe())
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #007b70b7
 class Recalling(VisionText):
     "`VisionText` behind an eye that has looked: features (B, c, T), columns of each line (B,), true unit ids (B, U) -> logits of each next unit (B, U, n_units)"
+
     def forward(self, features, n, ids):
         values, n, mask = self.encoder.deepen(features[:, :, None].float(), n)
         memory = Memory(values, tuple(self.decoder[i].keys(values) for i in self.config.looking), mask, n)
         return self.name(self.drop(self.say(memory, shifted(ids)[:, None], keep=False).out[:, 0]))
 
+
 class Looks:
     "What the stem of `net` says of lines 0..n-1 of a source, in batches of like width; looks when first asked"
-    def __init__(self, net, lines, n, batch_size=32): self.stem, self.lines, self.n, self.size, self.parts = deepcopy(net.encoder.stem).eval(), lines, n, batch_size, None
+
+    def __init__(self, net, lines, n, batch_size=32):
+        self.stem, self.lines, self.n, self.size, self.parts = (
+            deepcopy(net.encoder.stem).eval(),
+            lines,
+            n,
+            batch_size,
+            None,
+        )
 
     @torch.no_grad()
     def look(self):
-        items = sorted(self.lines.take(0, self.n), key=lambda item: item[0].shape[1]); self.parts = []
-        for b in (collate(items[k:k+self.size]) for k in range(0, self.n, self.size)):
+        items = sorted(self.lines.take(0, self.n), key=lambda item: item[0].shape[1])
+        self.parts = []
+        for b in (collate(items[k : k + self.size]) for k in range(0, self.n, self.size)):
             f, n = self.stem(as_input(b['images']), b['widths'])
             self.parts.append(dict(features=f[:, :, 0].half(), columns=n, texts=b['texts']))
 
     def batches(self, step=0, seed=42):
         "Endless batches from number `step` on; each epoch in another order"
-        if self.parts is None: self.look()
+        if self.parts is None:
+            self.look()
         while True:
-            epoch, k = divmod(step, len(self.parts)); step += 1
+            epoch, k = divmod(step, len(self.parts))
+            step += 1
             yield self.parts[np.random.default_rng((seed, epoch)).permutation(len(self.parts))[k]]
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #23513d0f
@@ -347,16 +538,47 @@ def train_translator(
     validation=None,  # batches of `parallel_batches`; None: no evaluation
     resume=None,  # 'latest' or a checkpoint: go on with the same run
     callbacks=(),
-    verbose=True
+    verbose=True,
 ) -> Learner:
     "Train a reader that translates, its eye looking once at each picture"
-    config, train, recipe = preset; torch.manual_seed(train.seed)
-    net = Recalling(len(targets), config); start_from(net, eye)
-    source = ParallelLines(recipe, pairs, config.height); looks = Looks(net, source, lines, train.batch_size)
+    config, train, recipe = preset
+    torch.manual_seed(train.seed)
+    net = Recalling(len(targets), config)
+    start_from(net, eye)
+    source = ParallelLines(recipe, pairs, config.height)
+    looks = Looks(net, source, lines, train.batch_size)
+
     def loss(model, batch):
-        ids, n = as_targets(targets, batch['texts']); ids = ids.to(batch['features'].device)
+        ids, n = as_targets(targets, batch['texts'])
+        ids = ids.to(batch['features'].device)
         logits = model(batch['features'], batch['columns'], ids)
-        return F.cross_entropy(logits.float().flatten(0, 1), ids.masked_fill(~visible(ids.shape[1], n.to(ids.device)+1), -100).flatten(), label_smoothing=train.label_smoothing)
-    def judge(m): s = translation_scores(read_lines(m, targets, validation, guarded=False)[0], [t for b in validation for t in b['texts']]); return {k: s[k] for k in ('cer', 'exact', 'bleu')}
-    about = vision_text_header(config, targets, recipe=asdict(recipe) | dict(data=source.path, lines=lines), train=asdict(train), init=Path(eye).name)
-    return Learner(net, loss, lambda n: looks.batches(n, train.seed), train, out_dir, callbacks, judge if validation else None, about, verbose=verbose).fit(resume)
+        return F.cross_entropy(
+            logits.float().flatten(0, 1),
+            ids.masked_fill(~visible(ids.shape[1], n.to(ids.device) + 1), -100).flatten(),
+            label_smoothing=train.label_smoothing,
+        )
+
+    def judge(m):
+        s = translation_scores(
+            read_lines(m, targets, validation, guarded=False)[0], [t for b in validation for t in b['texts']]
+        )
+        return {k: s[k] for k in ('cer', 'exact', 'bleu')}
+
+    about = vision_text_header(
+        config,
+        targets,
+        recipe=asdict(recipe) | dict(data=source.path, lines=lines),
+        train=asdict(train),
+        init=Path(eye).name,
+    )
+    return Learner(
+        net,
+        loss,
+        lambda n: looks.batches(n, train.seed),
+        train,
+        out_dir,
+        callbacks,
+        judge if validation else None,
+        about,
+        verbose=verbose,
+    ).fit(resume)

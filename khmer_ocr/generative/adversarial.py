@@ -26,14 +26,18 @@ from ..training.settings import TrainConfig
 # %% ../../nbs/07_generative/02_adversarial.ipynb #c1664a64
 _norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
+
 def init_weights(
     module: nn.Module,  # for `net.apply(init_weights)`; draws from torch's generator
 ):
     "Weights N(0, 0.02) in convolutions and linear layers, N(1, 0.02) in norms; biases 0"
     norm = isinstance(module, _norms)
-    if not norm and not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)): return
-    if module.weight is not None: nn.init.normal_(module.weight, float(norm), .02)
-    if module.bias is not None: nn.init.zeros_(module.bias)
+    if not norm and not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        return
+    if module.weight is not None:
+        nn.init.normal_(module.weight, float(norm), 0.02)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #9433ce7e
 def bce(
@@ -43,80 +47,105 @@ def bce(
     "Binary cross-entropy of sigmoid(logits)"
     return F.softplus(-logits if real else logits).mean()
 
+
 def lsgan(logits, real):
     "Least squares: mean (logits - real)^2"
-    return (logits-float(real)).square().mean()
+    return (logits - float(real)).square().mean()
+
 
 def hinge(logits, real):
     "Mean max(0, 1 - logits) for real images, max(0, 1 + logits) for made ones"
-    return F.relu(1-logits if real else 1+logits).mean()
+    return F.relu(1 - logits if real else 1 + logits).mean()
+
 
 LOSSES = dict(bce=bce, lsgan=lsgan, hinge=hinge)
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #6c9ec7cc
 def pick_loss(name: str):
     "The function in `LOSSES`; KhmerOCRError if there is none of that name"
-    if name not in LOSSES: raise KhmerOCRError(f"Setting 'loss' is {name!r}{suggest(name, LOSSES)}: it must be one of {', '.join(LOSSES)}")
+    if name not in LOSSES:
+        raise KhmerOCRError(f"Setting 'loss' is {name!r}{suggest(name, LOSSES)}: it must be one of {', '.join(LOSSES)}")
     return LOSSES[name]
+
 
 def discriminator_loss(name, real, fake):
     "Loss `name` of a discriminator that gave the logits `real` and `fake`; scalar"
-    f = pick_loss(name); return f(real, True) + f(fake, False)
+    f = pick_loss(name)
+    return f(real, True) + f(fake, False)
+
 
 def generator_loss(name, fake):
     "Loss `name` of a generator whose images got the logits `fake`; scalar"
     return -fake.mean() if name == 'hinge' else pick_loss(name)(fake, True)
 
+
 def belief(name, logits):
     "How real the discriminator believes images to be: mean over the logits, 0 (made) .. 1 (real)"
-    return dict(bce=torch.sigmoid, lsgan=lambda v: v, hinge=lambda v: (v+1)/2)[name](logits.float()).clamp(0, 1).mean()
+    return (
+        dict(bce=torch.sigmoid, lsgan=lambda v: v, hinge=lambda v: (v + 1) / 2)[name](logits.float()).clamp(0, 1).mean()
+    )
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #b00817c6
-def _chance(x): return torch.rand(len(x), 1, 1, 1, device=x.device, dtype=x.dtype)
+def _chance(x):
+    return torch.rand(len(x), 1, 1, 1, device=x.device, dtype=x.dtype)
+
 
 def aug_color(x):
     "Random brightness, saturation and contrast of each image; float (B, C, H, W)"
-    x = x + _chance(x) - .5
-    grey = x.mean(1, keepdim=True); x = grey + (x-grey)*2*_chance(x)
-    mean = x.mean((1, 2, 3), keepdim=True); return mean + (x-mean)*(_chance(x)+.5)
+    x = x + _chance(x) - 0.5
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * 2 * _chance(x)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return mean + (x - mean) * (_chance(x) + 0.5)
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #7d7579b1
-def _draw(x, low, high): return torch.randint(low, high+1, (len(x), 1), device=x.device)
+def _draw(x, low, high):
+    return torch.randint(low, high + 1, (len(x), 1), device=x.device)
 
-def aug_translation(x, ratio=1/8):
+
+def aug_translation(x, ratio=1 / 8):
     "Each image moved by up to `ratio` of its height and width"
-    b, _, h, w = x.shape; dy, dx = (_draw(x, -round(n*ratio), round(n*ratio)) for n in (h, w))
-    rows = (torch.arange(h, device=x.device)+1+dy).clamp(0, h+1)[:, :, None]     # of the padded image
-    cols = (torch.arange(w, device=x.device)+1+dx).clamp(0, w+1)[:, None]
+    b, _, h, w = x.shape
+    dy, dx = (_draw(x, -round(n * ratio), round(n * ratio)) for n in (h, w))
+    rows = (torch.arange(h, device=x.device) + 1 + dy).clamp(0, h + 1)[:, :, None]  # of the padded image
+    cols = (torch.arange(w, device=x.device) + 1 + dx).clamp(0, w + 1)[:, None]
     images = torch.arange(b, device=x.device)[:, None, None]
     return F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)[images, rows, cols].permute(0, 3, 1, 2)
 
-def aug_cutout(x, ratio=1/2):
+
+def aug_cutout(x, ratio=1 / 2):
     "A square of `ratio` of the size, its centre anywhere, set to 0 in each image"
     _, _, h, w = x.shape
-    near = [(torch.arange(n, device=x.device) - _draw(x, 0, n-1)).abs() < n*ratio/2 for n in (h, w)]
+    near = [(torch.arange(n, device=x.device) - _draw(x, 0, n - 1)).abs() < n * ratio / 2 for n in (h, w)]
     return x * ~(near[0][:, None, :, None] & near[1][:, None, None, :])
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #40d27cda
 AUGMENTATIONS = dict(color=aug_color, translation=aug_translation, cutout=aug_cutout)
 
+
 def read_policy(policy: str) -> list[str]:
     "The names in a setting such as 'color,cutout'; KhmerOCRError for one that is not in `AUGMENTATIONS`"
     names = [k for k in policy.replace(' ', '').split(',') if k]
     for k in names:
-        if k not in AUGMENTATIONS: raise KhmerOCRError(f"Setting 'diffaug': unknown augmentation {k!r}{suggest(k, AUGMENTATIONS)}: it must be of {', '.join(AUGMENTATIONS)}")
+        if k not in AUGMENTATIONS:
+            raise KhmerOCRError(
+                f"Setting 'diffaug': unknown augmentation {k!r}{suggest(k, AUGMENTATIONS)}: it must be of {', '.join(AUGMENTATIONS)}"
+            )
     return names
+
 
 def diffaugment(
     image: torch.Tensor,  # float (B, C, H, W), -1..1
     policy: str,  # names from `AUGMENTATIONS` with commas between, or '' for none
-    condition: torch.Tensor|None = None,  # float (B, K, H, W), what the image was made from
+    condition: torch.Tensor | None = None,  # float (B, K, H, W), what the image was made from
 ) -> tuple:  # image and condition, augmented
     "Differentiable augmentation, also of pairs (Zhao et al., 2020)"
     for name in read_policy(policy):
-        if condition is None or name != 'translation': image = AUGMENTATIONS[name](image); continue
+        if condition is None or name != 'translation':
+            image = AUGMENTATIONS[name](image)
+            continue
         both = aug_translation(torch.cat([condition.to(image.dtype), image], 1))
-        condition, image = both[:, :condition.shape[1]], both[:, condition.shape[1]:]
+        condition, image = both[:, : condition.shape[1]], both[:, condition.shape[1] :]
     return image, condition
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #9413ca58
@@ -125,26 +154,33 @@ def r1_penalty(
     image: torch.Tensor,  # (B, C, H, W) with requires_grad
 ) -> torch.Tensor:  # scalar, differentiable: the mean over the batch of |d sum(logits) / d image|^2
     "R1, without its weight gamma/2"
-    grad, = torch.autograd.grad(logits.float().sum(), image, create_graph=True)
+    (grad,) = torch.autograd.grad(logits.float().sum(), image, create_graph=True)
     return grad.float().square().sum((1, 2, 3)).mean()
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #b27d86c7
 def spectral(net: nn.Module) -> nn.Module:  # the same, changed in place
     "Spectral normalisation of all convolutions and linear layers; call it after `init_weights`"
     for m in list(net.modules()):
-        if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)): nn.utils.parametrizations.spectral_norm(m)
+        if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)):
+            nn.utils.parametrizations.spectral_norm(m)
     return net
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #2d0d85ef
 class GAN(nn.Module):
     "A generator and a discriminator as one network"
+
     def __init__(self, generator: nn.Module, discriminator: nn.Module):
-        super().__init__(); self.generator, self.discriminator = generator, discriminator
+        super().__init__()
+        self.generator, self.discriminator = generator, discriminator
 
     def draw(self, image, condition=None):
         "What the generator starts from: the condition, or noise (B, z_dim, 1, 1)"
-        return torch.randn(len(image), self.generator.z_dim, 1, 1, device=image.device) if condition is None else condition
-    def generate(self, start): return self.generator(start)
+        return (
+            torch.randn(len(image), self.generator.z_dim, 1, 1, device=image.device) if condition is None else condition
+        )
+
+    def generate(self, start):
+        return self.generator(start)
 
     def judge(self, image, condition=None):
         "The discriminator's logits"
@@ -157,56 +193,74 @@ class GAN(nn.Module):
 # %% ../../nbs/07_generative/02_adversarial.ipynb #a25198ac
 class Turn:
     "One player's part of a step; `seen` keeps the last values of what it measured"
-    parts, share = (), 0.
-    def __init__(self, loss: str = 'bce', diffaug: str = '', noise: float = 0.):
+
+    parts, share = (), 0.0
+
+    def __init__(self, loss: str = 'bce', diffaug: str = '', noise: float = 0.0):
         pick_loss(loss)
         self.kind, self.diffaug, self.noise, self.seen = loss, diffaug, noise, {}
 
-    def __call__(self, model, batch): return model(self, batch)
+    def __call__(self, model, batch):
+        return model(self, batch)
 
     def look(self, net, image, condition=None):
         "Logits for images as the discriminator gets to see them"
         image, condition = diffaugment(image, self.diffaug, condition)
-        if self.noise: image = image + torch.randn_like(image)*self.noise*(1-self.share)
+        if self.noise:
+            image = image + torch.randn_like(image) * self.noise * (1 - self.share)
         return net.judge(image, condition)
+
 
 class Clock(Callback):
     "Tells every turn how much of the run is over"
+
     order = -30
+
     def before_batch(self, learn):
-        for turn in learn.loss_fn: turn.share = learn.step/learn.config.steps
+        for turn in learn.loss_fn:
+            turn.share = learn.step / learn.config.steps
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #eb67caa5
 class DiscriminatorTurn(Turn):
     "Real images up, made ones down; with R1 of weight `r1` (gamma) at one step in `r1_every`"
+
     parts = ('discriminator',)
-    def __init__(self, loss='bce', diffaug='', noise=0., r1: float = 0., r1_every: int = 16):
-        super().__init__(loss, diffaug, noise); self.r1, self.r1_every = r1, r1_every
+
+    def __init__(self, loss='bce', diffaug='', noise=0.0, r1: float = 0.0, r1_every: int = 16):
+        super().__init__(loss, diffaug, noise)
+        self.r1, self.r1_every = r1, r1_every
 
     def loss(self, net, image, condition=None):
-        lazy = self.r1 and torch.rand(()).item()*self.r1_every < 1
-        if lazy: image = image.detach().requires_grad_()
+        lazy = self.r1 and torch.rand(()).item() * self.r1_every < 1
+        if lazy:
+            image = image.detach().requires_grad_()
         real = self.look(net, image, condition)
-        with torch.no_grad(): made = net.generate(net.draw(image, condition))
+        with torch.no_grad():
+            made = net.generate(net.draw(image, condition))
         fake = self.look(net, made.detach(), condition)
         self.seen = dict(real=belief(self.kind, real.detach()), fake=belief(self.kind, fake.detach()))
         loss = discriminator_loss(self.kind, real, fake)
-        return loss + self.r1/2*self.r1_every*r1_penalty(real, image) if lazy else loss
+        return loss + self.r1 / 2 * self.r1_every * r1_penalty(real, image) if lazy else loss
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #fcb93bc5
 class GeneratorTurn(Turn):
     "Made images up; `extra`: more terms of the loss as (name, weight, f), f(net, made, image, condition) -> scalar"
+
     parts = ('generator',)
-    def __init__(self, loss='bce', diffaug='', noise=0., extra=()):
-        super().__init__(loss, diffaug, noise); self.extra = list(extra)
+
+    def __init__(self, loss='bce', diffaug='', noise=0.0, extra=()):
+        super().__init__(loss, diffaug, noise)
+        self.extra = list(extra)
 
     def loss(self, net, image, condition=None):
         self.start, self.condition = net.draw(image, condition), condition
         made = net.generate(self.start)
-        loss = generator_loss(self.kind, self.look(net, made, condition)); self.seen = dict(gan=loss.detach())
+        loss = generator_loss(self.kind, self.look(net, made, condition))
+        self.seen = dict(gan=loss.detach())
         for name, weight, f in self.extra:
-            term = f(net, made, image, condition); self.seen[name] = term.detach()
-            loss = loss + weight*term
+            term = f(net, made, image, condition)
+            self.seen[name] = term.detach()
+            loss = loss + weight * term
         return loss
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #4303bada
@@ -216,84 +270,148 @@ def steady(net):
     kept, gpu = [(b, b.clone()) for b in net.buffers()], [p.device for p in net.parameters() if p.is_cuda][:1]
     with torch.no_grad(), torch.random.fork_rng(gpu):
         torch.manual_seed(0)
-        try: yield
+        try:
+            yield
         finally:
-            for b, old in kept: b.copy_(old)
+            for b, old in kept:
+                b.copy_(old)
+
 
 def believed(net, turn) -> float:
     "What the discriminator believes of the images that the generator makes from its last start"
-    with steady(net): return belief(turn.kind, net.judge(net.generate(turn.start), turn.condition)).item()
+    with steady(net):
+        return belief(turn.kind, net.judge(net.generate(turn.start), turn.condition)).item()
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #0eae5f64
 class Statistics(Callback):
     "statistics.csv and lines in the tutorial's form, at the first step and every `every`; `per_epoch`: steps in an epoch"
+
     order = 6
-    def __init__(self, every: int = 50, per_epoch: int = 0, say=print): self.every, self.per_epoch, self.say = every, per_epoch, say
+
+    def __init__(self, every: int = 50, per_epoch: int = 0, say=print):
+        self.every, self.per_epoch, self.say = every, per_epoch, say
+
     def before_fit(self, learn):
-        self.path = learn.log_dir/'statistics.csv'
-        self.rows = [r for r in read_history(self.path) if r['step'] <= learn.step] if learn.step and self.path.exists() else []
-    def due(self, step, learn): return step == 1 or step % self.every == 0 or step == learn.config.steps
-    def after_loss(self, learn):           # of the last turn, before its update
-        if learn.turn == len(learn.loss_fn)-1 and self.due(learn.step+1, learn): self.before = believed(learn.net, learn.loss_fn[-1])
+        self.path = learn.log_dir / 'statistics.csv'
+        self.rows = (
+            [r for r in read_history(self.path) if r['step'] <= learn.step] if learn.step and self.path.exists() else []
+        )
+
+    def due(self, step, learn):
+        return step == 1 or step % self.every == 0 or step == learn.config.steps
+
+    def after_loss(self, learn):  # of the last turn, before its update
+        if learn.turn == len(learn.loss_fn) - 1 and self.due(learn.step + 1, learn):
+            self.before = believed(learn.net, learn.loss_fn[-1])
+
     def after_step(self, learn):
-        if not self.due(learn.step, learn) or len(learn.losses) < len(learn.loss_fn): return
-        *ds, g = learn.loss_fn; d_loss, g_loss = float(np.mean(learn.losses[:-1])), learn.losses[-1]
-        row = dict(Loss_D=d_loss, Loss_G=g_loss, D_x=ds[-1].seen['real'].item(), D_G_z1=self.before, D_G_z2=believed(learn.net, g), ratio=g_loss/d_loss if d_loss else math.inf)
+        if not self.due(learn.step, learn) or len(learn.losses) < len(learn.loss_fn):
+            return
+        *ds, g = learn.loss_fn
+        d_loss, g_loss = float(np.mean(learn.losses[:-1])), learn.losses[-1]
+        row = dict(
+            Loss_D=d_loss,
+            Loss_G=g_loss,
+            D_x=ds[-1].seen['real'].item(),
+            D_G_z1=self.before,
+            D_G_z2=believed(learn.net, g),
+            ratio=g_loss / d_loss if d_loss else math.inf,
+        )
         row |= {k: v.item() for k, v in g.seen.items()} if g.extra else {}
         learn.shown |= {'G/D': row['ratio']}
-        self.rows.append(dict(step=learn.step) | {k: round(v, 6) for k, v in row.items()} | {k: v for k, v in learn.shown.items() if k == 'diversity'})
+        self.rows.append(
+            dict(step=learn.step)
+            | {k: round(v, 6) for k, v in row.items()}
+            | {k: v for k, v in learn.shown.items() if k == 'diversity'}
+        )
         write_csv(self.path, self.rows)
-        if self.say: self.say(self.line(learn))
+        if self.say:
+            self.say(self.line(learn))
+
     def line(self, learn):
-        r, per, of = self.rows[-1], self.per_epoch or learn.config.steps, learn.config.steps; s = r['step']-1
-        return f"[{s//per}/{-(-of//per)}][{s%per}/{per}]\tLoss_D: {r['Loss_D']:.4f}\tLoss_G: {r['Loss_G']:.4f}\tD(x): {r['D_x']:.4f}\tD(G(z)): {r['D_G_z1']:.4f} / {r['D_G_z2']:.4f}"
+        r, per, of = self.rows[-1], self.per_epoch or learn.config.steps, learn.config.steps
+        s = r['step'] - 1
+        return f"[{s // per}/{-(-of // per)}][{s % per}/{per}]\tLoss_D: {r['Loss_D']:.4f}\tLoss_G: {r['Loss_G']:.4f}\tD(x): {r['D_x']:.4f}\tD(G(z)): {r['D_G_z1']:.4f} / {r['D_G_z2']:.4f}"
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #fd636d29
 class Samples(Callback):
     "Grids of what is made from `start` (a tensor or a tuple of tensors), every `every` steps and at the end, in out_dir/samples"
+
     order = 5
+
     def __init__(self, start, every: int, name=lambda step: f'step-{step:06d}', real=None, nrow: int = 8):
         self.start, self.every, self.name, self.real, self.nrow, self.diversity = start, every, name, real, nrow, None
-    def state(self): return {} if self.diversity is None else dict(diversity=self.diversity)
-    def load_state(self, state): self.diversity = state.get('diversity')
+
+    def state(self):
+        return {} if self.diversity is None else dict(diversity=self.diversity)
+
+    def load_state(self, state):
+        self.diversity = state.get('diversity')
+
     def before_fit(self, learn):
-        if self.diversity is not None: learn.shown['diversity'] = self.diversity
+        if self.diversity is not None:
+            learn.shown['diversity'] = self.diversity
+
     def after_step(self, learn):
-        if learn.step % self.every and learn.step != learn.config.steps: return
+        if learn.step % self.every and learn.step != learn.config.steps:
+            return
         made = self.made(learn)
-        save_image(made, learn.out_dir/'samples'/f'{self.name(learn.step)}.png', self.nrow)
-        if self.real is not None and len(made) > 1: self.diversity = learn.shown['diversity'] = round(diversity(made, self.real), 6)
+        save_image(made, learn.out_dir / 'samples' / f'{self.name(learn.step)}.png', self.nrow)
+        if self.real is not None and len(made) > 1:
+            self.diversity = learn.shown['diversity'] = round(diversity(made, self.real), 6)
+
     def made(self, learn):
         net = learn.net if learn.ema is None else learn.ema
         net.eval()
-        start = tuple(s.to(learn.fabric.device) for s in self.start) if isinstance(self.start, tuple) else self.start.to(learn.fabric.device)
-        with steady(net): made = net.generate(start).float().cpu()
+        start = (
+            tuple(s.to(learn.fabric.device) for s in self.start)
+            if isinstance(self.start, tuple)
+            else self.start.to(learn.fabric.device)
+        )
+        with steady(net):
+            made = net.generate(start).float().cpu()
         learn.train_mode()
         return made
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #46512cde
 class Snapshots(Callback):
     "Keeps network-snapshot-NNNNNN.safetensors, the whole state of the run, every `every` steps and at the end"
+
     order = 90
-    def __init__(self, every: int = 1000): self.every = every
+
+    def __init__(self, every: int = 1000):
+        self.every = every
+
     def take(self, learn):
         learn.save('latest')
-        write_atomic(learn.out_dir/f'network-snapshot-{learn.step:06d}.safetensors', (learn.out_dir/'latest.safetensors').read_bytes())
+        write_atomic(
+            learn.out_dir / f'network-snapshot-{learn.step:06d}.safetensors',
+            (learn.out_dir / 'latest.safetensors').read_bytes(),
+        )
+
     def before_batch(self, learn):
-        if learn.step and learn.step % self.every == 0: self.take(learn)
+        if learn.step and learn.step % self.every == 0:
+            self.take(learn)
+
     def after_fit(self, learn):
-        if learn.step == learn.config.steps: self.take(learn)
+        if learn.step == learn.config.steps:
+            self.take(learn)
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #d1ff9083
 def rival_adam(
-    betas: tuple = (.5, .999),
-    scales: dict|None = None,  # factor on the rate of 'generator' and 'discriminator'; default 1
+    betas: tuple = (0.5, 0.999),
+    scales: dict | None = None,  # factor on the rate of 'generator' and 'discriminator'; default 1
 ):  # opt(model, config), as `Learner` wants it
     "Adam for a `GAN`"
-    rates = dict(generator=1., discriminator=1.) | (scales or {})
+    rates = dict(generator=1.0, discriminator=1.0) | (scales or {})
+
     def opt(model, config):
-        groups = [dict(params=[p for p in getattr(model, k).parameters() if p.requires_grad], scale=v) for k, v in rates.items()]
+        groups = [
+            dict(params=[p for p in getattr(model, k).parameters() if p.requires_grad], scale=v)
+            for k, v in rates.items()
+        ]
         return torch.optim.Adam([g for g in groups if g['params']], lr=config.lr, betas=betas)
+
     return opt
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #0f695275
@@ -301,18 +419,31 @@ def gan_learner(
     net: GAN,
     turns: list,  # discriminator turns, then the generator's
     batches,  # batches(n): images (B, C, H, W), or (images, conditions)
-    out_dir: str|Path,
+    out_dir: str | Path,
     callbacks=(),  # `Statistics`, `Samples`, `Snapshots`, ...
-    betas=(.5, .999),
-    scales: dict|None = None,  # see `rival_adam`
+    betas=(0.5, 0.999),
+    scales: dict | None = None,  # see `rival_adam`
     verbose: bool = True,
     evaluate=None,
-    header: dict|None = None,  # stored in every checkpoint
+    header: dict | None = None,  # stored in every checkpoint
     **settings,  # of `TrainConfig`
 ) -> Learner:
     "A `Learner` for two networks that take turns"
-    config = TrainConfig(**(dict(lr=2e-4, schedule='constant', warmup=0., clip=0., ema=0., optimizer='adam') | settings))
-    return Learner(net, turns, batches, config, out_dir, [Clock(), *callbacks], evaluate, header, rival_adam(betas, scales), verbose)
+    config = TrainConfig(
+        **(dict(lr=2e-4, schedule='constant', warmup=0.0, clip=0.0, ema=0.0, optimizer='adam') | settings)
+    )
+    return Learner(
+        net,
+        turns,
+        batches,
+        config,
+        out_dir,
+        [Clock(), *callbacks],
+        evaluate,
+        header,
+        rival_adam(betas, scales),
+        verbose,
+    )
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #60b0d63f
 def balance(
@@ -320,15 +451,20 @@ def balance(
 ) -> str:  # 'balanced', 'discriminator ahead' or 'discriminator cannot tell'
     "Who is ahead, from what the discriminator believes of real and of made images"
     gap = row['D_x'] - row['D_G_z1']
-    return 'discriminator ahead' if gap > .9 else 'discriminator cannot tell' if abs(gap) < .02 else 'balanced'
+    return 'discriminator ahead' if gap > 0.9 else 'discriminator cannot tell' if abs(gap) < 0.02 else 'balanced'
+
 
 def plot_statistics(path):  # matplotlib figure
     "Losses, beliefs and (where it was measured) diversity of a statistics.csv"
     import matplotlib.pyplot as plt
-    rows = read_history(path); step = [r['step'] for r in rows]
+
+    rows = read_history(path)
+    step = [r['step'] for r in rows]
     fig, axs = plt.subplots(1, 2, figsize=(7, 2.2), dpi=70, layout='constrained')
     for ax, names in zip(axs, (('Loss_D', 'Loss_G'), ('D_x', 'D_G_z1', 'diversity'))):
         for k in names:
-            if any(k in r for r in rows): ax.plot(step, [r.get(k, math.nan) for r in rows], label={'D_x': 'D(x)', 'D_G_z1': 'D(G(z))'}.get(k, k))
-        ax.set_xlabel('step'); ax.legend(fontsize=8)
+            if any(k in r for r in rows):
+                ax.plot(step, [r.get(k, math.nan) for r in rows], label={'D_x': 'D(x)', 'D_G_z1': 'D(G(z))'}.get(k, k))
+        ax.set_xlabel('step')
+        ax.legend(fontsize=8)
     return fig

@@ -18,38 +18,57 @@ from ..core.files import write_atomic
 # %% ../../nbs/07_generative/01_artifacts.ipynb #df7e815c
 class ResizeConv(nn.Sequential):
     "Twice the size by bilinear interpolation, then a 3x3 convolution: (B, cin, H, W) -> (B, cout, 2H, 2W)"
+
     def __init__(self, cin: int, cout: int, bias: bool = False):
-        super().__init__(nn.Upsample(scale_factor=2, mode='bilinear'), nn.Conv2d(cin, cout, 3, padding=1, padding_mode='replicate', bias=bias))
+        super().__init__(
+            nn.Upsample(scale_factor=2, mode='bilinear'),
+            nn.Conv2d(cin, cout, 3, padding=1, padding_mode='replicate', bias=bias),
+        )
 
 # %% ../../nbs/07_generative/01_artifacts.ipynb #f8b772c3
 def spectrum(
     images: torch.Tensor,  # float (B, C, H, W)
 ) -> torch.Tensor:  # float (B, H, W): ln of the power, frequency 0 at [0, 0]
     "Log-power of the mean over the channels, under a Hann window"
-    x = images.float().mean(1); _, h, w = x.shape
-    window = torch.hann_window(h, device=x.device)[:, None]*torch.hann_window(w, device=x.device)
-    return (torch.fft.fft2((x-x.mean((1, 2), keepdim=True))*window).abs().square()+1e-6).log()
+    x = images.float().mean(1)
+    _, h, w = x.shape
+    window = torch.hann_window(h, device=x.device)[:, None] * torch.hann_window(w, device=x.device)
+    return (torch.fft.fft2((x - x.mean((1, 2), keepdim=True)) * window).abs().square() + 1e-6).log()
 
 # %% ../../nbs/07_generative/01_artifacts.ipynb #50384676
 _steps = [d for d in range(-4, 5) if abs(d) > 1]
-_around = ([(dy, dx) for dy in range(-4, 5) for dx in range(-4, 5) if max(abs(dy), abs(dx)) > 1], [(d, 0) for d in _steps], [(0, d) for d in _steps])
+_around = (
+    [(dy, dx) for dy in range(-4, 5) for dx in range(-4, 5) if max(abs(dy), abs(dx)) > 1],
+    [(d, 0) for d in _steps],
+    [(0, d) for d in _steps],
+)
+
 
 def _rise(power, y, x):
     "Log-power at (y, x) above the highest of three medians: ring, column, row"
     h, w = power.shape[-2:]
-    medians = [torch.stack([power[..., (y+dy) % h, (x+dx) % w] for dy, dx in places]).median(0).values for places in _around]
+    medians = [
+        torch.stack([power[..., (y + dy) % h, (x + dx) % w] for dy, dx in places]).median(0).values
+        for places in _around
+    ]
     return power[..., y, x] - torch.stack(medians).amax(0)
+
 
 def stride_points(
     power: torch.Tensor,  # (..., H, W) from `spectrum`, or its mean over a set
-) -> dict[int, torch.Tensor]:  # period in px -> (3 or 4 points, ...), nats; only periods that divide height and width and stand 8 bins from frequency 0
+) -> dict[
+    int, torch.Tensor
+]:  # period in px -> (3 or 4 points, ...), nats; only periods that divide height and width and stand 8 bins from frequency 0
     "How far the log-power at each frequency of a stride rises above its surroundings"
-    h, w = power.shape[-2:]; out = {}
-    for p in (q for q in (2, 4, 8, 16) if h % q == w % q == 0 and min(h, w) >= 8*q):
-        points = dict.fromkeys([(h//p, 0), (0, w//p), (h//p, w//p), (h//p, -w//p % w)])
+    h, w = power.shape[-2:]
+    out = {}
+    for p in (q for q in (2, 4, 8, 16) if h % q == w % q == 0 and min(h, w) >= 8 * q):
+        points = dict.fromkeys([(h // p, 0), (0, w // p), (h // p, w // p), (h // p, -w // p % w)])
         out[p] = torch.stack([_rise(power, y, x) for y, x in points])
-    if not out: raise KhmerOCRError(f'Images of {h} x {w} px are too small for a search for grids: at least 16 px, even')
+    if not out:
+        raise KhmerOCRError(f'Images of {h} x {w} px are too small for a search for grids: at least 16 px, even')
     return out
+
 
 def stride_excess(power) -> dict[int, torch.Tensor]:  # period in px -> (...), nats
     "`stride_points`, the power averaged over the points of a period"
@@ -71,19 +90,28 @@ def shows_grid(
 ) -> bool:
     "Has the set a dot grid that the real one has not?"
     a, b = (stride_points(spectrum(x).mean(0)) for x in (images, real))
-    limit = max(1., 5*1.3*(1/len(images) + 1/len(real))**.5)         # 1.3: the standard deviation of the log-power of noise
-    return any(bool((a[p]-b[p].clamp_min(0) > limit).any()) for p in a)
+    limit = max(
+        1.0, 5 * 1.3 * (1 / len(images) + 1 / len(real)) ** 0.5
+    )  # 1.3: the standard deviation of the log-power of noise
+    return any(bool((a[p] - b[p].clamp_min(0) > limit).any()) for p in a)
 
 # %% ../../nbs/07_generative/01_artifacts.ipynb #13500fb1
 def pair_distance(images: torch.Tensor) -> torch.Tensor:
     "Mean over all pairs in (B, C, H, W), B >= 2, of the root mean square difference, in the images' unit"
-    flat = images.float().flatten(1); n = len(flat)
-    if n < 2: raise KhmerOCRError('The diversity of a set needs at least two images')
-    return torch.cdist(flat, flat, compute_mode='donot_use_mm_for_euclid_dist').sum()/(n*(n-1))/flat.shape[1]**.5
+    flat = images.float().flatten(1)
+    n = len(flat)
+    if n < 2:
+        raise KhmerOCRError('The diversity of a set needs at least two images')
+    return (
+        torch.cdist(flat, flat, compute_mode='donot_use_mm_for_euclid_dist').sum()
+        / (n * (n - 1))
+        / flat.shape[1] ** 0.5
+    )
+
 
 def diversity(images: torch.Tensor, real: torch.Tensor) -> float:  # 0: all the same; 1: as diverse as the real ones
     "`pair_distance` of a set relative to that of the data"
-    return (pair_distance(images)/pair_distance(real).clamp_min(1e-9)).item()
+    return (pair_distance(images) / pair_distance(real).clamp_min(1e-9)).item()
 
 # %% ../../nbs/07_generative/01_artifacts.ipynb #87c46c01
 def nearest(
@@ -91,7 +119,7 @@ def nearest(
     real: torch.Tensor,  # (N, C, H, W)
 ) -> tuple[torch.Tensor, torch.Tensor]:  # index (B,) of the nearest real image, and root mean square distance to it
     "Nearest neighbours in the data: is it new, or a copy?"
-    d = torch.cdist(images.float().flatten(1), real.float().flatten(1))/images[0].numel()**.5
+    d = torch.cdist(images.float().flatten(1), real.float().flatten(1)) / images[0].numel() ** 0.5
     return d.argmin(1), d.amin(1)
 
 # %% ../../nbs/07_generative/01_artifacts.ipynb #2c8fa27b
@@ -103,18 +131,23 @@ def grid(
 ) -> np.ndarray:  # uint8 (H, W), or (H, W, 3) RGB
     "Images side by side in rows"
     x = (images[None] if images.ndim == 3 else images).detach().cpu().float()
-    lo, hi = (x.min(), x.max()) if normalize else (-1., 1.)
-    x = ((x-lo)/max(float(hi-lo), 1e-9)).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
-    n, h, w, c = x.shape; cols = min(nrow, n); rows = -(-n//cols); p = padding if n > 1 else 0
-    out = np.zeros((rows*(h+p)+p, cols*(w+p)+p, c), np.uint8)
+    lo, hi = (x.min(), x.max()) if normalize else (-1.0, 1.0)
+    x = ((x - lo) / max(float(hi - lo), 1e-9)).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+    n, h, w, c = x.shape
+    cols = min(nrow, n)
+    rows = -(-n // cols)
+    p = padding if n > 1 else 0
+    out = np.zeros((rows * (h + p) + p, cols * (w + p) + p, c), np.uint8)
     for i, im in enumerate(x):
-        y, x0 = p+i//cols*(h+p), p+i%cols*(w+p); out[y:y+h, x0:x0+w] = im
+        y, x0 = p + i // cols * (h + p), p + i % cols * (w + p)
+        out[y : y + h, x0 : x0 + w] = im
     return out[..., 0] if c == 1 else out
 
 # %% ../../nbs/07_generative/01_artifacts.ipynb #fe826621
 def write_png(path, image: np.ndarray):
     "Write uint8 (H, W) or (H, W, 3) RGB as PNG, whole or not at all"
     write_atomic(path, cv2.imencode('.png', image if image.ndim == 2 else image[..., ::-1])[1].tobytes())
+
 
 def save_image(images: torch.Tensor, path, nrow: int = 8, padding: int = 2, normalize: bool = False):
     "Write `grid(images, ...)` as PNG; a single image is written as it is, without a border"

@@ -24,13 +24,25 @@ from ..synth.degradation import degrade
 from ..core.config import configure
 from ..training.learner import Learner
 from ..training.checkpoints import load_checkpoint, load_weights, save_checkpoint
-from .adversarial import GAN, DiscriminatorTurn, GeneratorTurn, Samples, Snapshots, Statistics, gan_learner, init_weights, pick_loss, read_policy, spectral
+from khmer_ocr.generative.adversarial import (
+    GAN,
+    DiscriminatorTurn,
+    GeneratorTurn,
+    Samples,
+    Snapshots,
+    Statistics,
+    gan_learner,
+    init_weights,
+    pick_loss,
+    read_policy,
+    spectral,
+)
 from .artifacts import ResizeConv, grid, write_png
 from .pairs import image_files, read_colour
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #05a4fe82
-BATCH_SIZE, IMAGE_SIZE, CHANNELS, Z_DIM = 64, 128, 1, 100       # images, px, 1 for grey or 3 for RGB, numbers of noise
-LR, BETA1, EPOCHS = 2e-4, .5, 250                                # of Adam
+BATCH_SIZE, IMAGE_SIZE, CHANNELS, Z_DIM = 64, 128, 1, 100  # images, px, 1 for grey or 3 for RGB, numbers of noise
+LR, BETA1, EPOCHS = 2e-4, 0.5, 250  # of Adam
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 DATA_DIR, MODEL_SAVE_DIR = Path('datasets/anomaly_detection_dataset'), Path('models/dcgan')
 
@@ -40,38 +52,64 @@ def feature_sizes(
     width: int,  # features at half the image's size
 ) -> list[int]:  # features at 4x4, 8x8, ..., half the image's size
     "The widths of the hidden layers"
-    n = int(math.log2(image_size))-2 if image_size > 0 else 0
-    if n < 1 or image_size != 2**(n+2): raise KhmerOCRError(f"Setting 'image_size' is {image_size}: it must be a power of two from 8 up, such as 64 or 128")
-    return [width*2**i for i in reversed(range(n))]
+    n = int(math.log2(image_size)) - 2 if image_size > 0 else 0
+    if n < 1 or image_size != 2 ** (n + 2):
+        raise KhmerOCRError(
+            f"Setting 'image_size' is {image_size}: it must be a power of two from 8 up, such as 64 or 128"
+        )
+    return [width * 2**i for i in reversed(range(n))]
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #df4ce500
 class Generator(nn.Module):
     "z (B, z_dim, 1, 1) -> images (B, channels, image_size, image_size), -1..1 (Radford et al., 2015)"
-    def __init__(self, z_dim: int = Z_DIM, channels: int = CHANNELS, image_size: int = IMAGE_SIZE, width: int = 32, resize_conv: bool = False):
-        super().__init__(); self.z_dim = z_dim
+
+    def __init__(
+        self,
+        z_dim: int = Z_DIM,
+        channels: int = CHANNELS,
+        image_size: int = IMAGE_SIZE,
+        width: int = 32,
+        resize_conv: bool = False,
+    ):
+        super().__init__()
+        self.z_dim = z_dim
         double = ResizeConv if resize_conv else lambda a, b: nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False)
         sizes = feature_sizes(image_size, width)
         body = [nn.ConvTranspose2d(z_dim, sizes[0], 4, 1, 0, bias=False), nn.BatchNorm2d(sizes[0]), nn.ReLU(True)]
-        for a, b in zip(sizes, sizes[1:]): body += [double(a, b), nn.BatchNorm2d(b), nn.ReLU(True)]
+        for a, b in zip(sizes, sizes[1:]):
+            body += [double(a, b), nn.BatchNorm2d(b), nn.ReLU(True)]
         self.main = nn.Sequential(*body, double(sizes[-1], channels), nn.Tanh()).apply(init_weights)
 
-    def forward(self, z): return self.main(z)
+    def forward(self, z):
+        return self.main(z)
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #0e1414b5
 class Discriminator(nn.Module):
     "Images (B, channels, image_size, image_size), -1..1 -> probability of being real (B, 1, 1, 1)"
-    def __init__(self, channels: int = CHANNELS, image_size: int = IMAGE_SIZE, width: int = 32, spectral_norm: bool = False):
+
+    def __init__(
+        self, channels: int = CHANNELS, image_size: int = IMAGE_SIZE, width: int = 32, spectral_norm: bool = False
+    ):
         super().__init__()
         sizes = feature_sizes(image_size, width)[::-1]
-        body = [nn.Conv2d(channels, width, 4, 2, 1, bias=False), nn.LeakyReLU(.2, True)]
-        for a, b in zip(sizes, sizes[1:]): body += [nn.Conv2d(a, b, 4, 2, 1, bias=False)] + [nn.BatchNorm2d(b)]*(not spectral_norm) + [nn.LeakyReLU(.2, True)]
+        body = [nn.Conv2d(channels, width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True)]
+        for a, b in zip(sizes, sizes[1:]):
+            body += (
+                [nn.Conv2d(a, b, 4, 2, 1, bias=False)]
+                + [nn.BatchNorm2d(b)] * (not spectral_norm)
+                + [nn.LeakyReLU(0.2, True)]
+            )
         self.main = nn.Sequential(*body, nn.Conv2d(sizes[-1], 1, 4, 1, 0, bias=False), nn.Sigmoid()).apply(init_weights)
-        if spectral_norm: spectral(self)
+        if spectral_norm:
+            spectral(self)
 
     def logits(self, x):
-        for layer in self.main[:-1]: x = layer(x)
+        for layer in self.main[:-1]:
+            x = layer(x)
         return x
-    def forward(self, x): return self.logits(x).sigmoid()
+
+    def forward(self, x):
+        return self.logits(x).sigmoid()
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #73fb46ad
 @torch.no_grad()
@@ -83,67 +121,98 @@ def progression(
     shapes = [tuple(x.shape[1:])]
     for layer in net.main:
         x = layer(x)
-        if tuple(x.shape[1:]) != shapes[-1]: shapes.append(tuple(x.shape[1:]))
+        if tuple(x.shape[1:]) != shapes[-1]:
+            shapes.append(tuple(x.shape[1:]))
     return shapes
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #346fba60
 @dataclass(frozen=True)
 class DCGANConfig:
     "What a DCGAN is and how it trains; every modern option is off"
-    channels: int = CHANNELS          # 1 grey, 3 RGB
-    image_size: int = IMAGE_SIZE      # px, a power of two
-    z_dim: int = Z_DIM                # numbers of noise per image
-    width: int = 32                   # features of the generator's last hidden layer
-    d_width: int = 32                 # features of the discriminator's first layer
+
+    channels: int = CHANNELS  # 1 grey, 3 RGB
+    image_size: int = IMAGE_SIZE  # px, a power of two
+    z_dim: int = Z_DIM  # numbers of noise per image
+    width: int = 32  # features of the generator's last hidden layer
+    d_width: int = 32  # features of the discriminator's first layer
     batch_size: int = BATCH_SIZE
     epochs: int = EPOCHS
     lr: float = LR
     beta1: float = BETA1
-    fit: str = 'resize'               # resize: the shorter side becomes image_size, the middle is taken | crop: a random square at the image's own scale
-    flip: bool = False                # mirrored at random, both ways
-    loss: str = 'bce'                 # bce | lsgan | hinge
-    diffaug: str = ''                 # of color, translation, cutout, with commas between
-    ema: float = 0.                   # decay of the averaged weights
-    r1: float = 0.                    # gamma of the gradient penalty; 0.1 to 10
-    spectral: bool = False            # spectral normalisation of the discriminator, in place of its norms
-    resize_conv: bool = False         # doubling by interpolation and convolution, in place of transposed convolutions
-    critic_steps: int = 1             # turns of the discriminator for one of the generator, on the same real images
-    noise: float = 0.                 # standard deviation of the noise on the discriminator's input at the start
-    d_rate: float = 1.                # the discriminator's rate over the generator's
-    clip: float = 0.                  # largest norm of the gradient
-    sample_every: int = 10            # epochs between two grids of samples
-    stats_every: int = 50             # iterations between two lines of statistics
-    snapshot_every: int = 1000        # iterations between two snapshots
+    fit: str = 'resize'  # resize: the shorter side becomes image_size, the middle is taken | crop: a random square at the image's own scale
+    flip: bool = False  # mirrored at random, both ways
+    loss: str = 'bce'  # bce | lsgan | hinge
+    diffaug: str = ''  # of color, translation, cutout, with commas between
+    ema: float = 0.0  # decay of the averaged weights
+    r1: float = 0.0  # gamma of the gradient penalty; 0.1 to 10
+    spectral: bool = False  # spectral normalisation of the discriminator, in place of its norms
+    resize_conv: bool = False  # doubling by interpolation and convolution, in place of transposed convolutions
+    critic_steps: int = 1  # turns of the discriminator for one of the generator, on the same real images
+    noise: float = 0.0  # standard deviation of the noise on the discriminator's input at the start
+    d_rate: float = 1.0  # the discriminator's rate over the generator's
+    clip: float = 0.0  # largest norm of the gradient
+    sample_every: int = 10  # epochs between two grids of samples
+    stats_every: int = 50  # iterations between two lines of statistics
+    snapshot_every: int = 1000  # iterations between two snapshots
     seed: int = 42
 
-    def __post_init__(self): _check(self)
+    def __post_init__(self):
+        _check(self)
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #540b2cfa
 def _check(c):
-    feature_sizes(c.image_size, 1); pick_loss(c.loss); read_policy(c.diffaug)
-    if c.channels not in (1, 3): raise KhmerOCRError(f"Setting 'channels' is {c.channels!r}: it must be 1 (grey) or 3 (RGB)")
-    if c.fit not in ('resize', 'crop'): raise KhmerOCRError(f"Setting 'fit' is {c.fit!r}: it must be resize or crop")
-    for k in ('z_dim', 'width', 'd_width', 'batch_size', 'epochs', 'critic_steps', 'sample_every', 'stats_every', 'snapshot_every'):
-        if getattr(c, k) < 1: raise KhmerOCRError(f"Setting '{k}' is {getattr(c, k)!r}: it must be at least 1")
+    feature_sizes(c.image_size, 1)
+    pick_loss(c.loss)
+    read_policy(c.diffaug)
+    if c.channels not in (1, 3):
+        raise KhmerOCRError(f"Setting 'channels' is {c.channels!r}: it must be 1 (grey) or 3 (RGB)")
+    if c.fit not in ('resize', 'crop'):
+        raise KhmerOCRError(f"Setting 'fit' is {c.fit!r}: it must be resize or crop")
+    for k in (
+        'z_dim',
+        'width',
+        'd_width',
+        'batch_size',
+        'epochs',
+        'critic_steps',
+        'sample_every',
+        'stats_every',
+        'snapshot_every',
+    ):
+        if getattr(c, k) < 1:
+            raise KhmerOCRError(f"Setting '{k}' is {getattr(c, k)!r}: it must be at least 1")
     for k in ('r1', 'noise', 'clip', 'ema', 'seed', 'beta1'):
-        if getattr(c, k) < 0: raise KhmerOCRError(f"Setting '{k}' is {getattr(c, k)!r}: it must be at least 0")
+        if getattr(c, k) < 0:
+            raise KhmerOCRError(f"Setting '{k}' is {getattr(c, k)!r}: it must be at least 0")
     for k in ('lr', 'd_rate'):
-        if getattr(c, k) <= 0: raise KhmerOCRError(f"Setting '{k}' is {getattr(c, k)!r}: it must be above 0")
+        if getattr(c, k) <= 0:
+            raise KhmerOCRError(f"Setting '{k}' is {getattr(c, k)!r}: it must be above 0")
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #580ae709
 def read_textures(
-    folder: str|Path,  # with images in it, or in its subfolder `kind`
+    folder: str | Path,  # with images in it, or in its subfolder `kind`
     channels: int = CHANNELS,  # 1 or 3
     kind: str = 'good',  # good | bad
 ) -> list[np.ndarray]:  # uint8 (H, W, channels)
     "All images of a folder, sorted by name, held in memory; KhmerOCRError if there are none"
-    if channels not in (1, 3): raise KhmerOCRError(f'Images have 1 or 3 channels, not {channels}')
-    folder = Path(folder); folder = folder/kind if (folder/kind).is_dir() else folder
+    if channels not in (1, 3):
+        raise KhmerOCRError(f'Images have 1 or 3 channels, not {channels}')
+    folder = Path(folder)
+    folder = folder / kind if (folder / kind).is_dir() else folder
     images = [read_colour(p) for p in image_files(folder).values()]
     return [cv2.cvtColor(im, cv2.COLOR_RGB2GRAY)[..., None] for im in images] if channels == 1 else images
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #631c0107
-_papers = (('paper', .5), ('fibres', .4), ('clouds', .4), ('light', .3), ('fold', .15), ('blobs', .1), ('noise', .3))
+_papers = (
+    ('paper', 0.5),
+    ('fibres', 0.4),
+    ('clouds', 0.4),
+    ('light', 0.3),
+    ('fold', 0.15),
+    ('blobs', 0.1),
+    ('noise', 0.3),
+)
+
 
 def procedural_paper(
     n: int = 256,  # images
@@ -156,16 +225,22 @@ def procedural_paper(
     for i in range(n):
         rng = np.random.default_rng([seed, i])
         grey = degrade(np.full((size, size), 255, np.uint8), rng, _papers)[0]
-        tint = 1 - rng.uniform(0, (.02, .06, .18)) if channels == 3 else np.ones(1)
-        out.append(np.round(grey[..., None]*tint).astype(np.uint8))
+        tint = 1 - rng.uniform(0, (0.02, 0.06, 0.18)) if channels == 3 else np.ones(1)
+        out.append(np.round(grey[..., None] * tint).astype(np.uint8))
     return out
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #5b3f4c29
 def _scaled(image, size):
     "Shorter side `size` px"
-    h, w = image.shape[:2]; f = size/min(h, w)
-    out = cv2.resize(image, (max(size, round(w*f)), max(size, round(h*f))), interpolation=cv2.INTER_AREA if f < 1 else cv2.INTER_CUBIC)
+    h, w = image.shape[:2]
+    f = size / min(h, w)
+    out = cv2.resize(
+        image,
+        (max(size, round(w * f)), max(size, round(h * f))),
+        interpolation=cv2.INTER_AREA if f < 1 else cv2.INTER_CUBIC,
+    )
     return out if out.ndim == 3 else out[..., None]
+
 
 def square(
     image: np.ndarray,  # uint8 (H, W, C)
@@ -175,43 +250,64 @@ def square(
     flip: bool = False,
 ) -> np.ndarray:  # uint8 (size, size, C)
     "One square of an image"
-    if min(image.shape[:2]) < size or fit == 'resize' and min(image.shape[:2]) > size: image = _scaled(image, size)
-    h, w = (n-size for n in image.shape[:2])
-    y, x = (int(rng.integers(h+1)), int(rng.integers(w+1))) if fit == 'crop' else (h//2, w//2)
-    image = image[y:y+size, x:x+size]
-    return image[::(1, -1)[rng.random() < .5], ::(1, -1)[rng.random() < .5]] if flip else image
+    if min(image.shape[:2]) < size or fit == 'resize' and min(image.shape[:2]) > size:
+        image = _scaled(image, size)
+    h, w = (n - size for n in image.shape[:2])
+    y, x = (int(rng.integers(h + 1)), int(rng.integers(w + 1))) if fit == 'crop' else (h // 2, w // 2)
+    image = image[y : y + size, x : x + size]
+    return image[:: (1, -1)[rng.random() < 0.5], :: (1, -1)[rng.random() < 0.5]] if flip else image
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #cda7086f
 class TextureBatches:
     "batches(n) -> iterator of float32 (batch_size, C, S, S), -1..1, from number n on; `per_epoch` batches in an epoch"
+
     def __init__(self, images: list, config: DCGANConfig):  # uint8 (H, W, C), any sizes
-        if not len(images): raise KhmerOCRError('No images to train on')
-        self.images, self.config, self.per_epoch = images, config, -(-len(images)//config.batch_size)
+        if not len(images):
+            raise KhmerOCRError('No images to train on')
+        self.images, self.config, self.per_epoch = images, config, -(-len(images) // config.batch_size)
 
     def order(self, i: int) -> int:
         "Which image is number `i` of the endless stream"
         n = len(self.images)
-        return int(np.random.default_rng([self.config.seed, 1, i//n]).permutation(n)[i % n])
+        return int(np.random.default_rng([self.config.seed, 1, i // n]).permutation(n)[i % n])
 
     def batch(self, n: int) -> torch.Tensor:
-        c = self.config; rng = np.random.default_rng([c.seed, 2, n])
-        squares = [square(self.images[self.order(i)], c.image_size, rng, c.fit, c.flip) for i in range(n*c.batch_size, (n+1)*c.batch_size)]
-        return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)/127.5-1
+        c = self.config
+        rng = np.random.default_rng([c.seed, 2, n])
+        squares = [
+            square(self.images[self.order(i)], c.image_size, rng, c.fit, c.flip)
+            for i in range(n * c.batch_size, (n + 1) * c.batch_size)
+        ]
+        return (
+            torch.from_numpy(np.stack(squares))
+            .permute(0, 3, 1, 2)
+            .to(torch.float32, memory_format=torch.contiguous_format)
+            / 127.5
+            - 1
+        )
 
     def __call__(self, n: int = 0) -> Iterator:
-        while True: yield self.batch(n); n += 1
+        while True:
+            yield self.batch(n)
+            n += 1
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #2c61fd78
 def make_gan(config: DCGANConfig) -> GAN:
     "Both networks with fresh weights; the settings' seed decides them"
     torch.manual_seed(config.seed)
-    return GAN(Generator(config.z_dim, config.channels, config.image_size, config.width, config.resize_conv),
-               Discriminator(config.channels, config.image_size, config.d_width, config.spectral))
+    return GAN(
+        Generator(config.z_dim, config.channels, config.image_size, config.width, config.resize_conv),
+        Discriminator(config.channels, config.image_size, config.d_width, config.spectral),
+    )
+
 
 def make_turns(config: DCGANConfig) -> list:
     "The turns of a step: the discriminator's, `critic_steps` times, then the generator's"
     c = config
-    return [DiscriminatorTurn(c.loss, c.diffaug, c.noise, c.r1)]*c.critic_steps + [GeneratorTurn(c.loss, c.diffaug, c.noise)]
+    return [DiscriminatorTurn(c.loss, c.diffaug, c.noise, c.r1)] * c.critic_steps + [
+        GeneratorTurn(c.loss, c.diffaug, c.noise)
+    ]
+
 
 def noise(
     n: int,  # images
@@ -220,27 +316,61 @@ def noise(
     start: int = 0,  # number of the first image
 ) -> torch.Tensor:  # float32 (n, z_dim, 1, 1); row i depends on seed and start+i alone
     "What a generator starts from, N(0, 1)"
-    rows = [np.random.default_rng([seed, 3, i]).standard_normal(z_dim, np.float32) for i in range(start, start+n)]
+    rows = [np.random.default_rng([seed, 3, i]).standard_normal(z_dim, np.float32) for i in range(start, start + n)]
     return torch.from_numpy(np.stack(rows))[:, :, None, None]
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #402879cb
 def train_dcgan(
-    out_dir: str|Path = MODEL_SAVE_DIR,
-    data: str|Path|list|None = None,  # a folder; or images uint8 (H, W, C); None: procedural paper
-    config: DCGANConfig|None = None,
-    resume: str|Path|None = None,  # 'latest', or a snapshot
+    out_dir: str | Path = MODEL_SAVE_DIR,
+    data: str | Path | list | None = None,  # a folder; or images uint8 (H, W, C); None: procedural paper
+    config: DCGANConfig | None = None,
+    resume: str | Path | None = None,  # 'latest', or a snapshot
     verbose: bool = True,  # statistics on stdout, progress on stderr
     **loop,  # further settings of `TrainConfig`, such as device, precision, threads
 ) -> Learner:  # trained; the networks are in `learn.net`
     "Train a DCGAN; the same seed gives the same weights, resumed or not"
     c, out_dir = config or DCGANConfig(), Path(out_dir)
-    images = data if isinstance(data, list) else procedural_paper(256, c.image_size, c.channels, c.seed) if data is None else read_textures(data, c.channels)
-    batches = TextureBatches(images, c); per = batches.per_epoch
-    real = torch.cat([batches.batch(n) for n in range(-(-64//c.batch_size))])[:64]
-    calls = [Statistics(c.stats_every, per, print if verbose else None), Snapshots(c.snapshot_every),
-             Samples(noise(64, c.z_dim, c.seed), c.sample_every*per, lambda step: f'epoch-{step//per:04d}', real)]
-    settings = dict(steps=c.epochs*per, batch_size=c.batch_size, lr=c.lr, ema=c.ema, clip=c.clip, seed=c.seed, precision='32-true', save_every=c.snapshot_every, eval_every=c.epochs*per) | loop
-    learn = gan_learner(make_gan(c), make_turns(c), batches, out_dir, calls, (c.beta1, .999), dict(discriminator=c.d_rate), verbose, header=dict(model='dcgan', config=asdict(c)), **settings)
+    images = (
+        data
+        if isinstance(data, list)
+        else procedural_paper(256, c.image_size, c.channels, c.seed)
+        if data is None
+        else read_textures(data, c.channels)
+    )
+    batches = TextureBatches(images, c)
+    per = batches.per_epoch
+    real = torch.cat([batches.batch(n) for n in range(-(-64 // c.batch_size))])[:64]
+    calls = [
+        Statistics(c.stats_every, per, print if verbose else None),
+        Snapshots(c.snapshot_every),
+        Samples(noise(64, c.z_dim, c.seed), c.sample_every * per, lambda step: f'epoch-{step // per:04d}', real),
+    ]
+    settings = (
+        dict(
+            steps=c.epochs * per,
+            batch_size=c.batch_size,
+            lr=c.lr,
+            ema=c.ema,
+            clip=c.clip,
+            seed=c.seed,
+            precision='32-true',
+            save_every=c.snapshot_every,
+            eval_every=c.epochs * per,
+        )
+        | loop
+    )
+    learn = gan_learner(
+        make_gan(c),
+        make_turns(c),
+        batches,
+        out_dir,
+        calls,
+        (c.beta1, 0.999),
+        dict(discriminator=c.d_rate),
+        verbose,
+        header=dict(model='dcgan', config=asdict(c)),
+        **settings,
+    )
     learn.fit(resume=resume)
     save_networks(learn, c)
     return learn
@@ -250,50 +380,87 @@ def save_networks(learn: Learner, config: DCGANConfig):
     "Write generator_model.safetensors (averaged weights, where there are any) and discriminator_model.safetensors"
     net = learn.net if learn.ema is None else learn.ema
     for part, m in dict(generator=net.generator, discriminator=learn.net.discriminator).items():
-        save_checkpoint(learn.out_dir/f'{part}_model.safetensors', m.state_dict(), dict(model='dcgan', part=part, config=asdict(config), step=learn.step))
+        save_checkpoint(
+            learn.out_dir / f'{part}_model.safetensors',
+            m.state_dict(),
+            dict(model='dcgan', part=part, config=asdict(config), step=learn.step),
+        )
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #c6931aab
 def _read_pth(path):
     "The tensors of a state dict in a .pth file, in order"
-    if not path.is_file(): raise KhmerOCRError(f'Checkpoint not found: {path}: check the path, or train it')
-    try: state = torch.load(path, map_location='cpu', weights_only=True)
+    if not path.is_file():
+        raise KhmerOCRError(f'Checkpoint not found: {path}: check the path, or train it')
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError):
-        raise KhmerOCRError(f'{path} holds no weights that can be read without running code: save net.state_dict() in the program that made it') from None
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()): raise KhmerOCRError(f'{path} is no state dict, a table of tensors: save net.state_dict() in the program that made it')
-    return {k: v for k, v in state.items() if v.ndim}                # without the norms' counters
+        raise KhmerOCRError(
+            f'{path} holds no weights that can be read without running code: save net.state_dict() in the program that made it'
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise KhmerOCRError(
+            f'{path} is no state dict, a table of tensors: save net.state_dict() in the program that made it'
+        )
+    return {k: v for k, v in state.items() if v.ndim}  # without the norms' counters
+
 
 def _from_pth(path, build, read_config):
     "A network with the weights of a foreign state dict: tensors in order, whatever their names"
-    state = _read_pth(path); kernels = [v.shape for v in state.values() if v.ndim == 4]
-    if len(kernels) < 3: raise KhmerOCRError(f'{path} is no DCGAN: it has {len(kernels)} layers')
-    try: config = read_config(kernels); net = build(config)
-    except KhmerOCRError as e: raise KhmerOCRError(f'{path} is no such part of a DCGAN: {e}') from None
+    state = _read_pth(path)
+    kernels = [v.shape for v in state.values() if v.ndim == 4]
+    if len(kernels) < 3:
+        raise KhmerOCRError(f'{path} is no DCGAN: it has {len(kernels)} layers')
+    try:
+        config = read_config(kernels)
+        net = build(config)
+    except KhmerOCRError as e:
+        raise KhmerOCRError(f'{path} is no such part of a DCGAN: {e}') from None
     own = {k: v for k, v in net.state_dict().items() if v.ndim}
-    if [v.shape for v in own.values()] != [v.shape for v in state.values()]: raise KhmerOCRError(f'{path} has other layers than a DCGAN of {config.image_size} px: {len(state)} tensors where {len(own)} of certain shapes should be')
+    if [v.shape for v in own.values()] != [v.shape for v in state.values()]:
+        raise KhmerOCRError(
+            f'{path} has other layers than a DCGAN of {config.image_size} px: {len(state)} tensors where {len(own)} of certain shapes should be'
+        )
     net.load_state_dict(dict(zip(own, state.values())), strict=False)
     return net.eval(), config
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #d57c887b
 def _load(path, part, build, read_config):
     path = Path(path)
-    if path.suffix in ('.pth', '.pt', '.pkl'): return _from_pth(path, build, read_config)
+    if path.suffix in ('.pth', '.pt', '.pkl'):
+        return _from_pth(path, build, read_config)
     weights, header = load_weights(path)
-    if header.get('model') != 'dcgan' or header.get('part', part) != part: raise KhmerOCRError(f"{path} is no {part} of a dcgan: it says {header.get('model')!r}, {header.get('part', 'whole')!r}")
-    config = configure(DCGANConfig, header['config']); net = build(config)
-    net.load_state_dict({k.removeprefix(f'{part}.'): v for k, v in weights.items() if header.get('part') or k.startswith(f'{part}.')})
+    if header.get('model') != 'dcgan' or header.get('part', part) != part:
+        raise KhmerOCRError(
+            f"{path} is no {part} of a dcgan: it says {header.get('model')!r}, {header.get('part', 'whole')!r}"
+        )
+    config = configure(DCGANConfig, header['config'])
+    net = build(config)
+    net.load_state_dict(
+        {k.removeprefix(f'{part}.'): v for k, v in weights.items() if header.get('part') or k.startswith(f'{part}.')}
+    )
     return net.eval(), config
 
+
 def load_generator(
-    path: str|Path,  # generator_model.safetensors, a snapshot, or a .pth state dict
+    path: str | Path,  # generator_model.safetensors, a snapshot, or a .pth state dict
 ) -> tuple[Generator, DCGANConfig]:
     "A trained generator, ready to draw"
-    return _load(path, 'generator', lambda c: Generator(c.z_dim, c.channels, c.image_size, c.width, c.resize_conv),
-        lambda k: DCGANConfig(z_dim=k[0][0], channels=k[-1][1], width=k[-1][0], image_size=2**(len(k)+1)))
+    return _load(
+        path,
+        'generator',
+        lambda c: Generator(c.z_dim, c.channels, c.image_size, c.width, c.resize_conv),
+        lambda k: DCGANConfig(z_dim=k[0][0], channels=k[-1][1], width=k[-1][0], image_size=2 ** (len(k) + 1)),
+    )
 
-def load_discriminator(path: str|Path) -> tuple[Discriminator, DCGANConfig]:
+
+def load_discriminator(path: str | Path) -> tuple[Discriminator, DCGANConfig]:
     "A trained discriminator, from the like files"
-    return _load(path, 'discriminator', lambda c: Discriminator(c.channels, c.image_size, c.d_width, c.spectral),
-        lambda k: DCGANConfig(channels=k[0][1], d_width=k[0][0], image_size=2**(len(k)+1)))
+    return _load(
+        path,
+        'discriminator',
+        lambda c: Discriminator(c.channels, c.image_size, c.d_width, c.spectral),
+        lambda k: DCGANConfig(channels=k[0][1], d_width=k[0][0], image_size=2 ** (len(k) + 1)),
+    )
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #b172b753
 def sample_images(
@@ -302,76 +469,92 @@ def sample_images(
     seed: int = 0,
     start: int = 0,  # number of the first image
     batch_size: int = BATCH_SIZE,
-    scale: float = 1.,  # of the noise: below 1 more ordinary images, above 1 more unusual ones
+    scale: float = 1.0,  # of the noise: below 1 more ordinary images, above 1 more unusual ones
 ) -> Iterator[torch.Tensor]:  # float32 (<= batch_size, C, S, S), -1..1, on the CPU
     "Generated images, batch by batch"
-    device = next(net.parameters()).device; net.eval()
-    for i in range(start, start+n, batch_size):
-        with torch.inference_mode(): yield net(noise(min(batch_size, start+n-i), net.z_dim, seed, i).to(device)*scale).float().cpu()
+    device = next(net.parameters()).device
+    net.eval()
+    for i in range(start, start + n, batch_size):
+        with torch.inference_mode():
+            yield net(noise(min(batch_size, start + n - i), net.z_dim, seed, i).to(device) * scale).float().cpu()
+
 
 def generate(
-    model: Generator|str|Path,  # or a file of one
+    model: Generator | str | Path,  # or a file of one
     n: int,
-    out_dir: str|Path,
+    out_dir: str | Path,
     seed: int = 0,
     start: int = 0,
     batch_size: int = BATCH_SIZE,
-    scale: float = 1.,
+    scale: float = 1.0,
 ) -> list[Path]:  # synthetic_0.png, synthetic_1.png, ...: uint8, grey or RGB
     "Write generated images"
     net = model if isinstance(model, nn.Module) else load_generator(model)[0]
     images = (im for x in sample_images(net, n, seed, start, batch_size, scale) for im in x)
-    paths = [Path(out_dir)/f'synthetic_{i}.png' for i in range(start, start+n)]
-    for p, im in zip(paths, images): write_png(p, grid(im))
+    paths = [Path(out_dir) / f'synthetic_{i}.png' for i in range(start, start + n)]
+    for p, im in zip(paths, images):
+        write_png(p, grid(im))
     return paths
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #63fa6731
 def missing(
-    folder: str|Path,  # with good/ and bad/
+    folder: str | Path,  # with good/ and bad/
 ) -> dict[str, int]:  # how many images each class lacks to be as large as the larger one
     "Class balance of a folder"
-    n = {k: len(image_files(Path(folder)/k)) for k in ('good', 'bad')}
-    return {k: max(n.values())-v for k, v in n.items()}
+    n = {k: len(image_files(Path(folder) / k)) for k in ('good', 'bad')}
+    return {k: max(n.values()) - v for k, v in n.items()}
+
 
 def balance_classes(
-    folder: str|Path,  # with good/ and bad/
-    model: Generator|str|Path,  # trained on the class that lacks images
-    out_dir: str|Path,  # the generated images go to out_dir/good or out_dir/bad; may be `folder` itself
+    folder: str | Path,  # with good/ and bad/
+    model: Generator | str | Path,  # trained on the class that lacks images
+    out_dir: str | Path,  # the generated images go to out_dir/good or out_dir/bad; may be `folder` itself
     seed: int = 0,
 ) -> list[Path]:
     "Generate what the smaller class lacks"
-    (kind, n), = [*((k, v) for k, v in missing(folder).items() if v), ('good', 0)][:1]
-    return generate(model, n, Path(out_dir)/kind, seed)
+    ((kind, n),) = [*((k, v) for k, v in missing(folder).items() if v), ('good', 0)][:1]
+    return generate(model, n, Path(out_dir) / kind, seed)
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #f43c48c9
 def _strip(texture, shape, rng):
     "A field of `shape` px from pieces of one texture, float32, faded into each other over a quarter of a piece"
-    h, w = shape; s = min(texture.shape); mean = float(texture.mean())
-    n, step = s, s - s//4; fade = np.minimum(1, (np.minimum(np.arange(n), np.arange(n)[::-1])+.5)/(n-step)).astype(np.float32)
-    rows, cols = (max(1, -(-(k-n)//step)+1) for k in (h, w))
-    out, weight = (np.zeros(((rows-1)*step+n, (cols-1)*step+n), np.float32) for _ in range(2))
-    for i in range(rows*cols):
-        y, x = i//cols*step, i%cols*step
-        v, u = (int(rng.integers(k-n+1)) for k in texture.shape)
-        piece = np.rot90(texture[v:v+n, u:u+n], int(rng.integers(4)))[:, ::(1, -1)[rng.random() < .5]]
-        k = np.outer(fade, fade); out[y:y+n, x:x+n] += k*(piece-mean); weight[y:y+n, x:x+n] += k*k
-    y, x = (int(rng.integers(a-b+1)) for a, b in zip(out.shape, shape))
-    return (mean + out/np.sqrt(np.maximum(weight, 1e-6)))[y:y+h, x:x+w]
+    h, w = shape
+    s = min(texture.shape)
+    mean = float(texture.mean())
+    n, step = s, s - s // 4
+    fade = np.minimum(1, (np.minimum(np.arange(n), np.arange(n)[::-1]) + 0.5) / (n - step)).astype(np.float32)
+    rows, cols = (max(1, -(-(k - n) // step) + 1) for k in (h, w))
+    out, weight = (np.zeros(((rows - 1) * step + n, (cols - 1) * step + n), np.float32) for _ in range(2))
+    for i in range(rows * cols):
+        y, x = i // cols * step, i % cols * step
+        v, u = (int(rng.integers(k - n + 1)) for k in texture.shape)
+        piece = np.rot90(texture[v : v + n, u : u + n], int(rng.integers(4)))[:, :: (1, -1)[rng.random() < 0.5]]
+        k = np.outer(fade, fade)
+        out[y : y + n, x : x + n] += k * (piece - mean)
+        weight[y : y + n, x : x + n] += k * k
+    y, x = (int(rng.integers(a - b + 1)) for a, b in zip(out.shape, shape))
+    return (mean + out / np.sqrt(np.maximum(weight, 1e-6)))[y : y + h, x : x + w]
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #503b532f
 class TextureBank:
     "An operation f(image, rng) that puts a line, uint8 (H, W), on one of the bank's papers"
+
     __name__ = 'texture'
+
     def __init__(self, textures):  # uint8 (H, W), grey; or a folder of images; or a file of `save`
-        if isinstance(textures, (str, Path)): textures = self._read(Path(textures))
-        if not len(textures): raise KhmerOCRError('A texture bank needs at least one texture')
+        if isinstance(textures, (str, Path)):
+            textures = self._read(Path(textures))
+        if not len(textures):
+            raise KhmerOCRError('A texture bank needs at least one texture')
         self.textures = [np.ascontiguousarray(t) for t in textures]
 
     @staticmethod
     def _read(path):
-        if path.suffix != '.safetensors': return [t[..., 0] for t in read_textures(path)]
+        if path.suffix != '.safetensors':
+            return [t[..., 0] for t in read_textures(path)]
         tensors, header = load_checkpoint(path)
-        if header.get('model') != 'texture-bank': raise KhmerOCRError(f'{path} is no bank of textures: make one with TextureBank.save')
+        if header.get('model') != 'texture-bank':
+            raise KhmerOCRError(f'{path} is no bank of textures: make one with TextureBank.save')
         return list(tensors['textures'].numpy())
 
     def save(self, path):
@@ -380,7 +563,8 @@ class TextureBank:
 
     def __call__(self, image, rng):
         ground = _strip(self.textures[int(rng.integers(len(self.textures)))], image.shape, rng)
-        return cv2.multiply(image, ground.round().clip(0, 255).astype(np.uint8), scale=1/255)
+        return cv2.multiply(image, ground.round().clip(0, 255).astype(np.uint8), scale=1 / 255)
+
 
 def texture_bank(model, n: int = 64, seed: int = 0) -> TextureBank:
     "A bank of `n` textures that a generator (or its file) makes"
@@ -388,13 +572,17 @@ def texture_bank(model, n: int = 64, seed: int = 0) -> TextureBank:
     return TextureBank([grid(im.mean(0, keepdim=True)) for x in sample_images(net, n, seed) for im in x])
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #e00b337a
-def main(data: str|Path|None = None, out_dir: str|Path|None = None, **settings):
+def main(data: str | Path | None = None, out_dir: str | Path | None = None, **settings):
     "Train on `data` (default DATA_DIR) with the constants of this module; `settings` are those of `DCGANConfig`"
-    own = dict(batch_size=BATCH_SIZE, image_size=IMAGE_SIZE, channels=CHANNELS, z_dim=Z_DIM, lr=LR, beta1=BETA1, epochs=EPOCHS)
+    own = dict(
+        batch_size=BATCH_SIZE, image_size=IMAGE_SIZE, channels=CHANNELS, z_dim=Z_DIM, lr=LR, beta1=BETA1, epochs=EPOCHS
+    )
     return train_dcgan(out_dir or MODEL_SAVE_DIR, data or DATA_DIR, configure(DCGANConfig, own | settings))
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #44d3577c
 #| eval: false
 if __name__ == '__main__' and not IN_NOTEBOOK:
-    try: main()
-    except KhmerOCRError as e: sys.exit(str(e))
+    try:
+        main()
+    except KhmerOCRError as e:
+        sys.exit(str(e))

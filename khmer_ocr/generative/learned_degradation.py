@@ -19,7 +19,8 @@ from .dcgan import texture_bank, TextureBank
 from .synthetic_data import draw_styles
 
 # %% ../../nbs/07_generative/13_learned_degradation.ipynb #4ef9b406
-_pad = 8      # px of blank paper around the line, painted and thrown away
+_pad = 8  # px of blank paper around the line, painted and thrown away
+
 
 def fold(
     mask: np.ndarray,  # uint8 (h, w); h + 16 must not be more than `tile`
@@ -27,12 +28,15 @@ def fold(
     overlap: int,  # px that neighbouring pieces share
 ) -> tuple[np.ndarray, list[int]]:  # uint8 (n, tile, tile); where pieces begin in the padded line, px
     "A line as squares of several rows"
-    h, w = mask.shape; H = h+2*_pad
-    page = np.pad(mask, ((_pad, _pad), (_pad, max(_pad, tile-w-_pad))))
-    starts, rows = _places(page.shape[1], tile, overlap), tile//H
-    tiles = np.zeros((-(-len(starts)//rows), tile, tile), np.uint8)
-    for k, x in enumerate(starts): tiles[k//rows, k % rows*H:(k % rows+1)*H] = page[:, x:x+tile]
+    h, w = mask.shape
+    H = h + 2 * _pad
+    page = np.pad(mask, ((_pad, _pad), (_pad, max(_pad, tile - w - _pad))))
+    starts, rows = _places(page.shape[1], tile, overlap), tile // H
+    tiles = np.zeros((-(-len(starts) // rows), tile, tile), np.uint8)
+    for k, x in enumerate(starts):
+        tiles[k // rows, k % rows * H : (k % rows + 1) * H] = page[:, x : x + tile]
     return tiles, starts
+
 
 def unfold(
     tiles: np.ndarray,  # (n, tile, tile), painted
@@ -41,11 +45,18 @@ def unfold(
     overlap: int,
 ) -> np.ndarray:  # uint8 (h, w)
     "The line from its squares; where pieces overlap, one fades into the other"
-    (h, w), tile = shape, tiles.shape[-1]; H = h+2*_pad; rows = tile//H
-    out, total, window = np.zeros((h, starts[-1]+tile), np.float32), np.zeros(starts[-1]+tile, np.float32), _window(tile, overlap)+1e-6
+    (h, w), tile = shape, tiles.shape[-1]
+    H = h + 2 * _pad
+    rows = tile // H
+    out, total, window = (
+        np.zeros((h, starts[-1] + tile), np.float32),
+        np.zeros(starts[-1] + tile, np.float32),
+        _window(tile, overlap) + 1e-6,
+    )
     for k, x in enumerate(starts):
-        out[:, x:x+tile] += tiles[k//rows, k % rows*H+_pad:(k % rows+1)*H-_pad]*window; total[x:x+tile] += window
-    return (out/total)[:, _pad:_pad+w].round().clip(0, 255).astype(np.uint8)
+        out[:, x : x + tile] += tiles[k // rows, k % rows * H + _pad : (k % rows + 1) * H - _pad] * window
+        total[x : x + tile] += window
+    return (out / total)[:, _pad : _pad + w].round().clip(0, 255).astype(np.uint8)
 
 # %% ../../nbs/07_generative/13_learned_degradation.ipynb #a71bedbb
 def hasten(
@@ -56,88 +67,130 @@ def hasten(
     "Make a painter fast on the machine it is on"
     dtype = torch.bfloat16 if best_precision() == 'bf16-mixed' else torch.float32
     painter.net.eval().requires_grad_(False).to(dtype=dtype, memory_format=torch.channels_last)
-    if compiled: painter.fast = _compiled(painter.call, backend)
+    if compiled:
+        painter.fast = _compiled(painter.call, backend)
     return painter
+
 
 def _compiled(f, backend):
     "`f`, compiled at its first call; `f` itself if that fails"
     fast = torch.compile(f, backend=backend, **dict(options=dict(freezing=True)) if backend == 'inductor' else {})
+
     def call(*args):
         nonlocal fast
-        try: return fast(*args)
+        try:
+            return fast(*args)
         except Exception as e:
-            if fast is f: raise
-            print(f'warning: not compiled ({type(e).__name__}), painting goes on without', file=sys.stderr); fast = f
+            if fast is f:
+                raise
+            print(f'warning: not compiled ({type(e).__name__}), painting goes on without', file=sys.stderr)
+            fast = f
             return f(*args)
+
     return call
 
 # %% ../../nbs/07_generative/13_learned_degradation.ipynb #94108e20
 @contextmanager
 def _one_thread():
-    n = torch.get_num_threads(); torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(n)
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n)
+
 
 def line_mask(image: np.ndarray) -> np.ndarray:
     "A clean line, uint8 (H, W), dark on light -> its ink, uint8 (H, W), soft at the edges; nothing for a blank one"
     lo, hi = int(image.min()), int(image.max())
-    return np.zeros_like(image) if hi-lo < 40 else ((hi-image.astype(np.float32))*(255/(hi-lo))).round().astype(np.uint8)
+    return (
+        np.zeros_like(image)
+        if hi - lo < 40
+        else ((hi - image.astype(np.float32)) * (255 / (hi - lo))).round().astype(np.uint8)
+    )
+
 
 def _true(out, mask, least) -> bool:
     "Does the ink lie where the mask has it?"
-    return mask.std() < 1 or (out.std() > 1 and np.corrcoef(255-out.astype(np.float32).ravel(), mask.ravel())[0, 1] >= least)
+    return mask.std() < 1 or (
+        out.std() > 1 and np.corrcoef(255 - out.astype(np.float32).ravel(), mask.ravel())[0, 1] >= least
+    )
 
 # %% ../../nbs/07_generative/13_learned_degradation.ipynb #ef78284b
 class Learned:
     "An operation f(image, rng): a clean line, uint8 (H, W), dark on light, is painted by a trained model; the same shape comes back"
+
     __name__ = 'learned'
-    def __init__(self,
-        path: str|Path,  # pix2pix, vae or hybrid: paints; dcgan or a bank of textures: laid under the line
+
+    def __init__(
+        self,
+        path: str | Path,  # pix2pix, vae or hybrid: paints; dcgan or a bank of textures: laid under the line
         batch_size: int = 8,  # squares at a time, of `many`
-        least: float = .5,  # correlation of painted ink with the mask, -1..1
+        least: float = 0.5,  # correlation of painted ink with the mask, -1..1
         compiled: bool = False,  # see `hasten`
     ):
         kind = _header(path).get('model')
         self.path, self.batch_size, self.least = str(path), batch_size, least
         self.bank = texture_bank(path) if kind == 'dcgan' else TextureBank(path) if kind == 'texture-bank' else None
-        if self.bank is None: self.painter = hasten(open_painter(path), compiled)
-        if self.bank is None and next(self.painter.net.parameters()).dtype == torch.float32: self.batch_size = 1     # with more, the last bit may differ from that of one alone
-    def __reduce__(self): return Learned, (self.path, self.batch_size, self.least)
-    def __call__(self, image, rng): return self.many([image], [rng])[0]
+        if self.bank is None:
+            self.painter = hasten(open_painter(path), compiled)
+        if self.bank is None and next(self.painter.net.parameters()).dtype == torch.float32:
+            self.batch_size = 1  # with more, the last bit may differ from that of one alone
+
+    def __reduce__(self):
+        return Learned, (self.path, self.batch_size, self.least)
+
+    def __call__(self, image, rng):
+        return self.many([image], [rng])[0]
 
     def many(self, images: list, rngs: list) -> list[np.ndarray]:
         "Many lines, each with its own generator of random numbers"
-        if self.bank: return [self.bank(im, rng) for im, rng in zip(images, rngs)]
+        if self.bank:
+            return [self.bank(im, rng) for im, rng in zip(images, rngs)]
         masks = [line_mask(im) for im in images]
         jobs = [_Job(self.painter, m, rng) for m, rng in zip(masks, rngs)]
-        with _one_thread(): _paint_jobs(self.painter, jobs, self.batch_size)
+        with _one_thread():
+            _paint_jobs(self.painter, jobs, self.batch_size)
         return [out if _true(out := job.result(), m, self.least) else im for im, m, job in zip(images, masks, jobs)]
 
 # %% ../../nbs/07_generative/13_learned_degradation.ipynb #ee0f9f2c
 class _Job:
     "One line: squares to paint, (n, tile, tile), each with the style `z`"
+
     def __init__(self, painter, mask, rng):
-        tile = painter.resolution; self.overlap, self.shape, most = tile//4, mask.shape, tile-2*_pad
+        tile = painter.resolution
+        self.overlap, self.shape, most = tile // 4, mask.shape, tile - 2 * _pad
         self.z = draw_styles(painter, 1, rng) if painter.style else None
         self.seed = int(rng.integers(2**62)) if painter.grainy else None
-        if mask.shape[0] > most: mask = cv2.resize(mask, (max(1, round(mask.shape[1]*most/mask.shape[0])), most), interpolation=cv2.INTER_AREA)
+        if mask.shape[0] > most:
+            mask = cv2.resize(
+                mask, (max(1, round(mask.shape[1] * most / mask.shape[0])), most), interpolation=cv2.INTER_AREA
+            )
         self.small, (self.tiles, self.starts) = mask.shape, fold(mask, tile, self.overlap)
         self.made = []
 
     def squares(self):
         "(mask (1, tile, tile), z, noise) each"
         g = torch.Generator().manual_seed(self.seed) if self.seed is not None else None
-        for t in self.tiles: yield torch.from_numpy(t).float()[None]/255, self.z, None if g is None else torch.randn(1, 3, *t.shape, generator=g)
+        for t in self.tiles:
+            yield (
+                torch.from_numpy(t).float()[None] / 255,
+                self.z,
+                None if g is None else torch.randn(1, 3, *t.shape, generator=g),
+            )
 
     def result(self):
         out = unfold(np.stack(self.made), self.starts, self.small, self.overlap)
         return out if self.small == self.shape else cv2.resize(out, self.shape[::-1], interpolation=cv2.INTER_LINEAR)
 
+
 def _paint_jobs(painter, jobs, batch_size):
     "Paint all squares of all lines"
     todo = [(job, *square) for job in jobs for square in job.squares()]
     for i in range(0, len(todo), batch_size):
-        owners, masks, zs, noises = zip(*todo[i:i+batch_size])
-        with torch.inference_mode(): made = painter(torch.stack(masks), *(None if v[0] is None else torch.cat(v) for v in (zs, noises)))
-        grey = (made.float().cpu().permute(0, 2, 3, 1).numpy()+1)*127.5
-        for job, im in zip(owners, grey): job.made.append(cv2.cvtColor(im.round().clip(0, 255).astype(np.uint8), cv2.COLOR_RGB2GRAY))
+        owners, masks, zs, noises = zip(*todo[i : i + batch_size])
+        with torch.inference_mode():
+            made = painter(torch.stack(masks), *(None if v[0] is None else torch.cat(v) for v in (zs, noises)))
+        grey = (made.float().cpu().permute(0, 2, 3, 1).numpy() + 1) * 127.5
+        for job, im in zip(owners, grey):
+            job.made.append(cv2.cvtColor(im.round().clip(0, 255).astype(np.uint8), cv2.COLOR_RGB2GRAY))

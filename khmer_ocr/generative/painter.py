@@ -23,49 +23,78 @@ from ..core.config import configure
 @dataclass(frozen=True)
 class Choice:
     "A model and the reasons for it"
-    model: str   # vae | pix2pix | hybrid
-    why: str
-    def __str__(self): return f'{self.model}: {self.why}'
 
-_guide = dict(vae='with 3 to 5 pages the guide takes the VAE: an adversary would know so few by heart', pix2pix='with 5 to 15 pages the guide takes Pix2Pix: there is enough for an adversary, which gives the sharper page',
-    hybrid='with 15 pages or more the guide takes both: structure from Pix2Pix, styles from the VAE')
-_needs = dict(fidelity=('pix2pix', 'ink and paper come out sharpest'), diversity=('vae', 'one mask gets many looks'), balanced=('hybrid', 'many looks, and the adversary keeps them sharp'))
+    model: str  # vae | pix2pix | hybrid
+    why: str
+
+    def __str__(self):
+        return f'{self.model}: {self.why}'
+
+
+_guide = dict(
+    vae='with 3 to 5 pages the guide takes the VAE: an adversary would know so few by heart',
+    pix2pix='with 5 to 15 pages the guide takes Pix2Pix: there is enough for an adversary, which gives the sharper page',
+    hybrid='with 15 pages or more the guide takes both: structure from Pix2Pix, styles from the VAE',
+)
+_needs = dict(
+    fidelity=('pix2pix', 'ink and paper come out sharpest'),
+    diversity=('vae', 'one mask gets many looks'),
+    balanced=('hybrid', 'many looks, and the adversary keeps them sharp'),
+)
 
 # %% ../../nbs/07_generative/11_painter.ipynb #0892e874
 def choose_model(
     n_images: int,  # pages with masks to learn from
-    need: str|None = None,  # fidelity | diversity | balanced; None: the number decides
+    need: str | None = None,  # fidelity | diversity | balanced; None: the number decides
 ) -> Choice:
     "The founding document's guide; what is needed goes before the number of pages"
-    if n_images < 1: raise KhmerOCRError(f'No model can be chosen for {n_images} images: at least one page with its mask is needed')
-    if need is not None and need not in _needs: raise KhmerOCRError(f"The need is {need!r}{suggest(need, _needs)}: it must be one of {', '.join(_needs)}")
+    if n_images < 1:
+        raise KhmerOCRError(f'No model can be chosen for {n_images} images: at least one page with its mask is needed')
+    if need is not None and need not in _needs:
+        raise KhmerOCRError(f"The need is {need!r}{suggest(need, _needs)}: it must be one of {', '.join(_needs)}")
     by_size = 'vae' if n_images < 5 else 'pix2pix' if n_images < 15 else 'hybrid'
-    few = f' {n_images} is fewer than it asks for: take large pages, from which many crops can be cut.' if n_images < 3 else ''
-    if need is None: return Choice(by_size, f'{_guide[by_size]}.{few}')
+    few = (
+        f' {n_images} is fewer than it asks for: take large pages, from which many crops can be cut.'
+        if n_images < 3
+        else ''
+    )
+    if need is None:
+        return Choice(by_size, f'{_guide[by_size]}.{few}')
     model, gain = _needs[need]
-    other = '' if model == by_size else f' By the number alone ({n_images}) it would be {by_size}; compare the two on pages held out.'
+    other = (
+        ''
+        if model == by_size
+        else f' By the number alone ({n_images}) it would be {by_size}; compare the two on pages held out.'
+    )
     return Choice(model, f'for {need}, as {gain}.{other}{few}')
 
 # %% ../../nbs/07_generative/11_painter.ipynb #fae34870
 @dataclass(eq=False)
 class Painter:
     "A trained generator: masks float (B, 1, H, W) in 0..1, and styles (B, style) -> images (B, 3, H, W) in -1..1"
-    kind: str                          # pix2pix | vae | hybrid: a Pix2Pix that takes the codes of a VAE
+
+    kind: str  # pix2pix | vae | hybrid: a Pix2Pix that takes the codes of a VAE
     net: nn.Module
-    resolution: int                    # side of the squares it was trained on, px
-    style: int = 0                     # length of a style code; 0: it has none
-    codes: torch.Tensor|None = None    # (n, style), of squares of the pages it was trained on, where they are known
-    spread: float = 1.                 # how far from the mean of the codes styles are drawn: 1 as it is, more for rarer looks
-    other: 'Painter|None' = None       # of a hybrid: its VAE
-    fast: Callable|None = None         # what to call in the place of the network, see `hasten`
+    resolution: int  # side of the squares it was trained on, px
+    style: int = 0  # length of a style code; 0: it has none
+    codes: torch.Tensor | None = None  # (n, style), of squares of the pages it was trained on, where they are known
+    spread: float = 1.0  # how far from the mean of the codes styles are drawn: 1 as it is, more for rarer looks
+    other: 'Painter|None' = None  # of a hybrid: its VAE
+    fast: Callable | None = None  # what to call in the place of the network, see `hasten`
 
     @property
-    def grainy(self): return self.style > 0      # takes white noise for its grain
+    def grainy(self):
+        return self.style > 0  # takes white noise for its grain
+
     @property
-    def call(self): return self.fast or (self.net if self.kind != 'vae' else self.net.decode if self.style else self.net.generate)
+    def call(self):
+        return self.fast or (self.net if self.kind != 'vae' else self.net.decode if self.style else self.net.generate)
+
     def __call__(self, masks, z=None, noise=None):
-        like = next(self.net.parameters()); masks = masks.to(like.device, like.dtype)
-        if not self.style: return self.call(masks)
+        like = next(self.net.parameters())
+        masks = masks.to(like.device, like.dtype)
+        if not self.style:
+            return self.call(masks)
         z = (masks.new_zeros(len(masks), self.style) if z is None else z.to(masks)).expand(len(masks), -1)
         noise = noise if noise is None else noise.to(like.device)
         return self.call(z, masks, noise) if self.kind == 'vae' else self.call(masks, z, noise)
@@ -73,7 +102,11 @@ class Painter:
 # %% ../../nbs/07_generative/11_painter.ipynb #9b8c38aa
 class Look(nn.Module):
     "A painter that always uses the style code `z` (style,); grain is drawn by torch's random numbers"
-    def __init__(self, painter: Painter, z=None): super().__init__(); self.painter, self.net, self.z = painter, painter.net, z
+
+    def __init__(self, painter: Painter, z=None):
+        super().__init__()
+        self.painter, self.net, self.z = painter, painter.net, z
+
     def forward(self, masks):
         noise = torch.randn(len(masks), 3, *masks.shape[2:]) if self.painter.grainy else None
         return self.painter(masks, None if self.z is None else self.z[None], noise)
@@ -83,46 +116,95 @@ def _header(path) -> dict:
     "The header of a checkpoint; a file of plain weights counts as a Pix2Pix generator, as in the founding document"
     return dict(model='pix2pix') if Path(path).suffix in ('.pth', '.pt') else load_weights(path)[1]
 
+
 def open_painter(
-    path: str|Path,  # what training wrote: generator, vae or painter.safetensors; or a .pth of a Pix2Pix generator
-    config: Pix2PixConfig|None = None,  # of a .pth; the others know theirs
-    generator: nn.Module|None = None,  # an empty one of your own, if it was trained with that
+    path: str | Path,  # what training wrote: generator, vae or painter.safetensors; or a .pth of a Pix2Pix generator
+    config: Pix2PixConfig | None = None,  # of a .pth; the others know theirs
+    generator: nn.Module | None = None,  # an empty one of your own, if it was trained with that
 ) -> Painter:
     "Open a trained generator for painting"
     kind = _header(path).get('model')
-    if kind not in _openers: raise KhmerOCRError(f'{path} is a checkpoint of {kind or "another model"}, which paints no pages: give one of {", ".join(_openers)}')
+    if kind not in _openers:
+        raise KhmerOCRError(
+            f'{path} is a checkpoint of {kind or "another model"}, which paints no pages: give one of {", ".join(_openers)}'
+        )
     return _openers[kind](path, config, generator)
+
 
 def _open_pix2pix(path, config, generator):
     net = load_generator(path, config, generator)
-    settings = config or (Pix2PixConfig() if Path(path).suffix in ('.pth', '.pt') else configure(Pix2PixConfig, _header(path)['config']))
+    settings = config or (
+        Pix2PixConfig() if Path(path).suffix in ('.pth', '.pt') else configure(Pix2PixConfig, _header(path)['config'])
+    )
     return Painter('pix2pix', net, settings.resolution, settings.style)
 
-def vae_painter(vae: VAE, codes=None, spread: float = 1.) -> Painter:
+
+def vae_painter(vae: VAE, codes=None, spread: float = 1.0) -> Painter:
     "A VAE as a painter; the plain form has no style, its own chance gives it variety"
     return Painter('vae', vae.eval(), vae.config.resolution, 0 if vae.plain else vae.config.latent, codes, spread)
 
-def _open_vae(path, config, generator): return vae_painter(load_vae(path))
+
+def _open_vae(path, config, generator):
+    return vae_painter(load_vae(path))
+
 
 _openers = dict(pix2pix=_open_pix2pix, vae=_open_vae)
 
 # %% ../../nbs/07_generative/11_painter.ipynb #4374366d
-def save_painter(path: str|Path, painter: Painter):
+def save_painter(path: str | Path, painter: Painter):
     "Write a painter whole: its networks in float16, the codes of its pages, and their settings"
     p, both = painter, dict(net=painter) | (dict(other=painter.other) if painter.other else {})
-    tensors = {f'{part}.{k}': v.detach().cpu().half() if v.is_floating_point() else v.cpu() for part, q in both.items() for k, v in q.net.state_dict().items()}
-    if p.codes is not None: tensors['codes'] = p.codes.detach().float().cpu()
-    save_checkpoint(path, tensors, dict(kind='weights', model='painter', painter=p.kind, resolution=p.resolution, spread=p.spread, config={k: asdict(q.net.config) for k, q in both.items()}))
+    tensors = {
+        f'{part}.{k}': v.detach().cpu().half() if v.is_floating_point() else v.cpu()
+        for part, q in both.items()
+        for k, v in q.net.state_dict().items()
+    }
+    if p.codes is not None:
+        tensors['codes'] = p.codes.detach().float().cpu()
+    save_checkpoint(
+        path,
+        tensors,
+        dict(
+            kind='weights',
+            model='painter',
+            painter=p.kind,
+            resolution=p.resolution,
+            spread=p.spread,
+            config={k: asdict(q.net.config) for k, q in both.items()},
+        ),
+    )
+
 
 def _open_whole(path, config, generator):
-    tensors, head = load_weights(path); codes = tensors.pop('codes', None)
+    tensors, head = load_weights(path)
+    codes = tensors.pop('codes', None)
+
     def net(part, cls, make):
-        if part not in head['config']: return None
+        if part not in head['config']:
+            return None
         made = make(configure(cls, head['config'][part]))
-        made.load_state_dict({k.removeprefix(part+'.'): v.float() if v.is_floating_point() else v for k, v in tensors.items() if k.startswith(part+'.')})
+        made.load_state_dict(
+            {
+                k.removeprefix(part + '.'): v.float() if v.is_floating_point() else v
+                for k, v in tensors.items()
+                if k.startswith(part + '.')
+            }
+        )
         return made.eval()
-    if head['painter'] == 'vae': return vae_painter(net('net', VAEConfig, VAE), codes, head['spread'])
-    g = net('net', Pix2PixConfig, make_generator); other = net('other', VAEConfig, VAE)
-    return Painter(head['painter'], g, head['resolution'], g.config.style, codes, head['spread'], other and vae_painter(other, codes, head['spread']))
+
+    if head['painter'] == 'vae':
+        return vae_painter(net('net', VAEConfig, VAE), codes, head['spread'])
+    g = net('net', Pix2PixConfig, make_generator)
+    other = net('other', VAEConfig, VAE)
+    return Painter(
+        head['painter'],
+        g,
+        head['resolution'],
+        g.config.style,
+        codes,
+        head['spread'],
+        other and vae_painter(other, codes, head['spread']),
+    )
+
 
 _openers['painter'] = _open_whole

@@ -27,47 +27,67 @@ from ..data.preprocess import local_threshold
 @dataclass(eq=False)
 class Pair:
     "A page and the mask of its ink"
-    image: np.ndarray   # uint8 (H, W, 3), RGB
-    mask: np.ndarray    # uint8 (H, W), 255 ink, 0 paper
+
+    image: np.ndarray  # uint8 (H, W, 3), RGB
+    mask: np.ndarray  # uint8 (H, W), 255 ink, 0 paper
     name: str = ''
-    group: str = ''     # pages of one group (one book, one scanner) stay on one side of a split; '' = by itself
-    text: str|None = None  # what is written there, lines separated by newlines, where it is known
+    group: str = ''  # pages of one group (one book, one scanner) stay on one side of a split; '' = by itself
+    text: str | None = None  # what is written there, lines separated by newlines, where it is known
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #ad1628c0
 def set_page(
     texts: list[str],  # lines in normal form, taken in turn from the first on
     font,  # khmer_ocr.fonts.Font
     size: float,  # px per em
-    shape: tuple[int, int]|None = (384, 384),  # height and width in px; None: as large as the lines need
+    shape: tuple[int, int] | None = (384, 384),  # height and width in px; None: as large as the lines need
     leading: float = 1.7,  # px from line to line, in em
-    margin: float = .6,  # white at each side, in em
+    margin: float = 0.6,  # white at each side, in em
 ) -> tuple[np.ndarray, str]:  # ink uint8 (H, W), 255 full; and the lines that were set
     "Lines of text below each other; one that would not fit whole is not set"
-    m, step = round(margin*size), round(leading*size)
+    m, step = round(margin * size), round(leading * size)
     lines = [render(t, font, size) for t in texts]
-    if shape is None: shape = (2*m + step*(len(lines)-1) + round(1.9*size), 2*m + max(l.ink.shape[1] for l in lines))
-    page, done, base = np.zeros(shape, np.uint8), [], m + round(1.2*size)
+    if shape is None:
+        shape = (2 * m + step * (len(lines) - 1) + round(1.9 * size), 2 * m + max(l.ink.shape[1] for l in lines))
+    page, done, base = np.zeros(shape, np.uint8), [], m + round(1.2 * size)
     for l in lines:
-        top, (h, w) = base-l.baseline, l.ink.shape
-        if w > shape[1]-2*m or top < 0: continue
-        if top+h > shape[0]: break
-        np.maximum(spot := page[top:top+h, m:m+w], l.ink, out=spot)
-        done.append(l.text); base += step
+        top, (h, w) = base - l.baseline, l.ink.shape
+        if w > shape[1] - 2 * m or top < 0:
+            continue
+        if top + h > shape[0]:
+            break
+        np.maximum(spot := page[top : top + h, m : m + w], l.ink, out=spot)
+        done.append(l.text)
+        base += step
     return page, '\n'.join(done)
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #018e70ec
-def soft(image, rng, sigma=(.3, 1.)):
+def soft(image, rng, sigma=(0.3, 1.0)):
     "Gaussian blur of a page, an operation like those of `degrade`; `sigma` px"
     return cv2.GaussianBlur(image, (0, 0), float(rng.uniform(*sigma)))
 
-LOOK = (('weight', .3), ('broken', .15), ('faded', .25), ('bleed', .3), ('fibres', .2), ('clouds', .2), ('paper', .5), ('contrast', .5), ('light', .4),
-    ('blobs', .1), (soft, .6), ('noise', .5), ('jpeg', .3))   # operations and their chances; none moves the ink
+
+LOOK = (
+    ('weight', 0.3),
+    ('broken', 0.15),
+    ('faded', 0.25),
+    ('bleed', 0.3),
+    ('fibres', 0.2),
+    ('clouds', 0.2),
+    ('paper', 0.5),
+    ('contrast', 0.5),
+    ('light', 0.4),
+    ('blobs', 0.1),
+    (soft, 0.6),
+    ('noise', 0.5),
+    ('jpeg', 0.3),
+)  # operations and their chances; none moves the ink
+
 
 def _coloured(grey, rng):
     "Grey uint8 (H, W) between a random dark ink and a random light paper: uint8 (H, W, 3)"
-    paper = np.array([255, 255-rng.uniform(0, 20), 255-rng.uniform(0, 60)]) - rng.uniform(0, 25)
-    ink, t = rng.uniform(0, 60)*np.array([rng.uniform(.6, 1), rng.uniform(.6, 1), 1]), grey[..., None]/255
-    return np.round(ink + (paper-ink)*t).clip(0, 255).astype(np.uint8)
+    paper = np.array([255, 255 - rng.uniform(0, 20), 255 - rng.uniform(0, 60)]) - rng.uniform(0, 25)
+    ink, t = rng.uniform(0, 60) * np.array([rng.uniform(0.6, 1), rng.uniform(0.6, 1), 1]), grey[..., None] / 255
+    return np.round(ink + (paper - ink) * t).clip(0, 255).astype(np.uint8)
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #3f2ba1d5
 def rendered_pairs(
@@ -75,144 +95,191 @@ def rendered_pairs(
     fonts: list,  # khmer_ocr.fonts.Font, one for each page
     n: int,  # pages
     seed: int = 42,
-    shape: tuple[int, int]|None = (384, 384),  # of a page in px; None: one line a page, as large as it needs
-    size: tuple[float, float] = (16., 34.),  # px per em, drawn from this range
+    shape: tuple[int, int] | None = (384, 384),  # of a page in px; None: one line a page, as large as it needs
+    size: tuple[float, float] = (16.0, 34.0),  # px per em, drawn from this range
     look=LOOK,  # preset of `degrade`, or (operation, chance) pairs; only what moves no ink
 ) -> list[Pair]:  # page i depends on the seed and i alone
     "Pages of our own making; a line that a font cannot draw is left out of its page"
     return [_rendered(texts, fonts, i, seed, shape, size, look) for i in range(n)]
 
+
 def _rendered(texts, fonts, i, seed, shape, size, look):
     rng = np.random.default_rng([seed, i])
     font, em = fonts[int(rng.integers(len(fonts)))], float(rng.uniform(*size))
     for _ in range(20):
-        some = [t for t in (texts[int(k)] for k in rng.integers(len(texts), size=1 if shape is None else 60)) if _draws(t, font, em)]
+        some = [
+            t
+            for t in (texts[int(k)] for k in rng.integers(len(texts), size=1 if shape is None else 60))
+            if _draws(t, font, em)
+        ]
         page, text = set_page(some, font, em, shape) if some else (None, '')
-        if text: break
-        font, em = fonts[int(rng.integers(len(fonts)))], em*.8 if em > 10 else em
-    else: raise KhmerOCRError(f'No line of the {len(texts)} given fits on a page {shape} with these fonts: give a larger shape, shorter lines or smaller sizes')
-    image = _coloured(degrade(255-page, rng, look)[0], rng)
-    if image.shape[:2] != page.shape: raise KhmerOCRError(f'The look {look!r} moves the ink: {page.shape} became {image.shape[:2]}; leave out what turns, stretches or cuts')
+        if text:
+            break
+        font, em = fonts[int(rng.integers(len(fonts)))], em * 0.8 if em > 10 else em
+    else:
+        raise KhmerOCRError(
+            f'No line of the {len(texts)} given fits on a page {shape} with these fonts: give a larger shape, shorter lines or smaller sizes'
+        )
+    image = _coloured(degrade(255 - page, rng, look)[0], rng)
+    if image.shape[:2] != page.shape:
+        raise KhmerOCRError(
+            f'The look {look!r} moves the ink: {page.shape} became {image.shape[:2]}; leave out what turns, stretches or cuts'
+        )
     return Pair(image, np.where(page > 127, 255, 0).astype(np.uint8), f'page{i:04d}', text=text)
 
+
 def _draws(text, font, em):
-    try: return render(text, font, em) is not None
-    except RenderError: return False
+    try:
+        return render(text, font, em) is not None
+    except RenderError:
+        return False
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #3ff1c9f4
 def sauvola(
     grey: np.ndarray,  # uint8 (H, W), dark ink on light paper
     window: int = 61,  # side of the window in px, made odd: about twice the height of the letters
-    k: float = .2,  # 0..1, no unit: the larger, the less counts as ink
-    R: float = 128.,  # largest standard deviation, grey levels
+    k: float = 0.2,  # 0..1, no unit: the larger, the less counts as ink
+    R: float = 128.0,  # largest standard deviation, grey levels
 ) -> np.ndarray:  # uint8 (H, W), 255 ink
     "Adaptive binarisation by `page.local_threshold` (Sauvola and Pietikäinen, 2000)"
-    if window < 3 or not 0 <= k <= 1: raise KhmerOCRError(f'Sauvola needs a window of at least 3 px and k from 0 to 1, not {window} and {k}')
-    return np.where(grey < local_threshold(grey, window//2*2+1, k, R), 255, 0).astype(np.uint8)
+    if window < 3 or not 0 <= k <= 1:
+        raise KhmerOCRError(f'Sauvola needs a window of at least 3 px and k from 0 to 1, not {window} and {k}')
+    return np.where(grey < local_threshold(grey, window // 2 * 2 + 1, k, R), 255, 0).astype(np.uint8)
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #0b3b2c0d
 def read_colour(
-    path: str|Path  # file of any format that Pillow reads
+    path: str | Path,  # file of any format that Pillow reads
 ) -> np.ndarray:  # uint8 (H, W, 3), RGB; a grey file has three equal channels
     "Open one image upright and in colour; KhmerOCRError as in `data.read_image`"
     grey = read_image(path)
     with Image.open(path) as im:
-        if im.mode not in ('RGB', 'RGBA', 'P', 'PA', 'CMYK', 'YCbCr'): return cv2.merge([grey]*3)
+        if im.mode not in ('RGB', 'RGBA', 'P', 'PA', 'CMYK', 'YCbCr'):
+            return cv2.merge([grey] * 3)
         im = ImageOps.exif_transpose(im).convert('RGBA')
         return np.array(Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB'))
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #af47f3d0
 _kinds = {'.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.webp', '.gif', '.pgm', '.ppm'}
 
-def image_files(
-    folder: str|Path
-) -> dict[str, Path]:  # name without its ending -> path, sorted
+
+def image_files(folder: str | Path) -> dict[str, Path]:  # name without its ending -> path, sorted
     "The images directly in a folder; KhmerOCRError if there are none, or two of one name"
     folder = Path(folder)
-    if not folder.is_dir(): raise KhmerOCRError(f'No images found in {folder}: there is no such folder')
+    if not folder.is_dir():
+        raise KhmerOCRError(f'No images found in {folder}: there is no such folder')
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in _kinds and not p.name.startswith('.'))
-    if not paths: raise KhmerOCRError(f'No images found in {folder}: put {", ".join(sorted(_kinds)[:4])} ... files there')
+    if not paths:
+        raise KhmerOCRError(f'No images found in {folder}: put {", ".join(sorted(_kinds)[:4])} ... files there')
     names = {}
     for p in paths:
-        if (other := names.setdefault(p.stem, p)) is not p: raise KhmerOCRError(f'{other.name} and {p.name} in {folder} have the same name: which one belongs to the mask? Rename one')
+        if (other := names.setdefault(p.stem, p)) is not p:
+            raise KhmerOCRError(
+                f'{other.name} and {p.name} in {folder} have the same name: which one belongs to the mask? Rename one'
+            )
     return names
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #6138a141
-def _named(names): return ', '.join(sorted(names)[:3]) + (f' and {len(names)-3} more' if len(names) > 3 else '')
+def _named(names):
+    return ', '.join(sorted(names)[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+
 
 def _partners(images, masks, images_dir, masks_dir):
     "KhmerOCRError unless both folders have the same names"
-    lonely = [f'{_named(a.keys()-b.keys())} of {x} {"have" if len(a.keys()-b.keys()) > 1 else "has"} no partner in {y}'
-        for a, b, x, y in ((images, masks, images_dir, masks_dir), (masks, images, masks_dir, images_dir)) if a.keys()-b.keys()]
-    if lonely: raise KhmerOCRError(f'Unpaired names: {"; ".join(lonely)}. Give image and mask the same name, or take the odd ones away')
+    lonely = [
+        f'{_named(a.keys() - b.keys())} of {x} {"have" if len(a.keys() - b.keys()) > 1 else "has"} no partner in {y}'
+        for a, b, x, y in ((images, masks, images_dir, masks_dir), (masks, images, masks_dir, images_dir))
+        if a.keys() - b.keys()
+    ]
+    if lonely:
+        raise KhmerOCRError(
+            f'Unpaired names: {"; ".join(lonely)}. Give image and mask the same name, or take the odd ones away'
+        )
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #6a074a62
 def _as_mask(grey, dark):
     "Grey mask -> uint8 (H, W), 255 ink"
     return np.where((grey < 128) == dark, 255, 0).astype(np.uint8)
 
+
 def read_masks(
     paths: dict[str, Path],  # name -> file
     ink: str = 'auto',  # light | dark | auto: the rarer of the two, over all files
 ) -> dict[str, np.ndarray]:  # name -> uint8 (H, W), 255 ink
     "Masks as they lie in a folder, of either polarity"
-    if ink not in ('auto', 'light', 'dark'): raise KhmerOCRError(f"Setting 'ink' is {ink!r}: it must be one of auto, light, dark")
+    if ink not in ('auto', 'light', 'dark'):
+        raise KhmerOCRError(f"Setting 'ink' is {ink!r}: it must be one of auto, light, dark")
     greys = {k: read_image(p) for k, p in paths.items()}
-    dark = ink == 'dark' or ink == 'auto' and np.mean([(g < 128).mean() for g in greys.values()]) < .5
+    dark = ink == 'dark' or ink == 'auto' and np.mean([(g < 128).mean() for g in greys.values()]) < 0.5
     return {k: _as_mask(g, dark) for k, g in greys.items()}
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #8179ae65
 def read_groups(
-    folder: str|Path  # of the images
+    folder: str | Path,  # of the images
 ) -> dict[str, str]:  # name without ending -> group; {} where there is no manifest
     "The columns `id` and `group` of manifest.csv, in `folder` or the folder above"
-    path = next((p for p in (Path(folder)/'manifest.csv', Path(folder).parent/'manifest.csv') if p.is_file()), None)
-    if path is None: return {}
-    try: rows = list(csv.DictReader(path.read_text(encoding='utf-8-sig').splitlines()))
-    except (OSError, ValueError) as e: raise KhmerOCRError(f'Cannot read {path}: {e}') from None
-    if rows and not {'id', 'group'} <= rows[0].keys(): raise KhmerOCRError(f'{path} must have the columns id and group; it has {", ".join(map(str, rows[0]))}')
+    path = next((p for p in (Path(folder) / 'manifest.csv', Path(folder).parent / 'manifest.csv') if p.is_file()), None)
+    if path is None:
+        return {}
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding='utf-8-sig').splitlines()))
+    except (OSError, ValueError) as e:
+        raise KhmerOCRError(f'Cannot read {path}: {e}') from None
+    if rows and not {'id', 'group'} <= rows[0].keys():
+        raise KhmerOCRError(f'{path} must have the columns id and group; it has {", ".join(map(str, rows[0]))}')
     return {r['id']: r['group'] or '' for r in rows}
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #cf92d547
 def read_pairs(
-    images_dir: str|Path,
-    masks_dir: str|Path|None = None,  # None: masks by `sauvola`, from the images alone
+    images_dir: str | Path,
+    masks_dir: str | Path | None = None,  # None: masks by `sauvola`, from the images alone
     ink: str = 'auto',  # of the masks in the folder: light | dark | auto
     window: int = 61,  # px, of `sauvola`
-    k: float = .2,  # of `sauvola`, 0..1
+    k: float = 0.2,  # of `sauvola`, 0..1
 ) -> list[Pair]:  # in the order of their names
     "Read pages and their masks; KhmerOCRError for no images, unpaired names, different sizes, unreadable files"
     images, groups = image_files(images_dir), read_groups(images_dir)
-    if masks_dir is not None: _partners(images, files := image_files(masks_dir), images_dir, masks_dir)
+    if masks_dir is not None:
+        _partners(images, files := image_files(masks_dir), images_dir, masks_dir)
     masks, pairs = read_masks(files, ink) if masks_dir is not None else {}, []
     for name, path in images.items():
         image = read_colour(path)
         mask = masks[name] if masks_dir is not None else sauvola(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), window, k)
-        if mask.shape != image.shape[:2]: raise KhmerOCRError(f'The mask {files[name]} is {mask.shape[1]} x {mask.shape[0]} pixels, its image {path} {image.shape[1]} x {image.shape[0]}: both must be of one size')
+        if mask.shape != image.shape[:2]:
+            raise KhmerOCRError(
+                f'The mask {files[name]} is {mask.shape[1]} x {mask.shape[0]} pixels, its image {path} {image.shape[1]} x {image.shape[0]}: both must be of one size'
+            )
         pairs.append(Pair(image, mask, name, groups.get(name, '')))
     return pairs
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #ec4fc801
-def _png(a): return cv2.imencode('.png', a[..., ::-1] if a.ndim == 3 else a)[1].tobytes()
+def _png(a):
+    return cv2.imencode('.png', a[..., ::-1] if a.ndim == 3 else a)[1].tobytes()
 
-def save_pairs(folder: str|Path, pairs: list[Pair]):
+
+def save_pairs(folder: str | Path, pairs: list[Pair]):
     "Write images/, masks/ (white ink) and manifest.csv (id, group, and the text where it is known)"
     folder, rows = Path(folder), ['id,group,text']
     for p in pairs:
-        write_atomic(folder/'images'/f'{p.name}.png', _png(p.image)); write_atomic(folder/'masks'/f'{p.name}.png', _png(p.mask))
-        rows.append(','.join('"%s"' % s.replace('"', '""') for s in (p.name, p.group, (p.text or '').replace('\n', ' / '))))
-    write_atomic(folder/'manifest.csv', '\n'.join(rows)+'\n')
+        write_atomic(folder / 'images' / f'{p.name}.png', _png(p.image))
+        write_atomic(folder / 'masks' / f'{p.name}.png', _png(p.mask))
+        rows.append(
+            ','.join('"%s"' % s.replace('"', '""') for s in (p.name, p.group, (p.text or '').replace('\n', ' / ')))
+        )
+    write_atomic(folder / 'manifest.csv', '\n'.join(rows) + '\n')
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #75d51e92
 def split_pairs(
     pairs: list[Pair],
-    share: float = .2,  # 0..1, of the groups, at least one on each side
-    seed: int = 42
+    share: float = 0.2,  # 0..1, of the groups, at least one on each side
+    seed: int = 42,
 ) -> tuple[list[Pair], list[Pair]]:  # for training, held out
     "Hold some groups out; KhmerOCRError if there is only one group"
     groups = sorted({p.group or f'page {p.name}' for p in pairs})
-    if len(groups) < 2: raise KhmerOCRError(f'{len(pairs)} pages of one group cannot be split: add pages of another, or measure on the training pages and say so')
-    n = min(len(groups)-1, max(1, round(share*len(groups))))
+    if len(groups) < 2:
+        raise KhmerOCRError(
+            f'{len(pairs)} pages of one group cannot be split: add pages of another, or measure on the training pages and say so'
+        )
+    n = min(len(groups) - 1, max(1, round(share * len(groups))))
     held = {groups[i] for i in np.random.default_rng(seed).permutation(len(groups))[:n]}
     out = [(p.group or f'page {p.name}') in held for p in pairs]
     return [p for p, o in zip(pairs, out) if not o], [p for p, o in zip(pairs, out) if o]
@@ -220,41 +287,53 @@ def split_pairs(
 # %% ../../nbs/07_generative/03_pairs.ipynb #186ee23a
 def crop(
     pair: Pair,
-    y: int, x: int,  # upper left corner, px
-    h: int, w: int,  # px
+    y: int,
+    x: int,  # upper left corner, px
+    h: int,
+    w: int,  # px
 ) -> tuple[np.ndarray, np.ndarray]:  # image uint8 (h, w, 3), mask uint8 (h, w)
     "Cut a piece out; what lies beyond the lower and right edge is the page reflected"
-    pieces = [a[y:y+h, x:x+w] for a in (pair.image, pair.mask)]
-    more = h-pieces[1].shape[0], w-pieces[1].shape[1]
-    if not any(more): return tuple(pieces)
+    pieces = [a[y : y + h, x : x + w] for a in (pair.image, pair.mask)]
+    more = h - pieces[1].shape[0], w - pieces[1].shape[1]
+    if not any(more):
+        return tuple(pieces)
     return tuple(cv2.copyMakeBorder(a, 0, more[0], 0, more[1], cv2.BORDER_REFLECT_101) for a in pieces)
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #520aa155
 @dataclass(frozen=True)
 class CropConfig:
     "How crops are drawn"
+
     size: tuple[int, int] = (256, 256)  # height and width, px
-    min_ink: float = .01                # share of ink that a place should have, 0..1
-    tries: int = 4                      # places drawn until one has it; the last is taken as it is
-    anywhere: float = .15               # share of crops from the first place drawn, with ink or without, 0..1
-    zoom: tuple[float, float] = (1., 1.)  # letters so many times as large, from this range
-    flips: bool = False                 # mirror half of the crops, left to right
+    min_ink: float = 0.01  # share of ink that a place should have, 0..1
+    tries: int = 4  # places drawn until one has it; the last is taken as it is
+    anywhere: float = 0.15  # share of crops from the first place drawn, with ink or without, 0..1
+    zoom: tuple[float, float] = (1.0, 1.0)  # letters so many times as large, from this range
+    flips: bool = False  # mirror half of the crops, left to right
 
     def __post_init__(self):
-        s = self.size if isinstance(self.size, (tuple, list)) else (self.size,)*2
-        object.__setattr__(self, 'size', tuple(int(v) for v in s)); object.__setattr__(self, 'zoom', tuple(self.zoom))
-        if len(self.size) != 2 or min(self.size) < 8: raise KhmerOCRError(f"Setting 'size' is {s}: it must be height and width of at least 8 px")
-        if not 0 < self.zoom[0] <= self.zoom[-1] or len(self.zoom) != 2: raise KhmerOCRError(f"Setting 'zoom' is {self.zoom}: it must be two factors above 0, the smaller first")
-        if self.tries < 1 or not 0 <= self.min_ink <= 1 or not 0 <= self.anywhere <= 1: raise KhmerOCRError(f"Settings 'tries', 'min_ink' and 'anywhere' are {self.tries}, {self.min_ink} and {self.anywhere}: they must be at least 1, and from 0 to 1")
+        s = self.size if isinstance(self.size, (tuple, list)) else (self.size,) * 2
+        object.__setattr__(self, 'size', tuple(int(v) for v in s))
+        object.__setattr__(self, 'zoom', tuple(self.zoom))
+        if len(self.size) != 2 or min(self.size) < 8:
+            raise KhmerOCRError(f"Setting 'size' is {s}: it must be height and width of at least 8 px")
+        if not 0 < self.zoom[0] <= self.zoom[-1] or len(self.zoom) != 2:
+            raise KhmerOCRError(f"Setting 'zoom' is {self.zoom}: it must be two factors above 0, the smaller first")
+        if self.tries < 1 or not 0 <= self.min_ink <= 1 or not 0 <= self.anywhere <= 1:
+            raise KhmerOCRError(
+                f"Settings 'tries', 'min_ink' and 'anywhere' are {self.tries}, {self.min_ink} and {self.anywhere}: they must be at least 1, and from 0 to 1"
+            )
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #0dc85923
 def _place(pair, h, w, rng, config):
     "A random corner with enough ink, if it is found in time"
     H, W = pair.mask.shape
     for _ in range(1 if rng.random() < config.anywhere else config.tries):
-        y, x = int(rng.integers(max(0, H-h)+1)), int(rng.integers(max(0, W-w)+1))
-        if (pair.mask[y:y+h, x:x+w] > 0).mean() >= config.min_ink: break
+        y, x = int(rng.integers(max(0, H - h) + 1)), int(rng.integers(max(0, W - w) + 1))
+        if (pair.mask[y : y + h, x : x + w] > 0).mean() >= config.min_ink:
+            break
     return y, x
+
 
 def random_crop(
     pair: Pair,
@@ -263,65 +342,88 @@ def random_crop(
 ) -> tuple[np.ndarray, np.ndarray]:  # image uint8 (h, w, 3), mask uint8 (h, w)
     "One crop at a random place"
     z = float(np.exp(rng.uniform(*np.log(config.zoom))))
-    h, w = (max(4, round(s/z)) for s in config.size)
+    h, w = (max(4, round(s / z)) for s in config.size)
     image, mask = crop(pair, *_place(pair, h, w, rng, config), h, w)
-    if (h, w) != config.size: image, mask = (cv2.resize(a, config.size[::-1], interpolation=cv2.INTER_AREA if z < 1 else cv2.INTER_LINEAR) for a in (image, mask))
-    if config.flips and rng.random() < .5: image, mask = image[:, ::-1], mask[:, ::-1]
+    if (h, w) != config.size:
+        image, mask = (
+            cv2.resize(a, config.size[::-1], interpolation=cv2.INTER_AREA if z < 1 else cv2.INTER_LINEAR)
+            for a in (image, mask)
+        )
+    if config.flips and rng.random() < 0.5:
+        image, mask = image[:, ::-1], mask[:, ::-1]
     return image, mask
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #30d65f3a
 def as_batch(
-    crops: list  # (image uint8 (h, w, 3), mask uint8 (h, w)) each
+    crops: list,  # (image uint8 (h, w, 3), mask uint8 (h, w)) each
 ) -> dict[str, torch.Tensor]:  # image float32 (B, 3, h, w) in [-1, 1]; mask float32 (B, 1, h, w) in [0, 1], ink 1
     "Crops as tensors"
     images, masks = (np.stack(a).astype(np.float32) for a in zip(*crops))
-    return dict(image=torch.from_numpy(images/127.5-1).permute(0, 3, 1, 2).contiguous(), mask=torch.from_numpy(masks/255)[:, None])
+    return dict(
+        image=torch.from_numpy(images / 127.5 - 1).permute(0, 3, 1, 2).contiguous(),
+        mask=torch.from_numpy(masks / 255)[:, None],
+    )
+
 
 def as_uint8(
-    images: torch.Tensor  # float (B, 3 or 1, h, w) in [-1, 1]
+    images: torch.Tensor,  # float (B, 3 or 1, h, w) in [-1, 1]
 ) -> np.ndarray:  # uint8 (B, h, w, 3), or (B, h, w) for one channel
     "Tensors as pictures; what lies beyond -1 and 1 is clipped"
-    a = ((images.detach().float().cpu()+1)*127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    a = ((images.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     return a[..., 0] if a.shape[-1] == 1 else a
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #5d88a262
 class PairBatches:
     "Random crops of pages, batch by number; also a loop over one epoch, which has about as many pixels as the pages"
-    def __init__(self,
+
+    def __init__(
+        self,
         pairs: list[Pair],  # one is enough, and there may be fewer than `batch_size`
         batch_size: int = 1,
         crops: CropConfig = CropConfig(),
-        seed: int = 42
+        seed: int = 42,
     ):
-        if not pairs: raise KhmerOCRError('There are no pairs to crop from: give at least one page with its mask')
-        if batch_size < 1: raise KhmerOCRError(f"Setting 'batch_size' is {batch_size}: it must be at least 1")
+        if not pairs:
+            raise KhmerOCRError('There are no pairs to crop from: give at least one page with its mask')
+        if batch_size < 1:
+            raise KhmerOCRError(f"Setting 'batch_size' is {batch_size}: it must be at least 1")
         self.pairs, self.batch_size, self.crops, self.seed = list(pairs), batch_size, crops, seed
 
     def __len__(self):  # batches in an epoch
         h, w = self.crops.size
-        return -(-sum(max(1, round(p.mask.size/(h*w))) for p in self.pairs)//self.batch_size)
+        return -(-sum(max(1, round(p.mask.size / (h * w))) for p in self.pairs) // self.batch_size)
 
     def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
         "Batch `n`, from 0 up without end"
-        rngs = [np.random.Generator(np.random.Philox(key=[self.seed, 19], counter=[0, 0, 0, i])) for i in range(n*self.batch_size, (n+1)*self.batch_size)]
+        rngs = [
+            np.random.Generator(np.random.Philox(key=[self.seed, 19], counter=[0, 0, 0, i]))
+            for i in range(n * self.batch_size, (n + 1) * self.batch_size)
+        ]
         return as_batch([random_crop(self.pairs[int(r.integers(len(self.pairs)))], r, self.crops) for r in rngs])
 
     def batches(self, n: int = 0) -> Iterator[dict]:
         "Batches from number `n` on, without end"
-        while True: yield self[n]; n += 1
+        while True:
+            yield self[n]
+            n += 1
 
-    def __iter__(self): return (self[n] for n in range(len(self)))
+    def __iter__(self):
+        return (self[n] for n in range(len(self)))
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #aeb19cbe
 def create_synthetic_dataloader(
-    images_dir: str|Path,
-    masks_dir: str|Path|None = None,  # None: masks by `sauvola`
+    images_dir: str | Path,
+    masks_dir: str | Path | None = None,  # None: masks by `sauvola`
     batch_size: int = 4,
     image_size: tuple[int, int] = (256, 256),  # height and width of the crops, px
     seed: int = 42,
-    **crops  # further settings of `CropConfig`
+    **crops,  # further settings of `CropConfig`
 ) -> PairBatches:
     "Batches of crops from two folders, or from one of scans"
-    try: config = CropConfig(image_size, **crops)
-    except TypeError as e: raise KhmerOCRError(f'Unknown setting of crops: {e}; known are {", ".join(CropConfig.__dataclass_fields__)}') from None
+    try:
+        config = CropConfig(image_size, **crops)
+    except TypeError as e:
+        raise KhmerOCRError(
+            f'Unknown setting of crops: {e}; known are {", ".join(CropConfig.__dataclass_fields__)}'
+        ) from None
     return PairBatches(read_pairs(images_dir, masks_dir), batch_size, config, seed)

@@ -22,130 +22,180 @@ from .adversarial import init_weights, GAN, spectral, DiscriminatorTurn, Generat
 @dataclass(frozen=True)
 class Pix2PixConfig:
     "Networks and losses; lengths in px, weights without unit"
-    resolution: int = 256         # side of the squares it is trained on, a power of two
-    form: str = 'stride'          # stride: strided convolutions | double: two convolutions and pooling per level
-    ngf: int = 64                 # width of the generator's outermost level
-    ndf: int = 64                 # width of the discriminator's first layer
-    bottleneck: int = 0           # features at the innermost level; 0: 16*ngf
-    levels: int = 0               # how often the size is halved; 0: down to one pixel (stride, 8 at most), or 4 times (double)
-    norm: str = 'instance'        # instance | batch | none
-    smooth: int = 4               # so many of the last stages double by resize-convolution, the others by transposed convolution
-    dropout: float = .5           # of three stages after the innermost, the generator's noise
-    attention: bool = False       # gates on the skip connections
-    style: int = 0                # length of a style code that goes in beside the mask; 0: none
+
+    resolution: int = 256  # side of the squares it is trained on, a power of two
+    form: str = 'stride'  # stride: strided convolutions | double: two convolutions and pooling per level
+    ngf: int = 64  # width of the generator's outermost level
+    ndf: int = 64  # width of the discriminator's first layer
+    bottleneck: int = 0  # features at the innermost level; 0: 16*ngf
+    levels: int = 0  # how often the size is halved; 0: down to one pixel (stride, 8 at most), or 4 times (double)
+    norm: str = 'instance'  # instance | batch | none
+    smooth: int = 4  # so many of the last stages double by resize-convolution, the others by transposed convolution
+    dropout: float = 0.5  # of three stages after the innermost, the generator's noise
+    attention: bool = False  # gates on the skip connections
+    style: int = 0  # length of a style code that goes in beside the mask; 0: none
     use_spectral_norm: bool = False  # in the discriminator, in the place of its norms
     use_least_squares: bool = False  # LSGAN instead of BCE
-    lambda_l1: float = 100.       # weight of the mean absolute difference
-    l1_pool: int = 1              # px: it is taken between means over squares of this side, so that grain finer than that is free
-    features: float = 0.          # weight of feature matching; 0: off
-    diffaug: str = ''             # color, translation, cutout: what the discriminator's images go through
-    r1: float = 0.                # weight of R1; 0: off
-    checkpointing: bool = False   # forget activations and compute them again in the backward pass
+    lambda_l1: float = 100.0  # weight of the mean absolute difference
+    l1_pool: int = 1  # px: it is taken between means over squares of this side, so that grain finer than that is free
+    features: float = 0.0  # weight of feature matching; 0: off
+    diffaug: str = ''  # color, translation, cutout: what the discriminator's images go through
+    r1: float = 0.0  # weight of R1; 0: off
+    checkpointing: bool = False  # forget activations and compute them again in the backward pass
 
-    def __post_init__(self): _check(self)
+    def __post_init__(self):
+        _check(self)
 
 # %% ../../nbs/07_generative/05_pix2pix.ipynb #fce95936
 @patch(as_prop=True)
-def loss(self: Pix2PixConfig) -> str: return 'lsgan' if self.use_least_squares else 'bce'
+def loss(self: Pix2PixConfig) -> str:
+    return 'lsgan' if self.use_least_squares else 'bce'
+
 
 @patch(as_prop=True)
 def widths(self: Pix2PixConfig) -> list[int]:
     "Features of each level, outermost first"
     n = self.levels or (4 if self.form == 'double' else min(8, int(math.log2(self.resolution))))
     most = 16 if self.form == 'double' else 8
-    inner = [min(self.ngf*2**i, self.ngf*most) for i in range(n-1 if self.form == 'stride' else n)]
-    return [*inner, self.bottleneck or 16*self.ngf]
+    inner = [min(self.ngf * 2**i, self.ngf * most) for i in range(n - 1 if self.form == 'stride' else n)]
+    return [*inner, self.bottleneck or 16 * self.ngf]
 
 # %% ../../nbs/07_generative/05_pix2pix.ipynb #3188ce8c
 def _check(c):
     for k, ok in dict(form=('stride', 'double'), norm=('instance', 'batch', 'none')).items():
-        if (v := getattr(c, k)) not in ok: raise KhmerOCRError(f"Setting '{k}' is {v!r}: it must be one of {', '.join(ok)}")
+        if (v := getattr(c, k)) not in ok:
+            raise KhmerOCRError(f"Setting '{k}' is {v!r}: it must be one of {', '.join(ok)}")
     for k in ('ngf', 'ndf', 'l1_pool'):
-        if getattr(c, k) < 1: raise KhmerOCRError(f"Setting '{k}' is {getattr(c, k)}: it must be at least 1")
+        if getattr(c, k) < 1:
+            raise KhmerOCRError(f"Setting '{k}' is {getattr(c, k)}: it must be at least 1")
     for k in ('bottleneck', 'levels', 'smooth', 'style', 'lambda_l1', 'features', 'r1'):
-        if getattr(c, k) < 0: raise KhmerOCRError(f"Setting '{k}' is {getattr(c, k)}: it must not be negative")
-    if not 0 <= c.dropout < 1: raise KhmerOCRError(f"Setting 'dropout' is {c.dropout}: it must be from 0 up to, but not including, 1")
-    if c.resolution < 32 or c.resolution & (c.resolution-1): raise KhmerOCRError(f"Setting 'resolution' is {c.resolution}: it must be a power of two, at least 32")
-    if 2**c.levels > c.resolution: raise KhmerOCRError(f"Setting 'levels' is {c.levels}: a square of {c.resolution} px can be halved {int(math.log2(c.resolution))} times at most")
+        if getattr(c, k) < 0:
+            raise KhmerOCRError(f"Setting '{k}' is {getattr(c, k)}: it must not be negative")
+    if not 0 <= c.dropout < 1:
+        raise KhmerOCRError(f"Setting 'dropout' is {c.dropout}: it must be from 0 up to, but not including, 1")
+    if c.resolution < 32 or c.resolution & (c.resolution - 1):
+        raise KhmerOCRError(f"Setting 'resolution' is {c.resolution}: it must be a power of two, at least 32")
+    if 2**c.levels > c.resolution:
+        raise KhmerOCRError(
+            f"Setting 'levels' is {c.levels}: a square of {c.resolution} px can be halved {int(math.log2(c.resolution))} times at most"
+        )
 
 # %% ../../nbs/07_generative/05_pix2pix.ipynb #59752676
 def _norm(kind, channels):
-    return dict(instance=lambda: nn.GroupNorm(channels, channels), batch=lambda: nn.BatchNorm2d(channels), none=nn.Identity)[kind]()
+    return dict(
+        instance=lambda: nn.GroupNorm(channels, channels), batch=lambda: nn.BatchNorm2d(channels), none=nn.Identity
+    )[kind]()
+
 
 def _down(c, i):
     "Stage i of the way down: (B, cin, H, W) -> (B, widths[i], H/2, W/2)"
-    w, last = c.widths, i == len(c.widths)-1
-    conv = nn.Conv2d(w[i-1] if i else 1, w[i], 4, 2, 1, bias=i == 0 or last or c.norm == 'none')
-    return nn.Sequential(*[nn.LeakyReLU(.2)]*(i > 0), conv, *[_norm(c.norm, w[i])]*(0 < i and not last))
+    w, last = c.widths, i == len(c.widths) - 1
+    conv = nn.Conv2d(w[i - 1] if i else 1, w[i], 4, 2, 1, bias=i == 0 or last or c.norm == 'none')
+    return nn.Sequential(*[nn.LeakyReLU(0.2)] * (i > 0), conv, *[_norm(c.norm, w[i])] * (0 < i and not last))
 
 # %% ../../nbs/07_generative/05_pix2pix.ipynb #80093868
 def _double(cin, cout, smooth, bias):
     "A layer that doubles height and width"
     return ResizeConv(cin, cout, bias) if smooth else nn.ConvTranspose2d(cin, cout, 4, 2, 1, bias=bias)
 
+
 def _up(c, i):
     "Stage i of the way up: (B, cin, H, W) -> (B, widths[i-1] or 3, 2H, 2W)"
     w, n = c.widths, len(c.widths)
-    cin, cout = w[i]*(1 if i == n-1 else 2), w[i-1] if i else 3
-    noisy = c.dropout and max(1, n-4) <= i < n-1
-    tail = [_norm(c.norm, cout)] + [nn.Dropout(c.dropout)]*bool(noisy) if i else []
+    cin, cout = w[i] * (1 if i == n - 1 else 2), w[i - 1] if i else 3
+    noisy = c.dropout and max(1, n - 4) <= i < n - 1
+    tail = [_norm(c.norm, cout)] + [nn.Dropout(c.dropout)] * bool(noisy) if i else []
     return nn.Sequential(nn.ReLU(), _double(cin, cout, i < c.smooth, i == 0 or c.norm == 'none'), *tail)
 
 # %% ../../nbs/07_generative/05_pix2pix.ipynb #c5ee8928
 class AttentionGate(nn.Module):
     "Skip (B, C, H, W) times a map in 0..1 (B, 1, H, W), computed from it and from the signal (B, C, H, W)"
+
     def __init__(self, channels: int):
-        super().__init__(); inner = max(1, channels//2)
-        self.skip, self.signal, self.map = nn.Conv2d(channels, inner, 1), nn.Conv2d(channels, inner, 1), nn.Conv2d(inner, 1, 1)
-    def forward(self, skip, signal): return skip*torch.sigmoid(self.map(F.relu(self.skip(skip) + self.signal(signal))))
+        super().__init__()
+        inner = max(1, channels // 2)
+        self.skip, self.signal, self.map = (
+            nn.Conv2d(channels, inner, 1),
+            nn.Conv2d(channels, inner, 1),
+            nn.Conv2d(inner, 1, 1),
+        )
+
+    def forward(self, skip, signal):
+        return skip * torch.sigmoid(self.map(F.relu(self.skip(skip) + self.signal(signal))))
 
 # %% ../../nbs/07_generative/05_pix2pix.ipynb #3203b954
 class Growing(nn.Module):
     "Ways in and out for coarser stages; `at`: the stage (0 is full size), and how much of its outermost level is faded in (0..1)"
+
     def __init__(self, widths, cin, stages):
         super().__init__()
         self.enter = nn.ModuleList(nn.Conv2d(cin, widths[k], 1) for k in range(stages))
-        self.leave = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Conv2d(widths[k], 3, 3, padding=1)) for k in range(stages))
+        self.leave = nn.ModuleList(
+            nn.Sequential(nn.ReLU(), nn.Conv2d(widths[k], 3, 3, padding=1)) for k in range(stages)
+        )
         self.register_buffer('state', torch.tensor([0, 2**20]))
+
     @property
-    def at(self): k, a = self.state.tolist(); return k, a/2**20
-    def move(self, stage: int, faded: float): self.state.copy_(torch.tensor([stage, round(faded*2**20)]))
+    def at(self):
+        k, a = self.state.tolist()
+        return k, a / 2**20
+
+    def move(self, stage: int, faded: float):
+        self.state.copy_(torch.tensor([stage, round(faded * 2**20)]))
 
 # %% ../../nbs/07_generative/05_pix2pix.ipynb #47cd0af7
-_grains = (1, 2, 4, 8)      # px
+_grains = (1, 2, 4, 8)  # px
+
 
 class Tuning(nn.Module):
     "What a style (B, style) does: maps of level i are scaled and shifted; paper and ink get their tones, and all gets grain out of white noise (B, 3, H, W)"
+
     def __init__(self, style: int, widths: list[int]):
         super().__init__()
-        self.films, self.both = nn.ModuleList(nn.Linear(style, 2*w) for w in widths), nn.Linear(style, 6)
-        self.strengths = nn.Linear(style, 3*len(_grains))
-    def forward(self, i, x, style): scale, shift = self.films[i](style)[..., None, None].chunk(2, 1); return x*(1+scale) + shift
-    def tones(self, style, mask): paper, ink = self.both(style)[..., None, None].chunk(2, 1); return paper + (ink-paper)*mask
+        self.films, self.both = nn.ModuleList(nn.Linear(style, 2 * w) for w in widths), nn.Linear(style, 6)
+        self.strengths = nn.Linear(style, 3 * len(_grains))
+
+    def forward(self, i, x, style):
+        scale, shift = self.films[i](style)[..., None, None].chunk(2, 1)
+        return x * (1 + scale) + shift
+
+    def tones(self, style, mask):
+        paper, ink = self.both(style)[..., None, None].chunk(2, 1)
+        return paper + (ink - paper) * mask
+
     def grain(self, style, noise):
-        smooth = lambda k: F.avg_pool2d(F.pad(noise, (0, k-1, 0, k-1), 'circular'), k, 1)*k if k > 1 else noise
+        smooth = lambda k: F.avg_pool2d(F.pad(noise, (0, k - 1, 0, k - 1), 'circular'), k, 1) * k if k > 1 else noise
         strengths = self.strengths(style)[..., None, None].chunk(len(_grains), 1)
-        return sum(s*smooth(k) for s, k in zip(strengths, _grains))
+        return sum(s * smooth(k) for s, k in zip(strengths, _grains))
 
 # %% ../../nbs/07_generative/05_pix2pix.ipynb #816d3112
 class UNet(nn.Module):
     "mask float (B, 1, H, W) in 0..1, and perhaps a style (B, style) and white noise (B, 3, H, W) -> image (B, 3, H, W) in -1..1; H and W are multiples of 2**levels"
+
     def __init__(self, config: Pix2PixConfig = Pix2PixConfig(), stages: int = 0):
         super().__init__()
         self.config, n = config, len(config.widths)
-        if stages >= n: raise KhmerOCRError(f'A generator of {n} levels has no {stages} coarser stages: begin with a higher resolution')
-        self.downs, self.ups = nn.ModuleList(_down(config, i) for i in range(n)), nn.ModuleList(_up(config, i) for i in range(n))
+        if stages >= n:
+            raise KhmerOCRError(
+                f'A generator of {n} levels has no {stages} coarser stages: begin with a higher resolution'
+            )
+        self.downs, self.ups = (
+            nn.ModuleList(_down(config, i) for i in range(n)),
+            nn.ModuleList(_up(config, i) for i in range(n)),
+        )
         self.gates = nn.ModuleList(AttentionGate(w) for w in config.widths[:-1]) if config.attention else None
         self.growing = Growing(config.widths, 1, stages) if stages else None
         self.tuning = Tuning(config.style, config.widths[:-1]) if config.style else None
 
     def forward(self, mask, style=None, noise=None):
-        check_size(self, mask); style = style_and_noise(self, mask, style, noise)
-        x, (k, a) = mask, self.growing.at if self.growing else (0, 1.)
-        h = {k: self.growing.enter[k-1](x) if k else x}
+        check_size(self, mask)
+        style = style_and_noise(self, mask, style, noise)
+        x, (k, a) = mask, self.growing.at if self.growing else (0, 1.0)
+        h = {k: self.growing.enter[k - 1](x) if k else x}
         for i in range(k, len(self.downs)):
-            h[i+1] = run(self.config, self.downs[i], h[i])
-            if i == k and a < 1: h[i+1] = torch.lerp(self.growing.enter[k](F.avg_pool2d(x, 2)), h[i+1], a)
+            h[i + 1] = run(self.config, self.downs[i], h[i])
+            if i == k and a < 1:
+                h[i + 1] = torch.lerp(self.growing.enter[k](F.avg_pool2d(x, 2)), h[i + 1], a)
         d = self.rise(h, k, a, style)
         return torch.tanh(d if style is None else d + self.tuning.tones(style[0], mask) + self.tuning.grain(*style))
 
@@ -153,119 +203,189 @@ class UNet(nn.Module):
         "The way up, from the innermost level to level k"
         d = h[len(self.ups)]
         for i in reversed(range(k, len(self.ups))):
-            if i < len(self.ups)-1: d = torch.cat([self.gates[i](h[i+1], d) if self.gates else h[i+1], d], 1)
+            if i < len(self.ups) - 1:
+                d = torch.cat([self.gates[i](h[i + 1], d) if self.gates else h[i + 1], d], 1)
             coarse, d = d, run(self.config, self.ups[i], d)
-            if i and style is not None: d = self.tuning(i-1, d, style[0])
-        if k: d = self.growing.leave[k-1](d)
-        return d if a == 1 else torch.lerp(F.interpolate(self.growing.leave[k](coarse[:, -self.config.widths[k]:]), scale_factor=2.), d, a)
+            if i and style is not None:
+                d = self.tuning(i - 1, d, style[0])
+        if k:
+            d = self.growing.leave[k - 1](d)
+        return (
+            d
+            if a == 1
+            else torch.lerp(
+                F.interpolate(self.growing.leave[k](coarse[:, -self.config.widths[k] :]), scale_factor=2.0), d, a
+            )
+        )
 
 # %% ../../nbs/07_generative/05_pix2pix.ipynb #9b639793
 def run(config, stage, x):
     "A stage, with its activations forgotten if the settings say so"
     return checkpoint(stage, x, use_reentrant=False) if config.checkpointing and torch.is_grad_enabled() else stage(x)
 
+
 def check_size(net, mask):
     "KhmerOCRError unless the mask can be halved as often as the network does it"
     c, k = net.config, net.growing.at[0] if getattr(net, 'growing', None) else 0
-    unit = 2**(len(c.widths) - (c.form == 'double') - k)
-    if mask.shape[2] % unit or mask.shape[3] % unit: raise KhmerOCRError(f'A mask of {mask.shape[3]} x {mask.shape[2]} px does not fit this generator: both must be multiples of {unit} (`paint` takes any size)')
+    unit = 2 ** (len(c.widths) - (c.form == 'double') - k)
+    if mask.shape[2] % unit or mask.shape[3] % unit:
+        raise KhmerOCRError(
+            f'A mask of {mask.shape[3]} x {mask.shape[2]} px does not fit this generator: both must be multiples of {unit} (`paint` takes any size)'
+        )
 
-def style_and_noise(net, mask, style, noise) -> tuple|None:
+
+def style_and_noise(net, mask, style, noise) -> tuple | None:
     "Style codes (B, style) to paint with, zeros where none are given, and white noise (B, 3, H, W), drawn by torch where none is given; None for a network without styles"
-    if not net.config.style: return None
+    if not net.config.style:
+        return None
     z = mask.new_zeros(len(mask), net.config.style) if style is None else style.to(mask.dtype)
-    return z, torch.randn(len(mask), 3, *mask.shape[2:], device=mask.device).to(mask.dtype) if noise is None else noise.to(mask.dtype)
+    return z, torch.randn(len(mask), 3, *mask.shape[2:], device=mask.device).to(
+        mask.dtype
+    ) if noise is None else noise.to(mask.dtype)
 
 # %% ../../nbs/07_generative/05_pix2pix.ipynb #62caf814
 def _twice(c, cin, cout):
-    return nn.Sequential(*[m for a in (cin, cout) for m in (nn.Conv2d(a, cout, 3, padding=1, bias=c.norm == 'none'), _norm(c.norm, cout), nn.ReLU())])
+    return nn.Sequential(
+        *[
+            m
+            for a in (cin, cout)
+            for m in (nn.Conv2d(a, cout, 3, padding=1, bias=c.norm == 'none'), _norm(c.norm, cout), nn.ReLU())
+        ]
+    )
+
 
 class DoubleUNet(nn.Module):
     "The same function as `UNet`, with two 3x3 convolutions and a pooling at each level"
+
     def __init__(self, config: Pix2PixConfig):
-        super().__init__(); self.config, w = config, config.widths; inner = range(len(w)-1)
-        self.downs = nn.ModuleList(_twice(config, w[i-1] if i else 1, w[i]) for i in range(len(w)))
-        self.doubles = nn.ModuleList(ResizeConv(w[i+1], w[i], True) if i < config.smooth else nn.ConvTranspose2d(w[i+1], w[i], 2, 2) for i in inner)
-        self.ups = nn.ModuleList(_twice(config, 2*w[i], w[i]) for i in inner)
+        super().__init__()
+        self.config, w = config, config.widths
+        inner = range(len(w) - 1)
+        self.downs = nn.ModuleList(_twice(config, w[i - 1] if i else 1, w[i]) for i in range(len(w)))
+        self.doubles = nn.ModuleList(
+            ResizeConv(w[i + 1], w[i], True) if i < config.smooth else nn.ConvTranspose2d(w[i + 1], w[i], 2, 2)
+            for i in inner
+        )
+        self.ups = nn.ModuleList(_twice(config, 2 * w[i], w[i]) for i in inner)
         self.gates = nn.ModuleList(AttentionGate(w[i]) for i in inner) if config.attention else None
         self.drop, self.out = nn.Dropout(config.dropout), nn.Conv2d(w[0], 3, 1)
         self.tuning = Tuning(config.style, w[:-1]) if config.style else None
 
     def forward(self, mask, style=None, noise=None):
-        check_size(self, mask); style = style_and_noise(self, mask, style, noise)
+        check_size(self, mask)
+        style = style_and_noise(self, mask, style, noise)
         h = [run(self.config, self.downs[0], mask)]
-        for down in self.downs[1:]: h.append(run(self.config, down, F.max_pool2d(h[-1], 2)))
+        for down in self.downs[1:]:
+            h.append(run(self.config, down, F.max_pool2d(h[-1], 2)))
         d = self.drop(h.pop())
         for i in reversed(range(len(self.ups))):
             d = self.doubles[i](d)
             d = run(self.config, self.ups[i], torch.cat([self.gates[i](h[i], d) if self.gates else h[i], d], 1))
-            if style is not None: d = self.tuning(i, d, style[0])
+            if style is not None:
+                d = self.tuning(i, d, style[0])
         d = self.out(d)
         return torch.tanh(d if style is None else d + self.tuning.tones(style[0], mask) + self.tuning.grain(*style))
 
 # %% ../../nbs/07_generative/05_pix2pix.ipynb #240f43a3
 def make_generator(config: Pix2PixConfig, stages: int = 0) -> nn.Module:
     "The generator that the settings describe, weights N(0, 0.02); `stages`: coarser ones before the full size"
-    if stages and config.form == 'double': raise KhmerOCRError("Progressive training wants the setting form='stride'")
+    if stages and config.form == 'double':
+        raise KhmerOCRError("Progressive training wants the setting form='stride'")
     return (UNet(config, stages) if config.form == 'stride' else DoubleUNet(config)).apply(init_weights)
 
 # %% ../../nbs/07_generative/05_pix2pix.ipynb #052c404c
 class PatchGAN(nn.Module):
     "(B, 4, H, W), mask and image -> logits (B, 1, h, w): 30x30 for 256x256"
+
     def __init__(self, ndf: int = 64, norm: str = 'instance', cin: int = 4):
         super().__init__()
-        w = [ndf*2**i for i in range(4)]
-        stage = lambda i: nn.Sequential(nn.Conv2d(w[i-1], w[i], 4, 1 if i == 3 else 2, 1, bias=norm == 'none'), _norm(norm, w[i]), nn.LeakyReLU(.2))
-        self.stages = nn.ModuleList([nn.Sequential(nn.Conv2d(cin, ndf, 4, 2, 1), nn.LeakyReLU(.2)), *map(stage, (1, 2, 3))])
+        w = [ndf * 2**i for i in range(4)]
+        stage = lambda i: nn.Sequential(
+            nn.Conv2d(w[i - 1], w[i], 4, 1 if i == 3 else 2, 1, bias=norm == 'none'),
+            _norm(norm, w[i]),
+            nn.LeakyReLU(0.2),
+        )
+        self.stages = nn.ModuleList(
+            [nn.Sequential(nn.Conv2d(cin, ndf, 4, 2, 1), nn.LeakyReLU(0.2)), *map(stage, (1, 2, 3))]
+        )
         self.last = nn.Conv2d(w[3], 1, 4, 1, 1)
 
     def features(self, x) -> list:  # of the four stages
         out = []
-        for s in self.stages: x = s(x); out.append(x)
+        for s in self.stages:
+            x = s(x)
+            out.append(x)
         return out
-    def forward(self, x): return self.last(self.features(x)[-1])
+
+    def forward(self, x):
+        return self.last(self.features(x)[-1])
 
 # %% ../../nbs/07_generative/05_pix2pix.ipynb #225dd347
 class Pix2Pix(GAN):
     "Generator and discriminator; a batch is dict(mask=(B, 1, H, W), image=(B, 3, H, W)), and for a generator with styles perhaps style=(B, style)"
-    def __init__(self, config: Pix2PixConfig = Pix2PixConfig(), generator: nn.Module|None = None, stages: int = 0):
+
+    def __init__(self, config: Pix2PixConfig = Pix2PixConfig(), generator: nn.Module | None = None, stages: int = 0):
         d = PatchGAN(config.ndf, 'none' if config.use_spectral_norm else config.norm).apply(init_weights)
         super().__init__(generator or make_generator(config, stages), spectral(d) if config.use_spectral_norm else d)
-        self.config, self.style = config, None      # the codes of the batch in hand
+        self.config, self.style = config, None  # the codes of the batch in hand
 
     @property
-    def at(self): return g.at if (g := getattr(self.generator, 'growing', None)) else (0, 1.)
+    def at(self):
+        return g.at if (g := getattr(self.generator, 'growing', None)) else (0, 1.0)
+
     def forward(self, turn, batch):
-        k, a = self.at; mask, image = (F.avg_pool2d(batch[n].float(), 2**k) if k else batch[n].float() for n in ('mask', 'image'))
-        if a < 1: image = torch.lerp(F.interpolate(F.avg_pool2d(image, 2), scale_factor=2.), image, a)
+        k, a = self.at
+        mask, image = (F.avg_pool2d(batch[n].float(), 2**k) if k else batch[n].float() for n in ('mask', 'image'))
+        if a < 1:
+            image = torch.lerp(F.interpolate(F.avg_pool2d(image, 2), scale_factor=2.0), image, a)
         self.style = batch.get('style')
         return turn.loss(self, image, mask)
-    def draw(self, image, condition): return condition if self.style is None else (condition, self.style)
+
+    def draw(self, image, condition):
+        return condition if self.style is None else (condition, self.style)
+
     def generate(self, start):
         k, (mask, *style) = self.at[0], start if isinstance(start, tuple) else (start,)
-        return self.generator(F.avg_pool2d(mask, 2**k) if k and mask.shape[-1] >= self.config.resolution else mask, *style)
+        return self.generator(
+            F.avg_pool2d(mask, 2**k) if k and mask.shape[-1] >= self.config.resolution else mask, *style
+        )
 
 # %% ../../nbs/07_generative/05_pix2pix.ipynb #26011d3a
 def check_generator(generator: nn.Module, config: Pix2PixConfig) -> nn.Module:  # the same
     "KhmerOCRError unless it makes images (B, 3, H, W) from masks (B, 1, H, W)"
     s = config.resolution
     try:
-        with torch.no_grad(): got = tuple(generator.eval()(torch.zeros(1, 1, s, s)).shape)
-    except (RuntimeError, TypeError) as e: raise KhmerOCRError(f'The given generator {type(generator).__name__} cannot take a mask of 1 x {s} x {s}: {str(e).splitlines()[0]}') from None
-    if got != (1, 3, s, s): raise KhmerOCRError(f'The given generator {type(generator).__name__} makes {got} of a mask of (1, 1, {s}, {s}): it must be (1, 3, {s}, {s})')
+        with torch.no_grad():
+            got = tuple(generator.eval()(torch.zeros(1, 1, s, s)).shape)
+    except (RuntimeError, TypeError) as e:
+        raise KhmerOCRError(
+            f'The given generator {type(generator).__name__} cannot take a mask of 1 x {s} x {s}: {str(e).splitlines()[0]}'
+        ) from None
+    if got != (1, 3, s, s):
+        raise KhmerOCRError(
+            f'The given generator {type(generator).__name__} makes {got} of a mask of (1, 1, {s}, {s}): it must be (1, 3, {s}, {s})'
+        )
     return generator
 
 # %% ../../nbs/07_generative/05_pix2pix.ipynb #6b1203b1
 def l1(net, made, image, condition):
-    k = net.config.l1_pool; difference = made.float()-image
-    return (F.avg_pool2d(difference, k, 1) if k > 1 else difference).abs().mean()      # windows at every pixel: a lattice of them would leave its mark
+    k = net.config.l1_pool
+    difference = made.float() - image
+    return (
+        (F.avg_pool2d(difference, k, 1) if k > 1 else difference).abs().mean()
+    )  # windows at every pixel: a lattice of them would leave its mark
+
 
 def match(net, made, image, condition):
     "Mean over the discriminator's stages of the mean absolute difference of their features"
     fs = [net.discriminator.features(torch.cat([condition, x], 1)) for x in (made, image)]
-    return torch.stack([(a-b.detach()).float().abs().mean() for a, b in zip(*fs)]).mean()
+    return torch.stack([(a - b.detach()).float().abs().mean() for a, b in zip(*fs)]).mean()
+
 
 def pix2pix_turns(config: Pix2PixConfig) -> list:
     "The discriminator's turn, then the generator's"
-    extra = [('l1', config.lambda_l1, l1)] + [('features', config.features, match)]*bool(config.features)
-    return [DiscriminatorTurn(config.loss, config.diffaug, r1=config.r1), GeneratorTurn(config.loss, config.diffaug, extra=extra)]
+    extra = [('l1', config.lambda_l1, l1)] + [('features', config.features, match)] * bool(config.features)
+    return [
+        DiscriminatorTurn(config.loss, config.diffaug, r1=config.r1),
+        GeneratorTurn(config.loss, config.diffaug, extra=extra),
+    ]

@@ -26,182 +26,299 @@ from ..core.config import configure
 @dataclass(frozen=True)
 class Stage:
     "So many epochs at one resolution, in the first of which the new level is faded in"
+
     resolution: int = 256
     epochs: int = 100
     fade_in_epochs: int = 0
 
+
 def _stage_of(step, stages, per_epoch):
     "Index of the stage that `step` (0-based) lies in, and how much of it is faded in (0..1)"
     for i, s in enumerate(stages):
-        if step < s.epochs*per_epoch or i == len(stages)-1: break
-        step -= s.epochs*per_epoch
-    fade = s.fade_in_epochs*per_epoch
-    return i, 1. if not i or step >= fade else step/fade
+        if step < s.epochs * per_epoch or i == len(stages) - 1:
+            break
+        step -= s.epochs * per_epoch
+    fade = s.fade_in_epochs * per_epoch
+    return i, 1.0 if not i or step >= fade else step / fade
 
 # %% ../../nbs/07_generative/06_pix2pix_training.ipynb #182aaaef
 def check_stages(stages, config: Pix2PixConfig) -> list[Stage]:
     "KhmerOCRError unless the resolutions double from stage to stage up to the network's"
     sizes = [s.resolution for s in stages]
-    want = [config.resolution >> (len(sizes)-1-i) for i in range(len(sizes))]
-    if sizes != want or not sizes: raise KhmerOCRError(f"The resolutions of the stages are {', '.join(map(str, sizes)) or 'none'}: they must double from one to the next and end at {config.resolution}, such as {config.resolution//4}, {config.resolution//2}, {config.resolution}")
+    want = [config.resolution >> (len(sizes) - 1 - i) for i in range(len(sizes))]
+    if sizes != want or not sizes:
+        raise KhmerOCRError(
+            f"The resolutions of the stages are {', '.join(map(str, sizes)) or 'none'}: they must double from one to the next and end at {config.resolution}, such as {config.resolution // 4}, {config.resolution // 2}, {config.resolution}"
+        )
     for s in stages:
-        if s.epochs < 1 or not 0 <= s.fade_in_epochs <= s.epochs: raise KhmerOCRError(f'The stage at {s.resolution} px has {s.epochs} epochs, {s.fade_in_epochs} of them to fade in: there must be at least one, and no more to fade in than there are')
-    if sizes[0] < 32: raise KhmerOCRError(f'A stage at {sizes[0]} px is too small for the discriminator: begin with 32 px or more')
+        if s.epochs < 1 or not 0 <= s.fade_in_epochs <= s.epochs:
+            raise KhmerOCRError(
+                f'The stage at {s.resolution} px has {s.epochs} epochs, {s.fade_in_epochs} of them to fade in: there must be at least one, and no more to fade in than there are'
+            )
+    if sizes[0] < 32:
+        raise KhmerOCRError(f'A stage at {sizes[0]} px is too small for the discriminator: begin with 32 px or more')
     return list(stages)
 
 # %% ../../nbs/07_generative/06_pix2pix_training.ipynb #be91c849
 class Growth(Callback):
     "Sets the generator's stage and mixture by the step; stateless, so a resumed run stands where it was"
+
     order = -25
-    def __init__(self, stages, per_epoch: int): self.stages, self.per_epoch = stages, per_epoch
+
+    def __init__(self, stages, per_epoch: int):
+        self.stages, self.per_epoch = stages, per_epoch
+
     def before_fit(self, learn):
-        for p in (p for g in learn.opt.optimizer.param_groups for p in g['params'] if p not in learn.opt.optimizer.state):
-            learn.opt.optimizer.state[p] = dict(step=torch.tensor(0.), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        for p in (
+            p for g in learn.opt.optimizer.param_groups for p in g['params'] if p not in learn.opt.optimizer.state
+        ):
+            learn.opt.optimizer.state[p] = dict(
+                step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+            )
+
     def before_batch(self, learn):
         i, faded = _stage_of(learn.step, self.stages, self.per_epoch)
         for net in (learn.net, learn.ema):
-            if net is not None and net.generator.growing is not None: net.generator.growing.move(len(self.stages)-1-i, faded)
+            if net is not None and net.generator.growing is not None:
+                net.generator.growing.move(len(self.stages) - 1 - i, faded)
         learn.shown['resolution'] = self.stages[i].resolution
 
 # %% ../../nbs/07_generative/06_pix2pix_training.ipynb #292d7449
 class LinearDecay(Callback):
     "The whole rate until `start` (a share of the steps, 0..1), then straight down to 0"
+
     order = -24
-    def __init__(self, start: float = .5): self.start = start
-    def factor(self, step, steps): return min(1., (steps-step)/max(1., steps*(1-self.start)))
+
+    def __init__(self, start: float = 0.5):
+        self.start = start
+
+    def factor(self, step, steps):
+        return min(1.0, (steps - step) / max(1.0, steps * (1 - self.start)))
+
     def before_batch(self, learn):
-        f = self.factor(learn.step, learn.config.steps); learn.lr *= f
-        for g in learn.opt.param_groups: g['lr'] *= f
+        f = self.factor(learn.step, learn.config.steps)
+        learn.lr *= f
+        for g in learn.opt.param_groups:
+            g['lr'] *= f
 
 # %% ../../nbs/07_generative/06_pix2pix_training.ipynb #69882307
 class _Show:
     "In the place of a turn: what the generator makes of the masks"
-    def loss(self, net, image, mask): return net.generate(net.draw(image, mask)), image
+
+    def loss(self, net, image, mask):
+        return net.generate(net.draw(image, mask)), image
+
 
 def similarity(made: torch.Tensor, image: torch.Tensor) -> float:
     "Mean SSIM of (B, 3, H, W) in -1..1"
-    return structural_similarity_index_measure(made.float(), image.float(), data_range=2.).item()
+    return structural_similarity_index_measure(made.float(), image.float(), data_range=2.0).item()
+
 
 def paired_scores(held_out: list[Pair], config: Pix2PixConfig, crops: int = 8, batch_size: int = 4, styles=None):
     "evaluate(model) for the Learner: `l1` and `ssim` on fixed crops of pages that were held out; `styles` as in `pix2pix_learner`"
     data = PairBatches(held_out, batch_size, CropConfig(config.resolution), seed=0)
+
     def evaluate(model):
         got = []
-        for n in range(-(-crops//batch_size)):
-            made, image = model(_Show(), {k: v.to(next(model.parameters()).device) for k, v in _with_styles(data[n], styles).items()})
-            got.append(((made.float()-image).abs().mean().item(), similarity(made, image)))
+        for n in range(-(-crops // batch_size)):
+            made, image = model(
+                _Show(), {k: v.to(next(model.parameters()).device) for k, v in _with_styles(data[n], styles).items()}
+            )
+            got.append(((made.float() - image).abs().mean().item(), similarity(made, image)))
         return dict(zip(('l1', 'ssim'), np.mean(got, 0).tolist()))
+
     return evaluate
 
 # %% ../../nbs/07_generative/06_pix2pix_training.ipynb #da783ff7
-def _steps(stages, per_epoch): return sum(s.epochs for s in stages)*per_epoch
+def _steps(stages, per_epoch):
+    return sum(s.epochs for s in stages) * per_epoch
 
-def _with_styles(batch, styles): return batch if styles is None else batch | dict(style=styles(batch))
+
+def _with_styles(batch, styles):
+    return batch if styles is None else batch | dict(style=styles(batch))
+
 
 def pix2pix_learner(
-    out_dir: str|Path,
+    out_dir: str | Path,
     pairs: PairBatches,
     config: Pix2PixConfig = Pix2PixConfig(),
     stages=(Stage(),),  # the last at the resolution of the config; several: progressive
     held_out: list[Pair] = (),  # pages to measure on; none: nothing is measured
-    generator: nn.Module|None = None,  # of your own; None: what the config describes
+    generator: nn.Module | None = None,  # of your own; None: what the config describes
     styles=None,  # function from a batch to the style codes (B, style) of its images; None: all are zeros
     samples_every: int = 10,  # epochs from one picture of samples to the next
-    decay: float = .5,  # share of the steps before the rate begins to fall; 1: it never does
+    decay: float = 0.5,  # share of the steps before the rate begins to fall; 1: it never does
     callbacks=(),
     verbose: bool = True,
-    **settings  # of `TrainConfig`
+    **settings,  # of `TrainConfig`
 ) -> Learner:
     "The Learner for Pix2Pix; `fit()` trains it"
-    stages = check_stages(stages, config); settings = dict(ema=.999, batch_size=pairs.batch_size) | settings
-    if any(s % config.resolution for s in pairs.crops.size): raise KhmerOCRError(f"The crops are {pairs.crops.size[1]} x {pairs.crops.size[0]} px and the setting 'resolution' is {config.resolution}: give crops of that size")
-    if generator is not None and len(stages) > 1: raise KhmerOCRError('Progressive training needs the generator that the settings describe: give one stage, or no generator')
+    stages = check_stages(stages, config)
+    settings = dict(ema=0.999, batch_size=pairs.batch_size) | settings
+    if any(s % config.resolution for s in pairs.crops.size):
+        raise KhmerOCRError(
+            f"The crops are {pairs.crops.size[1]} x {pairs.crops.size[0]} px and the setting 'resolution' is {config.resolution}: give crops of that size"
+        )
+    if generator is not None and len(stages) > 1:
+        raise KhmerOCRError(
+            'Progressive training needs the generator that the settings describe: give one stage, or no generator'
+        )
     torch.manual_seed(settings.get('seed', 42))
-    net = Pix2Pix(config, generator and check_generator(generator, config), len(stages)-1)
+    net = Pix2Pix(config, generator and check_generator(generator, config), len(stages) - 1)
     batches = lambda n=0: (_with_styles(b, styles) for b in pairs.batches(n))
-    per = max(1, len(pairs)//settings.get('accumulate', 1)); settings = dict(steps=_steps(stages, per), save_every=10*per, eval_every=10*per) | settings
-    calls = [Growth(stages, per)]*(len(stages) > 1) + [LinearDecay(decay)]*(decay < 1)
-    calls += [Statistics(per_epoch=per, say=print if verbose else None), Samples(_watched(pairs, styles), samples_every*per, lambda step: f'epoch-{step//per:04d}')]
-    header = dict(model='pix2pix', config=asdict(config), stages=len(stages)-1, generator=type(net.generator).__name__)
-    return gan_learner(net, pix2pix_turns(config), batches, out_dir, [*calls, *callbacks], verbose=verbose, evaluate=paired_scores(held_out, config, styles=styles) if held_out else None, header=header, **settings)
+    per = max(1, len(pairs) // settings.get('accumulate', 1))
+    settings = dict(steps=_steps(stages, per), save_every=10 * per, eval_every=10 * per) | settings
+    calls = [Growth(stages, per)] * (len(stages) > 1) + [LinearDecay(decay)] * (decay < 1)
+    calls += [
+        Statistics(per_epoch=per, say=print if verbose else None),
+        Samples(_watched(pairs, styles), samples_every * per, lambda step: f'epoch-{step // per:04d}'),
+    ]
+    header = dict(
+        model='pix2pix', config=asdict(config), stages=len(stages) - 1, generator=type(net.generator).__name__
+    )
+    return gan_learner(
+        net,
+        pix2pix_turns(config),
+        batches,
+        out_dir,
+        [*calls, *callbacks],
+        verbose=verbose,
+        evaluate=paired_scores(held_out, config, styles=styles) if held_out else None,
+        header=header,
+        **settings,
+    )
+
 
 def _watched(pairs, styles=None, n=8):
     "The first masks, and the codes of their images if there are any"
-    bs = [_with_styles(pairs[i], styles) for i in range(-(-n//pairs.batch_size))]
+    bs = [_with_styles(pairs[i], styles) for i in range(-(-n // pairs.batch_size))]
     both = tuple(torch.cat([b[k] for b in bs])[:n] for k in ('mask', 'style') if k in bs[0])
     return both if styles else both[0]
 
 # %% ../../nbs/07_generative/06_pix2pix_training.ipynb #64b9536e
 def train_pix2pix(
-    out_dir: str|Path,  # gets latest, best and generator.safetensors, history.csv, statistics.csv, samples/
-    pairs: PairBatches|list[Pair],
+    out_dir: str | Path,  # gets latest, best and generator.safetensors, history.csv, statistics.csv, samples/
+    pairs: PairBatches | list[Pair],
     config: Pix2PixConfig = Pix2PixConfig(),
     epochs: int = 100,  # where no stages are given
     stages=(),  # several `Stage`s: progressive training
-    resume: str|Path|None = None,  # 'latest', or the path of a latest.safetensors
+    resume: str | Path | None = None,  # 'latest', or the path of a latest.safetensors
     batch_size: int = 1,  # of a list of pairs
-    **more  # of `pix2pix_learner`, and of `TrainConfig`
+    **more,  # of `pix2pix_learner`, and of `TrainConfig`
 ) -> Learner:
     "Train a generator and its discriminator; a resumed run ends with the same bits as one that was never stopped"
-    if not isinstance(pairs, PairBatches): pairs = PairBatches(pairs, batch_size, CropConfig(config.resolution), more.get('seed', 42))
-    try: learn = pix2pix_learner(out_dir, pairs, config, stages or [Stage(config.resolution, epochs)], **more).fit(resume)
+    if not isinstance(pairs, PairBatches):
+        pairs = PairBatches(pairs, batch_size, CropConfig(config.resolution), more.get('seed', 42))
+    try:
+        learn = pix2pix_learner(out_dir, pairs, config, stages or [Stage(config.resolution, epochs)], **more).fit(
+            resume
+        )
     except KhmerOCRError as e:
-        if 'even with one sample' not in str(e): raise
-        raise KhmerOCRError(f"{str(e).split(',')[0]}, even with one square at a time: set checkpointing to True (now {config.checkpointing}), or lower ngf (now {config.ngf}) or resolution (now {config.resolution})") from None
+        if 'even with one sample' not in str(e):
+            raise
+        raise KhmerOCRError(
+            f"{str(e).split(',')[0]}, even with one square at a time: set checkpointing to True (now {config.checkpointing}), or lower ngf (now {config.ngf}) or resolution (now {config.resolution})"
+        ) from None
     best = learn.net if learn.ema is None else learn.ema
-    save_checkpoint(Path(out_dir)/'generator.safetensors', best.generator.state_dict(), learn.header | dict(kind='weights', part='generator', step=learn.step))
+    save_checkpoint(
+        Path(out_dir) / 'generator.safetensors',
+        best.generator.state_dict(),
+        learn.header | dict(kind='weights', part='generator', step=learn.step),
+    )
     return learn
 
 # %% ../../nbs/07_generative/06_pix2pix_training.ipynb #a09e88ce
 def _read(path, config):
     "(weights of the generator, header)"
-    if Path(path).suffix not in ('.pth', '.pt'): tensors, header = load_weights(path)
+    if Path(path).suffix not in ('.pth', '.pt'):
+        tensors, header = load_weights(path)
     else:
-        try: tensors, header = torch.load(path, map_location='cpu', weights_only=True), dict(model='pix2pix', config=asdict(config or Pix2PixConfig()))
-        except FileNotFoundError: raise KhmerOCRError(f'Checkpoint not found: {path}: check the path, or train it') from None
-        except Exception as e: raise KhmerOCRError(f'{path} is no file of plain weights ({type(e).__name__}): save a state_dict, or use safetensors') from None
-        if not isinstance(tensors, dict) or not all(isinstance(v, torch.Tensor) for v in tensors.values()): raise KhmerOCRError(f'{path} holds more than weights: save the state_dict of the generator alone')
-    if header.get('model') != 'pix2pix': raise KhmerOCRError(f"{path} is a checkpoint of {header.get('model') or 'another model'}, not of pix2pix")
+        try:
+            tensors, header = (
+                torch.load(path, map_location='cpu', weights_only=True),
+                dict(model='pix2pix', config=asdict(config or Pix2PixConfig())),
+            )
+        except FileNotFoundError:
+            raise KhmerOCRError(f'Checkpoint not found: {path}: check the path, or train it') from None
+        except Exception as e:
+            raise KhmerOCRError(
+                f'{path} is no file of plain weights ({type(e).__name__}): save a state_dict, or use safetensors'
+            ) from None
+        if not isinstance(tensors, dict) or not all(isinstance(v, torch.Tensor) for v in tensors.values()):
+            raise KhmerOCRError(f'{path} holds more than weights: save the state_dict of the generator alone')
+    if header.get('model') != 'pix2pix':
+        raise KhmerOCRError(f"{path} is a checkpoint of {header.get('model') or 'another model'}, not of pix2pix")
     return {k.removeprefix('generator.'): v for k, v in tensors.items() if not k.startswith('discriminator.')}, header
 
+
 def load_generator(
-    path: str|Path,  # generator, best or latest.safetensors; or a .pth
-    config: Pix2PixConfig|None = None,  # of a .pth; the others know theirs
-    generator: nn.Module|None = None,  # an empty one of your own, if it was trained with that
+    path: str | Path,  # generator, best or latest.safetensors; or a .pth
+    config: Pix2PixConfig | None = None,  # of a .pth; the others know theirs
+    generator: nn.Module | None = None,  # an empty one of your own, if it was trained with that
 ) -> nn.Module:  # in eval mode
     "The generator to paint with: averaged weights, where they were kept"
-    weights, header = _read(path, config); settings = configure(Pix2PixConfig, header['config'])
+    weights, header = _read(path, config)
+    settings = configure(Pix2PixConfig, header['config'])
     net = generator or make_generator(settings, header.get('stages', 0))
-    try: net.load_state_dict(weights)
-    except RuntimeError as e: raise KhmerOCRError(f"{path} was trained with the generator {header.get('generator', 'of other settings')}, whose weights do not fit {type(net).__name__}: give the generator or the settings it was trained with") from None
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as e:
+        raise KhmerOCRError(
+            f"{path} was trained with the generator {header.get('generator', 'of other settings')}, whose weights do not fit {type(net).__name__}: give the generator or the settings it was trained with"
+        ) from None
     return net.eval()
 
 # %% ../../nbs/07_generative/06_pix2pix_training.ipynb #5b7487e5
 def train_at_resolution(
     net: Pix2Pix,  # made with as many `stages` as there are coarser resolutions; trained in place
-    out_dir: str|Path,
+    out_dir: str | Path,
     pairs: PairBatches,  # crops of the full resolution
     resolution: int,  # px, the network's, or that divided by 2, 4, ...
     epochs: int,
     fade_in_epochs: int = 0,  # 0 at the resolution to begin with
-    resume: str|Path|None = None,
+    resume: str | Path | None = None,
     verbose: bool = True,
-    **settings  # of `TrainConfig`
+    **settings,  # of `TrainConfig`
 ) -> Learner:
     "Train for `epochs` at one resolution, in the first of which its outermost level is faded in"
-    ways = [net.config.resolution >> k for k in range(len(net.generator.growing.enter)+1 if getattr(net.generator, 'growing', None) else 1)]
-    if resolution not in ways: raise KhmerOCRError(f'This network cannot be trained at {resolution} px: its stages are {", ".join(map(str, reversed(ways)))}')
-    stage, per = Stage(resolution, epochs, fade_in_epochs), max(1, len(pairs)//settings.get('accumulate', 1))
-    if epochs < 1 or not 0 <= fade_in_epochs <= epochs: raise KhmerOCRError(f'{epochs} epochs with {fade_in_epochs} to fade in: there must be at least one, and no more to fade in than there are')
-    settings = dict(ema=.999, batch_size=pairs.batch_size, steps=epochs*per, save_every=10*per, eval_every=10*per) | settings
-    calls = [AtResolution(ways.index(resolution), stage, per)]*(len(ways) > 1) + [LinearDecay(), Statistics(per_epoch=per, say=print if verbose else None)]
-    header = dict(model='pix2pix', config=asdict(net.config), stages=len(ways)-1, generator=type(net.generator).__name__)
-    return gan_learner(net, pix2pix_turns(net.config), pairs.batches, out_dir, calls, verbose=verbose, header=header, **settings).fit(resume)
+    ways = [
+        net.config.resolution >> k
+        for k in range(len(net.generator.growing.enter) + 1 if getattr(net.generator, 'growing', None) else 1)
+    ]
+    if resolution not in ways:
+        raise KhmerOCRError(
+            f'This network cannot be trained at {resolution} px: its stages are {", ".join(map(str, reversed(ways)))}'
+        )
+    stage, per = Stage(resolution, epochs, fade_in_epochs), max(1, len(pairs) // settings.get('accumulate', 1))
+    if epochs < 1 or not 0 <= fade_in_epochs <= epochs:
+        raise KhmerOCRError(
+            f'{epochs} epochs with {fade_in_epochs} to fade in: there must be at least one, and no more to fade in than there are'
+        )
+    settings = (
+        dict(ema=0.999, batch_size=pairs.batch_size, steps=epochs * per, save_every=10 * per, eval_every=10 * per)
+        | settings
+    )
+    calls = [AtResolution(ways.index(resolution), stage, per)] * (len(ways) > 1) + [
+        LinearDecay(),
+        Statistics(per_epoch=per, say=print if verbose else None),
+    ]
+    header = dict(
+        model='pix2pix', config=asdict(net.config), stages=len(ways) - 1, generator=type(net.generator).__name__
+    )
+    return gan_learner(
+        net, pix2pix_turns(net.config), pairs.batches, out_dir, calls, verbose=verbose, header=header, **settings
+    ).fit(resume)
+
 
 class AtResolution(Growth):
     "`Growth` of a single stage, `k` levels from the full size"
-    def __init__(self, k, stage, per_epoch): super().__init__([stage], per_epoch); self.k = k
+
+    def __init__(self, k, stage, per_epoch):
+        super().__init__([stage], per_epoch)
+        self.k = k
+
     def before_batch(self, learn):
-        fade = self.stages[0].fade_in_epochs*self.per_epoch
-        for net in filter(None, (learn.net, learn.ema)): net.generator.growing.move(self.k, min(1., learn.step/fade) if fade else 1.)
+        fade = self.stages[0].fade_in_epochs * self.per_epoch
+        for net in filter(None, (learn.net, learn.ema)):
+            net.generator.growing.move(self.k, min(1.0, learn.step / fade) if fade else 1.0)
         learn.shown['resolution'] = self.stages[0].resolution

@@ -25,11 +25,18 @@ def check_images(
     n: int = 1,  # at least so many
 ) -> np.ndarray:  # uint8 (n, H, W, 3)
     "KhmerOCRError unless these are so many uint8 colour images of one size"
-    if len(images) < n: raise KhmerOCRError(f'{len(images)} images are too few for a judgement: give at least {n}, better 150')
+    if len(images) < n:
+        raise KhmerOCRError(f'{len(images)} images are too few for a judgement: give at least {n}, better 150')
     shapes = sorted({np.shape(i) for i in images})
-    if len(shapes) > 1: raise KhmerOCRError(f'Images of different sizes, {shapes[0]} and {shapes[1]}, cannot be judged as one set: cut them to one size')
+    if len(shapes) > 1:
+        raise KhmerOCRError(
+            f'Images of different sizes, {shapes[0]} and {shapes[1]}, cannot be judged as one set: cut them to one size'
+        )
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3: raise KhmerOCRError(f'Images must be uint8 (n, H, W, 3), not {images.dtype} {images.shape}: tensors in -1..1 go through pairs.as_uint8, grey images get three channels')
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise KhmerOCRError(
+            f'Images must be uint8 (n, H, W, 3), not {images.dtype} {images.shape}: tensors in -1..1 go through pairs.as_uint8, grey images get three channels'
+        )
     return images
 
 # %% ../../nbs/07_generative/10_quality.ipynb #0f852a84
@@ -38,16 +45,24 @@ def tiles(
     size: int = 256,  # side in px
     n: int = 152,  # how many, spread evenly over the pages
     seed: int = 0,
-    min_ink: float = .03,  # share of ink in each, 0..1
+    min_ink: float = 0.03,  # share of ink in each, 0..1
 ) -> list[Pair]:  # tile i depends on the pages, the seed and i alone; its group is that of its page, or the page's name
     "Squares with enough ink; KhmerOCRError if a page has no place for one"
-    if not pairs: raise KhmerOCRError('There are no pages to cut tiles from: give at least one with its mask')
+    if not pairs:
+        raise KhmerOCRError('There are no pages to cut tiles from: give at least one with its mask')
     return [_tile(pairs[i % len(pairs)], i, size, seed, min_ink) for i in range(n)]
 
+
 def _tile(page, i, size, seed, min_ink):
-    image, mask = random_crop(page, np.random.default_rng([seed, i]), CropConfig(size, min_ink=min_ink, tries=100, anywhere=0.))
-    if (mask > 0).mean() < min_ink: raise KhmerOCRError(f'Page {page.name!r}: no square of {size} px with {min_ink:.0%} ink was found in 100 places; leave the page out or lower min_ink')
+    image, mask = random_crop(
+        page, np.random.default_rng([seed, i]), CropConfig(size, min_ink=min_ink, tries=100, anywhere=0.0)
+    )
+    if (mask > 0).mean() < min_ink:
+        raise KhmerOCRError(
+            f'Page {page.name!r}: no square of {size} px with {min_ink:.0%} ink was found in 100 places; leave the page out or lower min_ink'
+        )
     return Pair(image, mask, f'{page.name}-{i:04d}', page.group or page.name)
+
 
 def stacked(tiles: list[Pair]) -> tuple[np.ndarray, np.ndarray]:
     "Images uint8 (n, H, W, 3) and masks uint8 (n, H, W) of tiles of one size"
@@ -57,7 +72,8 @@ def stacked(tiles: list[Pair]) -> tuple[np.ndarray, np.ndarray]:
 def two_colours(pair: Pair) -> tuple[np.ndarray, np.ndarray]:  # paper and ink, float (3,) RGB, 0..255
     "Median colours of the paper and of the ink; a page without ink has the ink black"
     ink = pair.mask > 0
-    return tuple(np.median(pair.image[w], 0) if w.any() else np.full(3, v) for w, v in ((~ink, 255.), (ink, 0.)))
+    return tuple(np.median(pair.image[w], 0) if w.any() else np.full(3, v) for w, v in ((~ink, 255.0), (ink, 0.0)))
+
 
 def flat_colours(
     masks: np.ndarray,  # uint8 (n, H, W), 255 ink
@@ -78,18 +94,21 @@ def _around(x, paper, sizes):
     low = np.broadcast_to(x[paper > 0].mean(0), x.shape)
     for s in sorted(sizes, reverse=True):
         share = cv2.blur(paper, (s, s))[..., None]
-        trust = (share/.2).clip(0, 1)
-        low = low*(1-trust) + trust*cv2.blur(x*paper[..., None], (s, s))/share.clip(1e-6)
+        trust = (share / 0.2).clip(0, 1)
+        low = low * (1 - trust) + trust * cv2.blur(x * paper[..., None], (s, s)) / share.clip(1e-6)
     return low
+
 
 def _grain(rest, ink, seed):
     "`rest` with its values under the ink fetched from paper nearby, further away if need be"
     todo, rng, out = ink.copy(), np.random.default_rng(seed), np.where(ink[..., None], 0, rest)
     for i in range(60):
-        if not todo.any(): break
-        shift = rng.integers(-20-4*i, 21+4*i, 2)
+        if not todo.any():
+            break
+        shift = rng.integers(-20 - 4 * i, 21 + 4 * i, 2)
         ok = todo & np.roll(~ink, shift, (0, 1))
-        out[ok] = np.roll(rest, shift, (0, 1))[ok]; todo &= ~ok
+        out[ok] = np.roll(rest, shift, (0, 1))[ok]
+        todo &= ~ok
     return out
 
 # %% ../../nbs/07_generative/10_quality.ipynb #3e2ea08d
@@ -99,11 +118,14 @@ def paper_of(
     seed: int = 0,
 ) -> np.ndarray:  # uint8 (H, W, 3)
     "The page with its ink painted over from the paper around it"
-    ink = cv2.dilate(pair.mask, np.ones((2*reach+1,)*2, np.uint8)) > 0
-    if ink.all(): raise KhmerOCRError(f'Page {pair.name!r} has no paper: its ink, with {reach} px around it, covers all; check the mask')
+    ink = cv2.dilate(pair.mask, np.ones((2 * reach + 1,) * 2, np.uint8)) > 0
+    if ink.all():
+        raise KhmerOCRError(
+            f'Page {pair.name!r} has no paper: its ink, with {reach} px around it, covers all; check the mask'
+        )
     x, paper = pair.image.astype(np.float32), (~ink).astype(np.float32)
     rest = x - _around(x, paper, (5,))
-    limit = 3*rest[~ink].std(0)
+    limit = 3 * rest[~ink].std(0)
     filled = _around(x, paper, (17, 65, 257)) + _grain(rest.clip(-limit, limit), ink, seed)
     return np.where(ink[..., None], filled.clip(0, 255).round(), pair.image).astype(np.uint8)
 
@@ -112,20 +134,22 @@ def pasted(
     masks: np.ndarray,  # uint8 (n, H, W), 255 ink
     pages: list[Pair],  # for paper and ink colours; two at least
     seed: int = 0,
-    soft: float = .8,  # sigma of the edge, px
-    papers: list[np.ndarray]|None = None,  # `paper_of` each page, if it is known already
+    soft: float = 0.8,  # sigma of the edge, px
+    papers: list[np.ndarray] | None = None,  # `paper_of` each page, if it is known already
 ) -> np.ndarray:  # uint8 (n, H, W, 3)
     "Baseline: the mask in the ink colour of one page on the paper of another"
-    if len(pages) < 2: raise KhmerOCRError('A mask cannot be pasted on *another* paper with fewer than two pages: give more')
+    if len(pages) < 2:
+        raise KhmerOCRError('A mask cannot be pasted on *another* paper with fewer than two pages: give more')
     papers = [paper_of(p) for p in pages] if papers is None else papers
     inks, out = [two_colours(p)[1] for p in pages], np.empty((*masks.shape, 3), np.uint8)
     for i, m in enumerate(masks):
-        rng = np.random.default_rng([seed, i]); h, w = m.shape
+        rng = np.random.default_rng([seed, i])
+        h, w = m.shape
         a, b = rng.choice(len(pages), 2, replace=False)
-        y, x = (int(rng.integers(max(0, full-s)+1)) for full, s in zip(papers[b].shape, (h, w)))
+        y, x = (int(rng.integers(max(0, full - s) + 1)) for full, s in zip(papers[b].shape, (h, w)))
         paper, _ = crop(Pair(papers[b], pages[b].mask), y, x, h, w)
-        t = cv2.GaussianBlur(m.astype(np.float32)/255, (0, 0), soft)[..., None] if soft else m[..., None]/255
-        out[i] = (paper*(1-t) + inks[a]*t).round()
+        t = cv2.GaussianBlur(m.astype(np.float32) / 255, (0, 0), soft)[..., None] if soft else m[..., None] / 255
+        out[i] = (paper * (1 - t) + inks[a] * t).round()
     return out
 
 # %% ../../nbs/07_generative/10_quality.ipynb #53c076fa
@@ -134,67 +158,92 @@ def mask_iou(
     masks: np.ndarray,  # uint8 (n, H, W), 255 ink
 ) -> np.ndarray:  # float (n,), 0..1
     "Intersection over union of the ink that `pairs.sauvola` finds and the ink of the mask; 1 if both are empty"
-    if len(images) != len(masks) or images.shape[1:3] != masks.shape[1:3]: raise KhmerOCRError(f'Images {images.shape[:3]} and masks {masks.shape} do not belong together: there must be one mask of the same size for each image, in the same order')
+    if len(images) != len(masks) or images.shape[1:3] != masks.shape[1:3]:
+        raise KhmerOCRError(
+            f'Images {images.shape[:3]} and masks {masks.shape} do not belong together: there must be one mask of the same size for each image, in the same order'
+        )
     found = np.stack([sauvola(cv2.cvtColor(i, cv2.COLOR_RGB2GRAY)) for i in images]) > 0
     both, either = ((f(found, masks > 0)).sum((1, 2)) for f in (np.logical_and, np.logical_or))
-    return np.where(either == 0, 1., both/np.maximum(either, 1))
+    return np.where(either == 0, 1.0, both / np.maximum(either, 1))
 
 # %% ../../nbs/07_generative/10_quality.ipynb #ec30035d
-LOOK_FEATURES = ('paper_L paper_a paper_b ink_L ink_a ink_b contrast paper_std_L paper_std_a paper_std_b ink_std_L ink_std_a ink_std_b '
-    'noise_1 noise_2 noise_3 noise_4 kurtosis_1 kurtosis_2 kurtosis_3 kurtosis_4 edge spectrum_1 spectrum_2 spectrum_3 spectrum_4 spectrum_5 spectrum_6').split()
+LOOK_FEATURES = (
+    'paper_L paper_a paper_b ink_L ink_a ink_b contrast paper_std_L paper_std_a paper_std_b ink_std_L ink_std_a ink_std_b '
+    'noise_1 noise_2 noise_3 noise_4 kurtosis_1 kurtosis_2 kurtosis_3 kurtosis_4 edge spectrum_1 spectrum_2 spectrum_3 spectrum_4 spectrum_5 spectrum_6'
+).split()
+
 
 def _regions(image):
     "Masks uint8 of sure paper and sure ink, each with at least one pixel"
-    _, ink = cv2.threshold(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), 0, 255, cv2.THRESH_BINARY_INV+cv2.THRESH_OTSU)
+    _, ink = cv2.threshold(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), 0, 255, cv2.THRESH_BINARY_INV + cv2.THRESH_OTSU)
     everything = np.full_like(ink, 255)
-    paper = next(m for m in (255-cv2.dilate(ink, np.ones((5, 5), np.uint8)), 255-ink, everything) if m.any())
+    paper = next(m for m in (255 - cv2.dilate(ink, np.ones((5, 5), np.uint8)), 255 - ink, everything) if m.any())
     core = next(m for m in (cv2.erode(ink, np.ones((3, 3), np.uint8)), ink, everything) if m.any())
     return paper, core, cv2.morphologyEx(ink, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
+
 
 def _bands(light, paper):
     "ln of the standard deviation in the paper, and ln of the kurtosis over all, of four bands an octave wide"
     noise, kurtosis = [], []
-    for sigma in (.7, 1.4, 2.8, 5.6):
-        low = cv2.GaussianBlur(light, (0, 0), sigma); band, light = light-low, low
-        square = band*band
-        noise.append(np.log(cv2.meanStdDev(band, mask=paper)[1][0, 0]+.05))
-        kurtosis.append(np.log(cv2.mean(square*square)[0]/(cv2.mean(square)[0]**2+1e-6)+.1))
-    return noise+kurtosis
+    for sigma in (0.7, 1.4, 2.8, 5.6):
+        low = cv2.GaussianBlur(light, (0, 0), sigma)
+        band, light = light - low, low
+        square = band * band
+        noise.append(np.log(cv2.meanStdDev(band, mask=paper)[1][0, 0] + 0.05))
+        kurtosis.append(np.log(cv2.mean(square * square)[0] / (cv2.mean(square)[0] ** 2 + 1e-6) + 0.1))
+    return noise + kurtosis
 
 # %% ../../nbs/07_generative/10_quality.ipynb #88ac0b86
 def _look(image):
     "All features of one tile but those of the spectrum"
-    lab = cv2.cvtColor(image.astype(np.float32)/255, cv2.COLOR_RGB2LAB); light = np.ascontiguousarray(lab[..., 0])
+    lab = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    light = np.ascontiguousarray(lab[..., 0])
     paper, ink, edge = _regions(image)
     (pm, ps), (im, is_) = (cv2.meanStdDev(lab, mask=m) for m in (paper, ink))
-    contrast = pm[0, 0]-im[0, 0]
-    slope = cv2.magnitude(cv2.Sobel(light, cv2.CV_32F, 1, 0), cv2.Sobel(light, cv2.CV_32F, 0, 1))/8
-    steep = np.log(cv2.mean(slope, mask=edge)[0]/max(1., contrast)+.01)
-    return [*pm[:, 0], *im[:, 0], contrast, *np.log(ps[:, 0]+.1), *np.log(is_[:, 0]+.1), *_bands(light, paper), steep]
+    contrast = pm[0, 0] - im[0, 0]
+    slope = cv2.magnitude(cv2.Sobel(light, cv2.CV_32F, 1, 0), cv2.Sobel(light, cv2.CV_32F, 0, 1)) / 8
+    steep = np.log(cv2.mean(slope, mask=edge)[0] / max(1.0, contrast) + 0.01)
+    return [
+        *pm[:, 0],
+        *im[:, 0],
+        contrast,
+        *np.log(ps[:, 0] + 0.1),
+        *np.log(is_[:, 0] + 0.1),
+        *_bands(light, paper),
+        steep,
+    ]
+
 
 def _rings(h, w):
     "Boolean (h, w) of the frequencies of each octave, finest first"
     r = np.hypot(*np.meshgrid(np.fft.fftfreq(h), np.fft.fftfreq(w), indexing='ij'))
-    return [(r <= top) & (r > top/2) for top in .5*2.**-np.arange(6)]
+    return [(r <= top) & (r > top / 2) for top in 0.5 * 2.0 ** -np.arange(6)]
+
 
 def look_features(
-    images: np.ndarray  # uint8 (n, H, W, 3), H and W at least 64 px
+    images: np.ndarray,  # uint8 (n, H, W, 3), H and W at least 64 px
 ) -> np.ndarray:  # float64 (n, 28), named by `LOOK_FEATURES`
     "Statistics of how a tile looks, without a word of what is written there"
     images = check_images(images)
-    if min(images.shape[1:3]) < 64: raise KhmerOCRError(f'Tiles of {images.shape[2]} x {images.shape[1]} px are too small for their coarse spectrum: at least 64 px')
+    if min(images.shape[1:3]) < 64:
+        raise KhmerOCRError(
+            f'Tiles of {images.shape[2]} x {images.shape[1]} px are too small for their coarse spectrum: at least 64 px'
+        )
     power = torch.cat([spectrum(as_batch([(i, i[..., 0])])['image']) for i in images]).double().numpy()
     rings = np.stack([power[:, ring].mean(1) for ring in _rings(*images.shape[1:3])], 1)
-    return np.concatenate([np.array([_look(i) for i in images]), rings], 1).round(6)      # equal tiles, equal features: the last digits go by where an array lies in memory
+    return np.concatenate([np.array([_look(i) for i in images]), rings], 1).round(
+        6
+    )  # equal tiles, equal features: the last digits go by where an array lies in memory
 
 # %% ../../nbs/07_generative/10_quality.ipynb #11afd673
 def standardise(
     features: np.ndarray,  # (n, f)
     reference: np.ndarray,  # (m, f), from which mean and standard deviation are taken
-    limit: float = 5.,  # standard deviations
+    limit: float = 5.0,  # standard deviations
 ) -> np.ndarray:  # (n, f), within -limit..limit
     "Features in standard deviations of the reference"
-    return ((features-reference.mean(0))/np.maximum(reference.std(0), 1e-3)).clip(-limit, limit)
+    return ((features - reference.mean(0)) / np.maximum(reference.std(0), 1e-3)).clip(-limit, limit)
+
 
 def distances(
     a: np.ndarray,  # (n, f)
@@ -209,13 +258,21 @@ def kid(
     b: np.ndarray,  # (m, f), m >= 2
 ) -> float:  # 0: one distribution; may come out a little negative
     "Unbiased squared maximum mean discrepancy with the kernel (x.y/f + 1)^3 (Bińkowski et al., 2018)"
-    if min(len(a), len(b)) < 2: raise KhmerOCRError(f'KID needs at least two images on each side, not {len(a)} and {len(b)}')
-    def kernel(x, y): return (x@y.T/x.shape[1]+1)**3
-    def within(x): k = kernel(x, x); return (k.sum()-np.trace(k))/(len(x)*(len(x)-1))
-    return float(within(a) + within(b) - 2*kernel(a, b).mean())
+    if min(len(a), len(b)) < 2:
+        raise KhmerOCRError(f'KID needs at least two images on each side, not {len(a)} and {len(b)}')
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x):
+        k = kernel(x, x)
+        return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
+
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
 
 # %% ../../nbs/07_generative/10_quality.ipynb #66ec4631
-KID_FLOOR = .1   # without unit; two sets of tiles from the same pages come out below it
+KID_FLOOR = 0.1  # without unit; two sets of tiles from the same pages come out below it
+
 
 def realism(
     k: float,  # KID of the set and A
@@ -224,8 +281,9 @@ def realism(
 ) -> float:  # 0..1
     "Where the distance lies between flat colours (0) and held-out pages (1), by its logarithm"
     k_real, k, k_flat = (max(v, KID_FLOOR) for v in (k_real, k, k_flat))
-    if k_flat <= k_real: return float('nan')
-    return float(np.clip(np.log(k_flat/max(k, k_real))/np.log(k_flat/k_real), 0, 1))
+    if k_flat <= k_real:
+        return float('nan')
+    return float(np.clip(np.log(k_flat / max(k, k_real)) / np.log(k_flat / k_real), 0, 1))
 
 # %% ../../nbs/07_generative/10_quality.ipynb #ea24aa47
 def coverage(
@@ -238,14 +296,19 @@ def coverage(
     d = distances(real, real)
     groups = np.arange(len(real)) if groups is None else np.asarray(groups)
     d[groups[:, None] == groups] = np.inf
-    if k < 1 or np.isfinite(d).sum(1).min() < k: raise KhmerOCRError(f'Coverage with k={k} needs so many neighbours of each real tile in other groups: give more tiles and at least two groups')
-    return float((distances(real, made).min(1) <= np.sort(d, 1)[:, k-1]).mean())
+    if k < 1 or np.isfinite(d).sum(1).min() < k:
+        raise KhmerOCRError(
+            f'Coverage with k={k} needs so many neighbours of each real tile in other groups: give more tiles and at least two groups'
+        )
+    return float((distances(real, made).min(1) <= np.sort(d, 1)[:, k - 1]).mean())
 
 # %% ../../nbs/07_generative/10_quality.ipynb #5ff49c7b
 def spread(features: np.ndarray) -> float:
     "Mean distance of all pairs of rows in (n, f), n >= 2"
-    if len(features) < 2: raise KhmerOCRError('The diversity of a set needs at least two images')
-    return float(distances(features, features).sum()/(len(features)*(len(features)-1)))
+    if len(features) < 2:
+        raise KhmerOCRError('The diversity of a set needs at least two images')
+    return float(distances(features, features).sum() / (len(features) * (len(features) - 1)))
+
 
 def novelty(
     made: np.ndarray,  # (n, f)
@@ -255,14 +318,17 @@ def novelty(
     return float(np.median(distances(made, real).min(1)))
 
 # %% ../../nbs/07_generative/10_quality.ipynb #947ee9d2
-def _tensors(images): return as_batch([(i, i[..., 0]) for i in images])['image']
+def _tensors(images):
+    return as_batch([(i, i[..., 0]) for i in images])['image']
+
 
 def no_grid(
     images: np.ndarray,  # uint8 (n, H, W, 3), a set of 8 or more
     *real: np.ndarray,  # sets of real images of the same size, one at least
 ) -> float:  # 1. or 0.
     "0 if beside each of the real sets the set has a dot grid (`gan.shows_grid`)"
-    if not real: raise KhmerOCRError('Real scans have grids too: give at least one set of real images to compare with')
+    if not real:
+        raise KhmerOCRError('Real scans have grids too: give at least one set of real images to compare with')
     made = _tensors(check_images(images, 8))
     return float(not all(shows_grid(made, _tensors(r)) for r in real))
 
@@ -271,36 +337,59 @@ def text_kept(
     read,  # read(list of uint8 (H, W, 3)) -> list of str; a reader that was not trained on these
     made,  # painted lines, uint8 (H, W, 3) each
     masks,  # the masks they were painted from, uint8 (H, W), 255 ink
-    texts: list[str]|None = None,  # what is written there; None: what the reader sees on the clean lines
+    texts: list[str] | None = None,  # what is written there; None: what the reader sees on the clean lines
 ) -> float:  # 0..1
     "1 - (CER on painted lines - CER on clean lines), neither below 0 nor above 1"
-    if len(made) != len(masks) or texts is not None and len(texts) != len(masks): raise KhmerOCRError(f'{len(made)} painted lines and {len(masks)} masks' + ('' if texts is None else f' with {len(texts)} texts') + ' do not belong together: there must be one of each')
-    clean = read([np.repeat(255-m[..., None], 3, -1) for m in masks])
+    if len(made) != len(masks) or texts is not None and len(texts) != len(masks):
+        raise KhmerOCRError(
+            f'{len(made)} painted lines and {len(masks)} masks'
+            + ('' if texts is None else f' with {len(texts)} texts')
+            + ' do not belong together: there must be one of each'
+        )
+    clean = read([np.repeat(255 - m[..., None], 3, -1) for m in masks])
     rates = []
     for seen in (read(list(made)), clean):
-        cer = CER(); cer.update(seen, clean if texts is None else texts); rates.append(float(cer.compute()))
-    return 1 - min(1., max(0., rates[0]-rates[1]))
+        cer = CER()
+        cer.update(seen, clean if texts is None else texts)
+        rates.append(float(cer.compute()))
+    return 1 - min(1.0, max(0.0, rates[0] - rates[1]))
 
 # %% ../../nbs/07_generative/10_quality.ipynb #4b575aee
 class Anchors:
     "Training tiles A of three groups or more and held-out tiles B of two or more, and what they score"
+
     def __init__(self, train: list[Pair], held_out: list[Pair], k: int = 5, seed: int = 0):
         (self.train, _), (self.real, self.masks) = stacked(train), stacked(held_out)
         self.groups_a, self.groups_b = (np.array([t.group for t in s]) for s in (train, held_out))
-        if both := set(self.groups_a) & set(self.groups_b): raise KhmerOCRError(f'Page {sorted(both)[0]!r} is on both sides: split by group (pairs.split_pairs), or the measures are too good')
-        if len(set(self.groups_a)) < 3 or len(set(self.groups_b)) < 2: raise KhmerOCRError(f'{len(set(self.groups_a))} training pages and {len(set(self.groups_b))} held out (each group counts as one) are too few for a standard error: give three and two at least')
+        if both := set(self.groups_a) & set(self.groups_b):
+            raise KhmerOCRError(
+                f'Page {sorted(both)[0]!r} is on both sides: split by group (pairs.split_pairs), or the measures are too good'
+            )
+        if len(set(self.groups_a)) < 3 or len(set(self.groups_b)) < 2:
+            raise KhmerOCRError(
+                f'{len(set(self.groups_a))} training pages and {len(set(self.groups_b))} held out (each group counts as one) are too few for a standard error: give three and two at least'
+            )
         self.k = k
         self.a, self.b = look_features(self.train), look_features(self.real)
         self.flat = look_features(flat_colours(self.masks, train, seed))
         self.iou = mask_iou(self.real, self.masks)
         self.raw = self.measure(self.b, self.iou)
-        if not self.raw['kid_flat'] > max(self.raw['kid'], KID_FLOOR) or not self.raw['coverage']: raise KhmerOCRError('These pages cannot serve as a yardstick: the held-out pages are no nearer to the training pages than flat colours are. Take more pages, or a split with similar pages on both sides')
+        if not self.raw['kid_flat'] > max(self.raw['kid'], KID_FLOOR) or not self.raw['coverage']:
+            raise KhmerOCRError(
+                'These pages cannot serve as a yardstick: the held-out pages are no nearer to the training pages than flat colours are. Take more pages, or a split with similar pages on both sides'
+            )
 
     def measure(self, features, iou, a=slice(None), b=slice(None)):
         "Measures of a set in their own units; `a` and `b` choose among the real tiles"
         A, g, flat = (standardise(f, self.a[a]) for f in (self.a[a], features, self.flat[b]))
-        return dict(iou=float(np.median(iou)), kid=kid(g, A), kid_flat=kid(flat, A), coverage=coverage(A, g, self.k, self.groups_a[a]),
-            spread=spread(g), novelty=novelty(g, A))
+        return dict(
+            iou=float(np.median(iou)),
+            kid=kid(g, A),
+            kid_flat=kid(flat, A),
+            coverage=coverage(A, g, self.k, self.groups_a[a]),
+            spread=spread(g),
+            novelty=novelty(g, A),
+        )
 
 # %% ../../nbs/07_generative/10_quality.ipynb #41dc1296
 def anchored(
@@ -308,13 +397,23 @@ def anchored(
     real: dict,  # of the held-out tiles
 ) -> dict[str, float]:  # M R C D N, each 0..1
     "Measures relative to their anchors"
-    def share(key): return min(1., raw[key]/real[key]) if real[key] > 0 else float('nan')
-    return dict(M=share('iou'), R=realism(raw['kid'], real['kid'], real['kid_flat']), C=share('coverage'), D=share('spread'), N=share('novelty'))
+
+    def share(key):
+        return min(1.0, raw[key] / real[key]) if real[key] > 0 else float('nan')
+
+    return dict(
+        M=share('iou'),
+        R=realism(raw['kid'], real['kid'], real['kid_flat']),
+        C=share('coverage'),
+        D=share('spread'),
+        N=share('novelty'),
+    )
+
 
 def geometric_mean(values) -> float:
     "The n-th root of the product of n numbers >= 0; a zero kills it, and what cannot be told (nan) cannot be told of the mean"
     values = np.asarray(list(values), float)
-    return float(np.exp(np.log(values).mean())) if (values != 0).all() else 0.
+    return float(np.exp(np.log(values).mean())) if (values != 0).all() else 0.0
 
 # %% ../../nbs/07_generative/10_quality.ipynb #b9f24f11
 def _left_out(anchors, features, iou, groups):
@@ -324,7 +423,13 @@ def _left_out(anchors, features, iou, groups):
         yield 'a', anchored(anchors.measure(features, iou, a), anchors.measure(anchors.b, anchors.iou, a))
     for name in np.unique(anchors.groups_b):
         b, mine = anchors.groups_b != name, groups != name
-        yield 'b', anchored(anchors.measure(features[mine], iou[mine], b=b), anchors.measure(anchors.b[b], anchors.iou[b], b=b))
+        yield (
+            'b',
+            anchored(
+                anchors.measure(features[mine], iou[mine], b=b), anchors.measure(anchors.b[b], anchors.iou[b], b=b)
+            ),
+        )
+
 
 def jackknife(
     anchors: Anchors,
@@ -334,9 +439,12 @@ def jackknife(
     fixed=(),  # measures that enter the mean as they are
 ) -> dict[str, float]:  # standard errors of M R C D N, and of the geometric mean of these and the fixed ones
     "Leave one page out after the other, on either side"
-    found = [(side, [*m.values(), geometric_mean([*m.values(), *fixed])]) for side, m in _left_out(anchors, features, iou, groups)]
+    found = [
+        (side, [*m.values(), geometric_mean([*m.values(), *fixed])])
+        for side, m in _left_out(anchors, features, iou, groups)
+    ]
     sides = [np.array([v for s, v in found if s == side]) for side in 'ab']
-    error = np.sqrt(sum((len(v)-1)/len(v)*((v-v.mean(0))**2).sum(0) for v in sides))
+    error = np.sqrt(sum((len(v) - 1) / len(v) * ((v - v.mean(0)) ** 2).sum(0) for v in sides))
     return dict(zip([*'MRCDN', 'mean'], error.tolist()))
 
 # %% ../../nbs/07_generative/10_quality.ipynb #4d96500d
@@ -347,21 +455,35 @@ def judge_looks(
     held_out: list[Pair],  # tiles of pages that nobody trained on
     groups=None,  # (n,) page of each mask; None: as in `held_out`
     looks=None,  # (m, k, H, W, 3): k looks of each of m masks, for `D_same`
-    text: float|None = None,  # T, from `text_kept` on lines that were painted in the same way
-    anchors: Anchors|None = None,  # if they are known already
-) -> dict:  # M R C D N G (T, D_same) and mean, each 0..1; raw and real: dicts in own units; error: dict of standard errors
+    text: float | None = None,  # T, from `text_kept` on lines that were painted in the same way
+    anchors: Anchors | None = None,  # if they are known already
+) -> (
+    dict
+):  # M R C D N G (T, D_same) and mean, each 0..1; raw and real: dicts in own units; error: dict of standard errors
     "Judge a set of painted tiles by the looks of real ones"
     anchors = anchors or Anchors(train, held_out)
     made, masks = check_images(made, 8), np.asarray(masks)
-    if made.shape[1:] != anchors.real.shape[1:]: raise KhmerOCRError(f'The painted tiles are {made.shape[2]} x {made.shape[1]} px, the real ones {anchors.real.shape[2]} x {anchors.real.shape[1]}: both must be of one size')
+    if made.shape[1:] != anchors.real.shape[1:]:
+        raise KhmerOCRError(
+            f'The painted tiles are {made.shape[2]} x {made.shape[1]} px, the real ones {anchors.real.shape[2]} x {anchors.real.shape[1]}: both must be of one size'
+        )
     groups = np.asarray([t.group for t in held_out] if groups is None else groups)
-    if len(groups) != len(made): raise KhmerOCRError(f'{len(made)} tiles and the pages of {len(groups)} masks: name the page of each mask in groups')
+    if len(groups) != len(made):
+        raise KhmerOCRError(
+            f'{len(made)} tiles and the pages of {len(groups)} masks: name the page of each mask in groups'
+        )
     features, iou = look_features(made), mask_iou(made, masks)
     raw = anchors.measure(features, iou)
     more = dict(G=no_grid(made, anchors.train, anchors.real)) | ({} if text is None else dict(T=text))
-    out = anchored(raw, anchors.raw) | more; out['mean'] = geometric_mean(out.values())
-    if looks is not None: out['D_same'] = same_mask(looks, anchors)
-    return out | dict(raw=raw | dict(grid=float(dot_grid(_tensors(made)))), real=anchors.raw, error=jackknife(anchors, features, iou, groups, more.values()))
+    out = anchored(raw, anchors.raw) | more
+    out['mean'] = geometric_mean(out.values())
+    if looks is not None:
+        out['D_same'] = same_mask(looks, anchors)
+    return out | dict(
+        raw=raw | dict(grid=float(dot_grid(_tensors(made)))),
+        real=anchors.raw,
+        error=jackknife(anchors, features, iou, groups, more.values()),
+    )
 
 # %% ../../nbs/07_generative/10_quality.ipynb #d7813f9d
 def same_mask(
@@ -369,9 +491,12 @@ def same_mask(
     anchors: Anchors,
 ) -> float:  # 0..1
     "Diversity of the looks of one mask, relative to that of real tiles (which differ in their text as well)"
-    if np.shape(looks)[2:] != anchors.real.shape[1:]: raise KhmerOCRError(f'Looks of one mask must be (m, k, {", ".join(map(str, anchors.real.shape[1:]))}) like the real tiles, not {np.shape(looks)}')
+    if np.shape(looks)[2:] != anchors.real.shape[1:]:
+        raise KhmerOCRError(
+            f'Looks of one mask must be (m, k, {", ".join(map(str, anchors.real.shape[1:]))}) like the real tiles, not {np.shape(looks)}'
+        )
     each = [spread(standardise(look_features(l), anchors.a)) for l in looks]
-    return min(1., float(np.mean(each))/anchors.raw['spread'])
+    return min(1.0, float(np.mean(each)) / anchors.raw['spread'])
 
 # %% ../../nbs/07_generative/10_quality.ipynb #baf680db
 def score_table(
@@ -380,8 +505,11 @@ def score_table(
 ) -> list[list[str]]:  # the first row is the head
     "Rows for a report: measures that no set has are left out"
     keys = [k for k in (*'MRCDNGT', 'mean', 'D_same') if any(k in j for j in judged.values())]
+
     def cell(j, k):
-        if k not in j: return ''
+        if k not in j:
+            return ''
         e = j.get('error', {}).get(k) if errors else None
         return f'{j[k]:.2f}' + ('' if e is None else f' ± {e:.2f}')
+
     return [['', *keys]] + [[name, *(cell(j, k) for k in keys)] for name, j in judged.items()]

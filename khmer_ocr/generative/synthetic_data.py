@@ -22,7 +22,10 @@ from .pix2pix import Pix2PixConfig, Pix2Pix
 from .vae import VAEConfig, VAE
 from .pairs import PairBatches, CropConfig, Pair, read_masks, sauvola, save_pairs
 from ..training.learner import Learner
-from .pix2pix_training import train_pix2pix as _train_pix2pix, train_at_resolution as _train_at_resolution
+from khmer_ocr.generative.pix2pix_training import (
+    train_pix2pix as _train_pix2pix,
+    train_at_resolution as _train_at_resolution,
+)
 from .painter import Painter, save_painter, vae_painter, Look, open_painter
 from .vae_training import train_vae as _train_vae, style_of
 from ..training.callbacks import plot_history, read_history
@@ -34,58 +37,101 @@ from .artifacts import grid, write_png
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #40e1b4e8
 MODELS = ('pix2pix', 'vae', 'hybrid')
 
+
 def _device(device):
     "'cuda' or 'cpu'; says so where the one that was asked for is not there"
-    if device not in (None, 'auto', 'cpu', 'cuda'): raise KhmerOCRError(f"Setting 'device' is {device!r}: it must be auto, cpu or cuda")
-    if device == 'cuda' and not torch.cuda.is_available(): print('warning: no GPU was found, the CPU is used', file=sys.stderr); return 'cpu'
+    if device not in (None, 'auto', 'cpu', 'cuda'):
+        raise KhmerOCRError(f"Setting 'device' is {device!r}: it must be auto, cpu or cuda")
+    if device == 'cuda' and not torch.cuda.is_available():
+        print('warning: no GPU was found, the CPU is used', file=sys.stderr)
+        return 'cpu'
     return device if device in ('cpu', 'cuda') else 'cuda' if torch.cuda.is_available() else 'cpu'
+
 
 def _square(size) -> int:
     "The side of `size`; KhmerOCRError unless it is a square of a power of two"
     h, w = size if isinstance(size, (tuple, list)) else (size, size)
-    if h != w or h < 32 or h & (h-1): raise KhmerOCRError(f"Setting 'image_size' is {w} x {h} px: it must be a square whose side is a power of two from 32 up; what is painted later may have any size")
+    if h != w or h < 32 or h & (h - 1):
+        raise KhmerOCRError(
+            f"Setting 'image_size' is {w} x {h} px: it must be a square whose side is a power of two from 32 up; what is painted later may have any size"
+        )
     return h
 
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #d6a2166d
 class SyntheticDataGenerator:
     "Trains a generator of looks and paints masks with it (founding document 002)"
-    def __init__(self,
+
+    def __init__(
+        self,
         model_type: str = 'pix2pix',  # pix2pix | vae | hybrid
-        device: str|None = None,  # cpu | cuda (the CPU, with a warning, where there is none) | None: what there is
+        device: str | None = None,  # cpu | cuda (the CPU, with a warning, where there is none) | None: what there is
         image_size: tuple[int, int] = (256, 256),  # of the crops it is trained on, px: a square, a power of two
         latent_dim: int = 512,  # length of the VAE's code
         batch_size: int = 4,  # of pairs that come as a list; a loader has its own
         gradient_accumulation: int = 1,  # batches per step
-        learning_rate: float|None = None,  # None: 2e-4 for Pix2Pix, 1e-3 for a VAE
-        lambda_l1: float = 100.,  # weight of the mean absolute difference, in Pix2Pix
-        out_dir: str|Path = 'models/generator',  # checkpoints, curves and samples go to a folder in it
-        generator: nn.Module|None = None,  # one of your own for Pix2Pix, masks -> images
+        learning_rate: float | None = None,  # None: 2e-4 for Pix2Pix, 1e-3 for a VAE
+        lambda_l1: float = 100.0,  # weight of the mean absolute difference, in Pix2Pix
+        out_dir: str | Path = 'models/generator',  # checkpoints, curves and samples go to a folder in it
+        generator: nn.Module | None = None,  # one of your own for Pix2Pix, masks -> images
         seed: int = 42,
-        spread: float = 2.,  # how far from the mean of the training pages' styles looks are drawn
-        **network  # further settings of `Pix2PixConfig` and `VAEConfig`
+        spread: float = 2.0,  # how far from the mean of the training pages' styles looks are drawn
+        **network,  # further settings of `Pix2PixConfig` and `VAEConfig`
     ):
-        if model_type not in MODELS: raise KhmerOCRError(f"Setting 'model_type' is {model_type!r}{suggest(model_type, MODELS)}: it must be one of {', '.join(MODELS)}")
-        self.model_type, self.device, self.resolution, self.latent_dim, self.out_dir = model_type, _device(device), _square(image_size), latent_dim, Path(out_dir)
-        self.batch_size, self.gradient_accumulation, self.learning_rate, self.lambda_l1 = batch_size, gradient_accumulation, learning_rate, lambda_l1
-        self.custom, self.seed, self.network, self.use_spectral_norm, self.spread = generator, seed, network, network.pop('use_spectral_norm', False), float(spread)
-        if not self.spread > 0: raise KhmerOCRError(f"Setting 'spread' is {spread}: it must be above 0")
+        if model_type not in MODELS:
+            raise KhmerOCRError(
+                f"Setting 'model_type' is {model_type!r}{suggest(model_type, MODELS)}: it must be one of {', '.join(MODELS)}"
+            )
+        self.model_type, self.device, self.resolution, self.latent_dim, self.out_dir = (
+            model_type,
+            _device(device),
+            _square(image_size),
+            latent_dim,
+            Path(out_dir),
+        )
+        self.batch_size, self.gradient_accumulation, self.learning_rate, self.lambda_l1 = (
+            batch_size,
+            gradient_accumulation,
+            learning_rate,
+            lambda_l1,
+        )
+        self.custom, self.seed, self.network, self.use_spectral_norm, self.spread = (
+            generator,
+            seed,
+            network,
+            network.pop('use_spectral_norm', False),
+            float(spread),
+        )
+        if not self.spread > 0:
+            raise KhmerOCRError(f"Setting 'spread' is {spread}: it must be above 0")
         self.pairs = self.painter = self.run = self.growing = self.vae = None
-        for cls in CONFIGS[model_type]: self._settings(cls)
+        for cls in CONFIGS[model_type]:
+            self._settings(cls)
 
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #fae1402c
 CONFIGS = dict(pix2pix=(Pix2PixConfig,), vae=(VAEConfig,), hybrid=(Pix2PixConfig, VAEConfig))
 
-def _known(cls, given) -> dict: return {k: v for k, v in given.items() if k in {f.name for f in fields(cls)}}
+
+def _known(cls, given) -> dict:
+    return {k: v for k, v in given.items() if k in {f.name for f in fields(cls)}}
+
 
 @patch
 def _settings(self: SyntheticDataGenerator, cls, **more):
     "Settings of one of the networks (`Pix2PixConfig` or `VAEConfig`) as they stand now; what is None in `more` does not count"
     mine, names = CONFIGS[self.model_type], {f.name for c in CONFIGS[self.model_type] for f in fields(c)}
     for k in self.network:
-        if k not in names: raise KhmerOCRError(f"Unknown setting '{k}'{suggest(k, names)}: it belongs to none of {', '.join(c.__name__ for c in mine)}")
+        if k not in names:
+            raise KhmerOCRError(
+                f"Unknown setting '{k}'{suggest(k, names)}: it belongs to none of {', '.join(c.__name__ for c in mine)}"
+            )
     own = dict(resolution=self.resolution)
-    own |= dict(lambda_l1=float(self.lambda_l1), use_spectral_norm=self.use_spectral_norm) if cls is Pix2PixConfig else dict(latent=self.latent_dim)
-    if len(mine) > 1 and cls is Pix2PixConfig: own |= dict(smooth=8)      # no stage that leaves dots: a style is painted large
+    own |= (
+        dict(lambda_l1=float(self.lambda_l1), use_spectral_norm=self.use_spectral_norm)
+        if cls is Pix2PixConfig
+        else dict(latent=self.latent_dim)
+    )
+    if len(mine) > 1 and cls is Pix2PixConfig:
+        own |= dict(smooth=8)  # no stage that leaves dots: a style is painted large
     given = {k: v for k, v in self.network.items() if cls is mine[0] or k != 'form'}
     return configure(cls, own | _known(cls, given) | {k: v for k, v in more.items() if v is not None})
 
@@ -93,11 +139,19 @@ def _settings(self: SyntheticDataGenerator, cls, **more):
 @patch
 def _data(self: SyntheticDataGenerator, dataloader) -> PairBatches:
     "The loader for this training"
-    if dataloader is None and self.pairs is None: raise KhmerOCRError('There is nothing to train on: give a dataloader, made by create_synthetic_dataloader(images_dir, masks_dir)')
-    if isinstance(dataloader, (list, tuple)): dataloader = PairBatches(list(dataloader), self.batch_size, CropConfig(self.resolution), self.seed)
-    if not isinstance(dataloader or self.pairs, PairBatches): raise KhmerOCRError(f'The dataloader is a {type(dataloader).__name__}: give one of create_synthetic_dataloader, or a list of Pair')
+    if dataloader is None and self.pairs is None:
+        raise KhmerOCRError(
+            'There is nothing to train on: give a dataloader, made by create_synthetic_dataloader(images_dir, masks_dir)'
+        )
+    if isinstance(dataloader, (list, tuple)):
+        dataloader = PairBatches(list(dataloader), self.batch_size, CropConfig(self.resolution), self.seed)
+    if not isinstance(dataloader or self.pairs, PairBatches):
+        raise KhmerOCRError(
+            f'The dataloader is a {type(dataloader).__name__}: give one of create_synthetic_dataloader, or a list of Pair'
+        )
     self.pairs = dataloader or self.pairs
     return self.pairs
+
 
 @patch
 def _loop(self: SyntheticDataGenerator, lr, usual, settings) -> dict:
@@ -107,55 +161,97 @@ def _loop(self: SyntheticDataGenerator, lr, usual, settings) -> dict:
 
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #f24ea782
 @patch
-def train_pix2pix(self: SyntheticDataGenerator,
-    dataloader: PairBatches|list[Pair]|None = None,  # None: as the time before
+def train_pix2pix(
+    self: SyntheticDataGenerator,
+    dataloader: PairBatches | list[Pair] | None = None,  # None: as the time before
     num_epochs: int = 100,
-    lr: float|None = None,  # None: the constructor's
-    lambda_l1: float|None = None,  # None: the constructor's
+    lr: float | None = None,  # None: the constructor's
+    lambda_l1: float | None = None,  # None: the constructor's
     use_least_squares: bool = False,  # LSGAN in the place of BCE
     held_out: list[Pair] = (),  # pages to measure on; none: the training pages
     patience: int = 0,  # checkpoints without a better score before it stops; 0: never
-    resume: str|Path|None = None,  # 'latest'
-    **settings  # of `train_pix2pix` and `TrainConfig`
+    resume: str | Path | None = None,  # 'latest'
+    **settings,  # of `train_pix2pix` and `TrainConfig`
 ) -> Learner:
     "Train Pix2Pix, for a hybrid with the styles of its VAE"
-    if self.model_type == 'vae': raise KhmerOCRError("This is a generator of model_type='vae': call train_vae, or make one of model_type='pix2pix'")
-    pairs, styles, more = self._data(dataloader), None, dict(lambda_l1=lambda_l1 and float(lambda_l1), use_least_squares=use_least_squares or None)
-    if self.model_type == 'hybrid': styles, more['style'] = self._styles(), self.vae.style
+    if self.model_type == 'vae':
+        raise KhmerOCRError(
+            "This is a generator of model_type='vae': call train_vae, or make one of model_type='pix2pix'"
+        )
+    pairs, styles, more = (
+        self._data(dataloader),
+        None,
+        dict(lambda_l1=lambda_l1 and float(lambda_l1), use_least_squares=use_least_squares or None),
+    )
+    if self.model_type == 'hybrid':
+        styles, more['style'] = self._styles(), self.vae.style
     config, loop = self._settings(Pix2PixConfig, **more), self._loop(lr, 2e-4, settings)
-    self.run = _train_pix2pix(self.out_dir/'pix2pix', pairs, config, num_epochs, held_out=list(held_out) or pairs.pairs, patience=patience, resume=resume, generator=self.custom, styles=styles, **loop)
+    self.run = _train_pix2pix(
+        self.out_dir / 'pix2pix',
+        pairs,
+        config,
+        num_epochs,
+        held_out=list(held_out) or pairs.pairs,
+        patience=patience,
+        resume=resume,
+        generator=self.custom,
+        styles=styles,
+        **loop,
+    )
     hybrid = dict(codes=self.vae.codes, spread=self.spread, other=self.vae) if styles else {}
     return self._keep(Painter(self.model_type, _best(self.run).generator, config.resolution, config.style, **hybrid))
 
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #d9b394ba
-def _best(learn): return learn.net if learn.ema is None else learn.ema
+def _best(learn):
+    return learn.net if learn.ema is None else learn.ema
+
 
 @patch
 def _keep(self: SyntheticDataGenerator, painter: Painter) -> Learner:
     "Paint with what was just trained; painter.safetensors is all that is needed to do so elsewhere (not for a generator of one's own, nor for one that grows)"
-    painter.net.eval(); self.painter = painter
-    if self.custom is None and self.growing is None: save_painter(self.out_dir/'painter.safetensors', painter)
+    painter.net.eval()
+    self.painter = painter
+    if self.custom is None and self.growing is None:
+        save_painter(self.out_dir / 'painter.safetensors', painter)
     return self.run
 
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #17745572
 @patch
-def train_vae(self: SyntheticDataGenerator,
-    dataloader: PairBatches|list[Pair]|None = None,  # None: as the time before
+def train_vae(
+    self: SyntheticDataGenerator,
+    dataloader: PairBatches | list[Pair] | None = None,  # None: as the time before
     num_epochs: int = 100,
-    lr: float|None = None,  # None: the constructor's
-    beta: float|None = None,  # weight of the KL divergence; None: the constructor's, or 1
+    lr: float | None = None,  # None: the constructor's
+    beta: float | None = None,  # weight of the KL divergence; None: the constructor's, or 1
     held_out: list[Pair] = (),  # pages to measure on; none: the training pages
     patience: int = 0,  # checkpoints without a better score before it stops; 0: never
-    resume: str|Path|None = None,  # 'latest'
-    **settings  # of `train_vae` and `TrainConfig`
+    resume: str | Path | None = None,  # 'latest'
+    **settings,  # of `train_vae` and `TrainConfig`
 ) -> Learner:
     "Train a VAE, for a hybrid the one whose styles it paints with"
-    if self.model_type == 'pix2pix': raise KhmerOCRError("This is a generator of model_type='pix2pix': call train_pix2pix, or make one of model_type='vae' or 'hybrid'")
-    pairs, config = self._data(dataloader), self._settings(VAEConfig, beta=beta and float(beta), form='style' if self.model_type == 'hybrid' else None)
-    self.run = _train_vae(self.out_dir/'vae', pairs, config, num_epochs, held_out=list(held_out) or pairs.pairs, patience=patience, resume=resume, **self._loop(lr, 1e-3, settings))
+    if self.model_type == 'pix2pix':
+        raise KhmerOCRError(
+            "This is a generator of model_type='pix2pix': call train_pix2pix, or make one of model_type='vae' or 'hybrid'"
+        )
+    pairs, config = (
+        self._data(dataloader),
+        self._settings(VAEConfig, beta=beta and float(beta), form='style' if self.model_type == 'hybrid' else None),
+    )
+    self.run = _train_vae(
+        self.out_dir / 'vae',
+        pairs,
+        config,
+        num_epochs,
+        held_out=list(held_out) or pairs.pairs,
+        patience=patience,
+        resume=resume,
+        **self._loop(lr, 1e-3, settings),
+    )
     self.vae = vae_painter(_best(self.run), spread=self.spread)
-    if self.vae.style: self.vae.codes = codes_of(self.vae.net, pairs)
+    if self.vae.style:
+        self.vae.codes = codes_of(self.vae.net, pairs)
     return self._keep(self.vae) if self.model_type == 'vae' else self.run
+
 
 def codes_of(
     vae: VAE,
@@ -163,26 +259,39 @@ def codes_of(
     n: int = 64,  # squares
 ) -> torch.Tensor:  # float32 (n, latent)
     "The styles of the first `n` squares of the training pages"
-    return torch.cat([_batch_styles(vae, pairs[i]) for i in range(-(-n//pairs.batch_size))])[:n]
+    return torch.cat([_batch_styles(vae, pairs[i]) for i in range(-(-n // pairs.batch_size))])[:n]
 
-def _batch_styles(vae, batch): return style_of(vae, batch['image'], batch['mask'] if vae.config.conditional else None)
+
+def _batch_styles(vae, batch):
+    return style_of(vae, batch['image'], batch['mask'] if vae.config.conditional else None)
 
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #668ed474
 @patch
 def _styles(self: SyntheticDataGenerator):
     "Function from a batch to the styles of its images, by the trained VAE"
-    if self.vae is None: raise KhmerOCRError('A hybrid paints with the styles of its VAE: call train_vae first, or train, which does both')
+    if self.vae is None:
+        raise KhmerOCRError(
+            'A hybrid paints with the styles of its VAE: call train_vae first, or train, which does both'
+        )
     vae = self.vae.net.eval().requires_grad_(False)
-    return lambda batch: _batch_styles(vae, batch).clone()      # a tensor of inference mode cannot be trained with
+    return lambda batch: _batch_styles(vae, batch).clone()  # a tensor of inference mode cannot be trained with
+
 
 @patch
 def train(self: SyntheticDataGenerator, dataloader=None, num_epochs: int = 100, **settings) -> Learner:
     "Train whatever model this is; of a hybrid both networks, for `num_epochs` each, and resume='latest' goes on where it stopped"
-    if self.model_type == 'vae': return self.train_vae(dataloader, num_epochs, **settings)
+    if self.model_type == 'vae':
+        return self.train_vae(dataloader, num_epochs, **settings)
     if self.model_type == 'hybrid':
-        if settings.get('resume') not in (None, 'latest'): raise KhmerOCRError("A hybrid has two networks to go on with: give resume='latest'")
-        begun = lambda part: dict(resume='latest') if settings.get('resume') and (self.out_dir/part/'latest.safetensors').exists() else dict(resume=None)
-        self.train_vae(dataloader, num_epochs, **settings | begun('vae')); settings |= begun('pix2pix')
+        if settings.get('resume') not in (None, 'latest'):
+            raise KhmerOCRError("A hybrid has two networks to go on with: give resume='latest'")
+        begun = lambda part: (
+            dict(resume='latest')
+            if settings.get('resume') and (self.out_dir / part / 'latest.safetensors').exists()
+            else dict(resume=None)
+        )
+        self.train_vae(dataloader, num_epochs, **settings | begun('vae'))
+        settings |= begun('pix2pix')
     return self.train_pix2pix(dataloader, num_epochs, **settings)
 
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #0c80e688
@@ -190,60 +299,103 @@ def _save_figure(fig, path):
     "Write a matplotlib figure as PNG, whole or not at all"
     import io
     from khmer_ocr.core.files import write_atomic
-    fig.savefig(out := io.BytesIO(), format='png', metadata={'Software': None}); write_atomic(path, out.getvalue())
+
+    fig.savefig(out := io.BytesIO(), format='png', metadata={'Software': None})
+    write_atomic(path, out.getvalue())
+
 
 @patch
-def plot_training_curves(self: SyntheticDataGenerator,
+def plot_training_curves(
+    self: SyntheticDataGenerator,
     show_discriminator: bool = True,
     show_generator: bool = True,
-    save_path: str|Path|None = None,  # a PNG
+    save_path: str | Path | None = None,  # a PNG
 ):  # matplotlib figure
     "Losses of the players by step; for a VAE its loss and what it was measured by"
     import matplotlib.pyplot as plt
-    if self.run is None: raise KhmerOCRError('There are no curves yet: train first')
-    names = ['Loss_D']*bool(show_discriminator) + ['Loss_G']*bool(show_generator)
-    if not names: raise KhmerOCRError('There is nothing to plot: show_discriminator and show_generator are both off')
-    stats = self.run.log_dir/'statistics.csv'
-    if not stats.exists(): fig = plot_history(self.run.log_dir/'history.csv')
+
+    if self.run is None:
+        raise KhmerOCRError('There are no curves yet: train first')
+    names = ['Loss_D'] * bool(show_discriminator) + ['Loss_G'] * bool(show_generator)
+    if not names:
+        raise KhmerOCRError('There is nothing to plot: show_discriminator and show_generator are both off')
+    stats = self.run.log_dir / 'statistics.csv'
+    if not stats.exists():
+        fig = plot_history(self.run.log_dir / 'history.csv')
     else:
-        rows = read_history(stats); fig, ax = plt.subplots(figsize=(5, 2.2), dpi=70, layout='constrained')
-        for k in names: ax.plot([r['step'] for r in rows], [r[k] for r in rows], label=dict(Loss_D='discriminator', Loss_G='generator')[k])
-        ax.set(xlabel='step', ylabel='loss', title=f'{self.run.header["model"]}: {balance(rows[-1])}'); ax.legend(fontsize=8)
-    if save_path: _save_figure(fig, save_path)
+        rows = read_history(stats)
+        fig, ax = plt.subplots(figsize=(5, 2.2), dpi=70, layout='constrained')
+        for k in names:
+            ax.plot(
+                [r['step'] for r in rows],
+                [r[k] for r in rows],
+                label=dict(Loss_D='discriminator', Loss_G='generator')[k],
+            )
+        ax.set(xlabel='step', ylabel='loss', title=f'{self.run.header["model"]}: {balance(rows[-1])}')
+        ax.legend(fontsize=8)
+    if save_path:
+        _save_figure(fig, save_path)
     return fig
 
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #b250d841
 @patch
-def train_at_resolution(self: SyntheticDataGenerator,
+def train_at_resolution(
+    self: SyntheticDataGenerator,
     resolution: int,  # px: image_size, or that divided by 2, 4, ...; each call twice that of the one before
     epochs: int = 50,
     fade_in_epochs: int = 10,  # at the first resolution there is nothing to fade in
     dataloader=None,  # None: as the time before
-    **settings  # of `TrainConfig`
+    **settings,  # of `TrainConfig`
 ) -> Learner:
     "Train Pix2Pix at one resolution of several"
-    if self.model_type != 'pix2pix' or self.custom: raise KhmerOCRError("Training by resolutions is for model_type='pix2pix' with its own generator")
+    if self.model_type != 'pix2pix' or self.custom:
+        raise KhmerOCRError("Training by resolutions is for model_type='pix2pix' with its own generator")
     pairs, config, first = self._data(dataloader), self._settings(Pix2PixConfig), self.growing is None
     if first:
-        stages = int(math.log2(max(1, self.resolution//max(1, resolution))))
-        if resolution << stages != self.resolution: raise KhmerOCRError(f'A resolution of {resolution} px does not lead to image_size {self.resolution}: begin with {self.resolution} divided by 2, 4 or 8')
-        torch.manual_seed(self.seed); self.growing = Pix2Pix(config, stages=stages)
-    self.run = _train_at_resolution(self.growing, self.out_dir/f'at{resolution}', pairs, resolution, epochs, 0 if first else fade_in_epochs, **self._loop(None, 2e-4, settings))
-    net = _best(self.run).generator; k = self.resolution//resolution
-    save_checkpoint(self.run.out_dir/'generator.safetensors', net.state_dict(), self.run.header | dict(kind='weights', part='generator', step=self.run.step))
-    return self._keep(Painter('pix2pix', net, resolution)) if k > 1 else self._keep(Painter('pix2pix', net, self.resolution))
+        stages = int(math.log2(max(1, self.resolution // max(1, resolution))))
+        if resolution << stages != self.resolution:
+            raise KhmerOCRError(
+                f'A resolution of {resolution} px does not lead to image_size {self.resolution}: begin with {self.resolution} divided by 2, 4 or 8'
+            )
+        torch.manual_seed(self.seed)
+        self.growing = Pix2Pix(config, stages=stages)
+    self.run = _train_at_resolution(
+        self.growing,
+        self.out_dir / f'at{resolution}',
+        pairs,
+        resolution,
+        epochs,
+        0 if first else fade_in_epochs,
+        **self._loop(None, 2e-4, settings),
+    )
+    net = _best(self.run).generator
+    k = self.resolution // resolution
+    save_checkpoint(
+        self.run.out_dir / 'generator.safetensors',
+        net.state_dict(),
+        self.run.header | dict(kind='weights', part='generator', step=self.run.step),
+    )
+    return (
+        self._keep(Painter('pix2pix', net, resolution))
+        if k > 1
+        else self._keep(Painter('pix2pix', net, self.resolution))
+    )
 
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #fdeb9f30
 def as_mask(mask) -> np.ndarray:  # uint8 (H, W), 255 ink
     "A mask from an array or tensor (H, W) or (1, H, W), of truth values, 0..1, or 0..255"
     a = mask.detach().cpu().float().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
-    while a.ndim > 2 and a.shape[0] == 1: a = a[0]
-    if a.ndim != 2 or not a.size: raise KhmerOCRError(f'A mask has the shape {tuple(np.shape(mask))}: it must be height and width')
+    while a.ndim > 2 and a.shape[0] == 1:
+        a = a[0]
+    if a.ndim != 2 or not a.size:
+        raise KhmerOCRError(f'A mask has the shape {tuple(np.shape(mask))}: it must be height and width')
     a = a.astype(np.float32)
-    if not np.isfinite(a).all() or a.min() < 0 or a.max() > 255: raise KhmerOCRError('A mask has values that are no numbers from 0 to 1, or from 0 to 255')
-    return (a*(255 if a.max() <= 1 else 1)).round().astype(np.uint8)
+    if not np.isfinite(a).all() or a.min() < 0 or a.max() > 255:
+        raise KhmerOCRError('A mask has values that are no numbers from 0 to 1, or from 0 to 255')
+    return (a * (255 if a.max() <= 1 else 1)).round().astype(np.uint8)
 
-def load_mask(path: str|Path) -> np.ndarray:  # uint8 (H, W), 255 ink
+
+def load_mask(path: str | Path) -> np.ndarray:  # uint8 (H, W), 255 ink
     "Read one mask; the rarer of light and dark is the ink"
     return read_masks({'mask': Path(path)})['mask']
 
@@ -253,96 +405,135 @@ def ink_iou(
     mask: np.ndarray,  # uint8 (H, W), 255 ink
 ) -> float:  # 0..1; 1 for two blank pages
     "Intersection over union of the binarised page (Sauvola) and its mask"
-    found, want = sauvola(image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), window=31) > 0, mask > 127
+    found, want = (
+        sauvola(image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), window=31) > 0,
+        mask > 127,
+    )
     either = (found | want).sum()
-    return float((found & want).sum()/either) if either else 1.
+    return float((found & want).sum() / either) if either else 1.0
 
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #3cf64b9e
 def draw_styles(painter: Painter, n: int, rng) -> torch.Tensor:  # (n, style)
     "Style codes, `painter.spread` times as far from their mean as: mixtures of two training codes where they are known, else N(0, 1), in which a VAE was trained"
-    if painter.codes is None: return torch.from_numpy(rng.standard_normal((n, painter.style), np.float32))*painter.spread
-    middle, pick, t = painter.codes.mean(0), rng.integers(len(painter.codes), size=(n, 2)), torch.from_numpy(rng.random((n, 1), np.float32))
+    if painter.codes is None:
+        return torch.from_numpy(rng.standard_normal((n, painter.style), np.float32)) * painter.spread
+    middle, pick, t = (
+        painter.codes.mean(0),
+        rng.integers(len(painter.codes), size=(n, 2)),
+        torch.from_numpy(rng.random((n, 1), np.float32)),
+    )
     a, b = painter.codes[pick[:, 0]], painter.codes[pick[:, 1]]
-    return middle + painter.spread*(a*(1-t) + b*t - middle)
+    return middle + painter.spread * (a * (1 - t) + b * t - middle)
+
 
 def paint_looks(
     painter: Painter,
     mask: np.ndarray,  # uint8 (H, W), of any size
     n: int,
     seed: int = 0,
-    noise: float = .1,  # standard deviation of noise on the mask, 0..1; only for a Pix2Pix without styles
+    noise: float = 0.1,  # standard deviation of noise on the mask, 0..1; only for a Pix2Pix without styles
 ) -> list[np.ndarray]:  # uint8 (H, W, 3), RGB
     "Paint one mask `n` times; look i depends on the seed and i alone"
     s, out = painter.resolution, []
     for i in range(n):
         rng, plain = np.random.default_rng([seed, i]), painter.kind == 'pix2pix' and not painter.style
         z = draw_styles(painter, 1, rng)[0] if painter.style else None
-        m = mask if not (plain and noise) else (mask + rng.normal(0, noise*255, mask.shape)).clip(0, 255).round().astype(np.uint8)
-        out.append(paint(Look(painter, z), m, s, s//4, noise=plain, seed=int(rng.integers(2**31))))
+        m = (
+            mask
+            if not (plain and noise)
+            else (mask + rng.normal(0, noise * 255, mask.shape)).clip(0, 255).round().astype(np.uint8)
+        )
+        out.append(paint(Look(painter, z), m, s, s // 4, noise=plain, seed=int(rng.integers(2**31))))
     return out
 
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #74b3d283
 @patch
 def _ready(self: SyntheticDataGenerator) -> Painter:
-    if self.painter is None: raise KhmerOCRError('There is no trained generator yet: train one, or give model_path')
+    if self.painter is None:
+        raise KhmerOCRError('There is no trained generator yet: train one, or give model_path')
     return self.painter
+
 
 def keep_best(looks: list, mask, n: int) -> list:
     "The `n` looks that kept the ink best, in the order given"
     best = sorted(range(len(looks)), key=lambda i: -ink_iou(looks[i], mask))[:n]
     return [looks[i] for i in sorted(best)]
 
+
 @patch
-def generate_variations(self: SyntheticDataGenerator,
+def generate_variations(
+    self: SyntheticDataGenerator,
     mask,  # see `as_mask`; of any size
     num_candidates: int = 10,
-    seed: int|None = None,  # None: the constructor's
+    seed: int | None = None,  # None: the constructor's
 ) -> list[np.ndarray]:  # uint8 (H, W, 3), RGB
     "Several looks of one mask; of a hybrid half by Pix2Pix, then half by the VAE, of twice as many those that kept the ink best"
-    if num_candidates < 1: raise KhmerOCRError(f"Setting 'num_candidates' is {num_candidates}: it must be at least 1")
+    if num_candidates < 1:
+        raise KhmerOCRError(f"Setting 'num_candidates' is {num_candidates}: it must be at least 1")
     painter, m, seed = self._ready(), as_mask(mask), self.seed if seed is None else seed
-    if painter.other is None: return paint_looks(painter, m, num_candidates, seed)
-    shares = num_candidates-num_candidates//2, num_candidates//2
-    return [im for p, n in zip((painter, painter.other), shares) for im in keep_best(paint_looks(p, m, 2*n, seed), m, n)]
+    if painter.other is None:
+        return paint_looks(painter, m, num_candidates, seed)
+    shares = num_candidates - num_candidates // 2, num_candidates // 2
+    return [
+        im for p, n in zip((painter, painter.other), shares) for im in keep_best(paint_looks(p, m, 2 * n, seed), m, n)
+    ]
 
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #a1f6ba77
 @patch
-def load(self: SyntheticDataGenerator, model_path: str|Path):  # itself
+def load(self: SyntheticDataGenerator, model_path: str | Path):  # itself
     "Paint with a trained model; a .pth must be a Pix2Pix generator of these settings"
     plain = Path(model_path).suffix in ('.pth', '.pt')
     self.painter = open_painter(model_path, self._settings(Pix2PixConfig) if plain else None, self.custom)
-    if self.painter.kind != self.model_type: raise KhmerOCRError(f"{model_path} is a {self.painter.kind}, and this generator has model_type={self.model_type!r}: make one of model_type={self.painter.kind!r}")
-    for p in filter(None, (self.painter, self.painter.other)): p.net.to(self.device)
+    if self.painter.kind != self.model_type:
+        raise KhmerOCRError(
+            f"{model_path} is a {self.painter.kind}, and this generator has model_type={self.model_type!r}: make one of model_type={self.painter.kind!r}"
+        )
+    for p in filter(None, (self.painter, self.painter.other)):
+        p.net.to(self.device)
     return self
 
+
 @patch
-def generate_synthetic_data(self: SyntheticDataGenerator,
+def generate_synthetic_data(
+    self: SyntheticDataGenerator,
     input_masks: list,  # see `as_mask`; of any sizes
     num_variations: int = 5,
-    output_dir: str|Path|None = None,  # gets images/, masks/ and manifest.csv; None: nothing is written
-    model_path: str|Path|None = None,  # None: what was trained or loaded
-    seed: int|None = None,
+    output_dir: str | Path | None = None,  # gets images/, masks/ and manifest.csv; None: nothing is written
+    model_path: str | Path | None = None,  # None: what was trained or loaded
+    seed: int | None = None,
 ) -> list[Pair]:  # len(input_masks) * num_variations
     "Paint every mask several times"
-    if model_path is not None: self.load(model_path)
+    if model_path is not None:
+        self.load(model_path)
     masks, made = [as_mask(m) for m in input_masks], []
-    if not masks: raise KhmerOCRError('There are no masks to paint: give at least one')
+    if not masks:
+        raise KhmerOCRError('There are no masks to paint: give at least one')
     for i, m in enumerate(masks):
-        looks = self.generate_variations(m, num_variations, (self.seed if seed is None else seed)+i)
-        made += [Pair(im, np.where(m > 127, 255, 0).astype(np.uint8), f'synthetic{i:04d}_{k:02d}', f'mask{i:04d}') for k, im in enumerate(looks)]
-    if output_dir is not None: save_pairs(output_dir, made)
+        looks = self.generate_variations(m, num_variations, (self.seed if seed is None else seed) + i)
+        made += [
+            Pair(im, np.where(m > 127, 255, 0).astype(np.uint8), f'synthetic{i:04d}_{k:02d}', f'mask{i:04d}')
+            for k, im in enumerate(looks)
+        ]
+    if output_dir is not None:
+        save_pairs(output_dir, made)
     return made
 
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #ed9093c4
 @patch
-def visualize_generation(self: SyntheticDataGenerator,
+def visualize_generation(
+    self: SyntheticDataGenerator,
     input_mask,
     num_samples: int = 4,
-    save_path: str|Path|None = None,  # a PNG
-    seed: int|None = None,
+    save_path: str | Path | None = None,  # a PNG
+    seed: int | None = None,
 ) -> np.ndarray:  # uint8 (H, W, 3), RGB
     "A mask, dark on light, and looks of it in one row"
-    m = as_mask(input_mask); looks = self.generate_variations(m, num_samples, seed)
-    row = grid(torch.from_numpy(np.stack([np.repeat(255-m[..., None], 3, 2), *looks])).permute(0, 3, 1, 2)/127.5-1, nrow=num_samples+1)
-    if save_path: write_png(save_path, row)
+    m = as_mask(input_mask)
+    looks = self.generate_variations(m, num_samples, seed)
+    row = grid(
+        torch.from_numpy(np.stack([np.repeat(255 - m[..., None], 3, 2), *looks])).permute(0, 3, 1, 2) / 127.5 - 1,
+        nrow=num_samples + 1,
+    )
+    if save_path:
+        write_png(save_path, row)
     return row

@@ -16,34 +16,45 @@ from ..core.errors import KhmerOCRError
 # %% ../../nbs/07_generative/07_tiling.ipynb #b4995458
 def _window(tile, overlap):
     "Weights of a square's pixels along one side, float32 (tile,): 0 for an eighth of `overlap` px, then rising to 1 over three quarters of it"
-    t = np.arange(tile)+.5; t = np.minimum(t, tile-t)
-    return ((1-np.cos(np.pi*np.clip((t-overlap/8)/max(overlap*3/4, 1e-6), 0, 1)))/2).astype(np.float32)
+    t = np.arange(tile) + 0.5
+    t = np.minimum(t, tile - t)
+    return ((1 - np.cos(np.pi * np.clip((t - overlap / 8) / max(overlap * 3 / 4, 1e-6), 0, 1))) / 2).astype(np.float32)
+
 
 def _places(length, tile, overlap):
     "Where squares begin on a side of `length` px >= tile; evenly spread, so that no two overlap by less than `overlap`"
-    n = 1 if length <= tile else -(-(length-overlap)//(tile-overlap))
-    return [round(i*(length-tile)/max(1, n-1)) for i in range(n)]
+    n = 1 if length <= tile else -(-(length - overlap) // (tile - overlap))
+    return [round(i * (length - tile) / max(1, n - 1)) for i in range(n)]
 
 # %% ../../nbs/07_generative/07_tiling.ipynb #204f9ff3
 @contextmanager
 def _mode(net, noise, seed):
     "Eval mode, or that with dropout on; random numbers begin from `seed` and are put back"
-    was = net.training; net.eval()
-    for m in net.modules(): m.train(noise) if isinstance(m, nn.Dropout) else None
+    was = net.training
+    net.eval()
+    for m in net.modules():
+        m.train(noise) if isinstance(m, nn.Dropout) else None
     with torch.random.fork_rng([]), torch.inference_mode():
         torch.manual_seed(seed)
-        try: yield
-        finally: net.train(was)
+        try:
+            yield
+        finally:
+            net.train(was)
+
 
 def _tiles(mask, tile, overlap) -> Iterator[tuple]:
     for y in _places(mask.shape[0], tile, overlap):
-        for x in _places(mask.shape[1], tile, overlap): yield y, x, mask[y:y+tile, x:x+tile]
+        for x in _places(mask.shape[1], tile, overlap):
+            yield y, x, mask[y : y + tile, x : x + tile]
 
 # %% ../../nbs/07_generative/07_tiling.ipynb #e877320a
 def _blend(out, total, places, made, w):
     "Add painted squares to the page, each under its window"
     for (y, x), im in zip(places, made):
-        t = len(w); out[y:y+t, x:x+t] += im*w[..., None]; total[y:y+t, x:x+t] += w
+        t = len(w)
+        out[y : y + t, x : x + t] += im * w[..., None]
+        total[y : y + t, x : x + t] += w
+
 
 def paint(
     generator: nn.Module,  # (B, 1, tile, tile) in 0..1 -> (B, 3, tile, tile) in -1..1; its weights may be bfloat16
@@ -55,16 +66,24 @@ def paint(
     seed: int = 0,
 ) -> np.ndarray:  # uint8 (H, W, 3), RGB
     "Paint a whole page or line; the same bytes for the same arguments"
-    if mask.ndim != 2 or not mask.size: raise KhmerOCRError(f'The mask has the shape {mask.shape}: it must be height and width')
-    if not 0 <= overlap <= tile//2: raise KhmerOCRError(f"The overlap is {overlap} px: it must be from 0 to half the tile ({tile//2})")
-    edge, (h, w) = overlap//2, mask.shape; more = [max(edge, tile-n-edge) for n in (h, w)]
-    page = np.pad(mask, ((edge, more[0]), (edge, more[1]))); window = np.outer(*[_window(tile, overlap)]*2)
+    if mask.ndim != 2 or not mask.size:
+        raise KhmerOCRError(f'The mask has the shape {mask.shape}: it must be height and width')
+    if not 0 <= overlap <= tile // 2:
+        raise KhmerOCRError(f"The overlap is {overlap} px: it must be from 0 to half the tile ({tile // 2})")
+    edge, (h, w) = overlap // 2, mask.shape
+    more = [max(edge, tile - n - edge) for n in (h, w)]
+    page = np.pad(mask, ((edge, more[0]), (edge, more[1])))
+    window = np.outer(*[_window(tile, overlap)] * 2)
     like = next(generator.parameters())
-    out, total, items = np.zeros((*page.shape, 3), np.float32), np.zeros(page.shape, np.float32), list(_tiles(page, tile, overlap))
+    out, total, items = (
+        np.zeros((*page.shape, 3), np.float32),
+        np.zeros(page.shape, np.float32),
+        list(_tiles(page, tile, overlap)),
+    )
     with _mode(generator, noise, seed):
         for i in range(0, len(items), batch_size):
-            x = torch.from_numpy(np.stack([m for _, _, m in items[i:i+batch_size]])).float()[:, None]/255
+            x = torch.from_numpy(np.stack([m for _, _, m in items[i : i + batch_size]])).float()[:, None] / 255
             made = generator(x.to(like.device, like.dtype)).float().cpu().permute(0, 2, 3, 1).numpy()
-            _blend(out, total, [(y, x0) for y, x0, _ in items[i:i+batch_size]], made, window)
-    got = out[edge:edge+h, edge:edge+w]/total[edge:edge+h, edge:edge+w, None]
-    return ((got+1)*127.5).round().clip(0, 255).astype(np.uint8)
+            _blend(out, total, [(y, x0) for y, x0, _ in items[i : i + batch_size]], made, window)
+    got = out[edge : edge + h, edge : edge + w] / total[edge : edge + h, edge : edge + w, None]
+    return ((got + 1) * 127.5).round().clip(0, 255).astype(np.uint8)

@@ -21,49 +21,63 @@ from .artifacts import ResizeConv
 @dataclass(frozen=True)
 class VAEConfig:
     "Networks and losses; lengths in px"
-    resolution: int = 256      # side of the squares it is trained on, a power of two
-    form: str = 'style'        # style: image -> code, code and mask -> image | plain: mask -> code -> image
-    latent: int = 512          # length of the code
-    width: int = 32            # features at half the size; 8 times as many at a sixteenth of it
-    conditional: bool = False  # the encoder of styles is told the mask, so it knows where ink is
-    beta: float = 1.           # weight of the KL divergence, against squared errors that are summed, not averaged
-    warmup: float = .25        # share of the steps, 0..1, in which beta rises from 0
-    free_bits: float = 0.      # nats that every unit of the code may hold for nothing
-    bands: int = 5             # sizes of grain, from 1 px on, each twice the one before; 0: none (style form)
-    texture: float = .02       # weight of the grain's log-likelihood
 
-    def __post_init__(self): _check(self)
+    resolution: int = 256  # side of the squares it is trained on, a power of two
+    form: str = 'style'  # style: image -> code, code and mask -> image | plain: mask -> code -> image
+    latent: int = 512  # length of the code
+    width: int = 32  # features at half the size; 8 times as many at a sixteenth of it
+    conditional: bool = False  # the encoder of styles is told the mask, so it knows where ink is
+    beta: float = 1.0  # weight of the KL divergence, against squared errors that are summed, not averaged
+    warmup: float = 0.25  # share of the steps, 0..1, in which beta rises from 0
+    free_bits: float = 0.0  # nats that every unit of the code may hold for nothing
+    bands: int = 5  # sizes of grain, from 1 px on, each twice the one before; 0: none (style form)
+    texture: float = 0.02  # weight of the grain's log-likelihood
+
+    def __post_init__(self):
+        _check(self)
 
 # %% ../../nbs/07_generative/08_vae.ipynb #93c217c2
 def _check(c):
-    if c.form not in ('style', 'plain'): raise KhmerOCRError(f"Setting 'form' is {c.form!r}: it must be one of style, plain")
+    if c.form not in ('style', 'plain'):
+        raise KhmerOCRError(f"Setting 'form' is {c.form!r}: it must be one of style, plain")
     for k in ('latent', 'width'):
-        if getattr(c, k) < 1: raise KhmerOCRError(f"Setting '{k}' is {getattr(c, k)}: it must be at least 1")
+        if getattr(c, k) < 1:
+            raise KhmerOCRError(f"Setting '{k}' is {getattr(c, k)}: it must be at least 1")
     for k in ('beta', 'free_bits', 'texture', 'bands'):
-        if not getattr(c, k) >= 0: raise KhmerOCRError(f"Setting '{k}' is {getattr(c, k)}: it must not be negative")
-    if not 0 <= c.warmup <= 1: raise KhmerOCRError(f"Setting 'warmup' is {c.warmup}: it is a share of the steps, from 0 to 1")
+        if not getattr(c, k) >= 0:
+            raise KhmerOCRError(f"Setting '{k}' is {getattr(c, k)}: it must not be negative")
+    if not 0 <= c.warmup <= 1:
+        raise KhmerOCRError(f"Setting 'warmup' is {c.warmup}: it is a share of the steps, from 0 to 1")
     least = 64 if c.form == 'plain' else 32
-    if c.resolution < least or c.resolution & (c.resolution-1): raise KhmerOCRError(f"Setting 'resolution' is {c.resolution}: it must be a power of two, at least {least}")
-    if 2**c.bands > c.resolution: raise KhmerOCRError(f"Setting 'bands' is {c.bands}: a square of {c.resolution} px has {int(math.log2(c.resolution))} at most")
-    if c.conditional and c.form == 'plain': raise KhmerOCRError("Setting 'conditional' belongs to the form 'style': the plain form sees nothing but the mask anyway")
+    if c.resolution < least or c.resolution & (c.resolution - 1):
+        raise KhmerOCRError(f"Setting 'resolution' is {c.resolution}: it must be a power of two, at least {least}")
+    if 2**c.bands > c.resolution:
+        raise KhmerOCRError(
+            f"Setting 'bands' is {c.bands}: a square of {c.resolution} px has {int(math.log2(c.resolution))} at most"
+        )
+    if c.conditional and c.form == 'plain':
+        raise KhmerOCRError(
+            "Setting 'conditional' belongs to the form 'style': the plain form sees nothing but the mask anyway"
+        )
 
 # %% ../../nbs/07_generative/08_vae.ipynb #dbd2680d
 def reparameterise(
     mu: torch.Tensor,  # float (B, latent)
     logvar: torch.Tensor,  # float (B, latent), ln of the variance
-    generator: torch.Generator|None = None,  # of the CPU; None: torch's own
+    generator: torch.Generator | None = None,  # of the CPU; None: torch's own
 ) -> torch.Tensor:  # float (B, latent), drawn from N(mu, exp(logvar))
     "A code, differentiable in `mu` and `logvar` (Kingma and Welling, 2014)"
     eps = torch.randn(mu.shape, generator=generator).to(mu) if generator else torch.randn_like(mu)
-    return mu + (logvar/2).exp()*eps
+    return mu + (logvar / 2).exp() * eps
 
 # %% ../../nbs/07_generative/08_vae.ipynb #caaf78b3
 def kl_units(mu, logvar):
     "KL divergence of N(mu, exp(logvar)) from N(0, 1), nats: (B, latent) -> (latent,), the mean over the batch"
     mu, logvar = mu.float(), logvar.float()
-    return ((mu.square() + logvar.exp() - logvar - 1)/2).mean(0)
+    return ((mu.square() + logvar.exp() - logvar - 1) / 2).mean(0)
 
-def kl_loss(mu, logvar, free_bits: float = 0.):
+
+def kl_loss(mu, logvar, free_bits: float = 0.0):
     "Sum over the units, none counted below `free_bits` nats; scalar"
     return kl_units(mu, logvar).clamp_min(free_bits).sum()
 
@@ -74,64 +88,84 @@ def beta_at(
     config: VAEConfig,
 ) -> float:
     "Weight of the KL divergence at a step"
-    return config.beta*min(1., step/max(1., config.warmup*steps)) if config.warmup else config.beta
+    return config.beta * min(1.0, step / max(1.0, config.warmup * steps)) if config.warmup else config.beta
 
 # %% ../../nbs/07_generative/08_vae.ipynb #c146a678
 def active_units(
     mu: torch.Tensor,  # float (N, latent), the means for N different inputs
-    threshold: float = .01,  # variance
+    threshold: float = 0.01,  # variance
 ) -> int:
     "How many units of the code say something about the input"
     return int((mu.float().var(0, correction=0) > threshold).sum())
 
 # %% ../../nbs/07_generative/08_vae.ipynb #d6beb67b
-def _halve(cin, cout): return nn.Sequential(nn.Conv2d(cin, cout, 4, 2, 1), nn.LeakyReLU(.2))
+def _halve(cin, cout):
+    return nn.Sequential(nn.Conv2d(cin, cout, 4, 2, 1), nn.LeakyReLU(0.2))
+
 
 def _body(cin, w):
     "(B, cin, H, W) -> (B, 8w, H/16, W/16)"
-    return nn.Sequential(_halve(cin, w), _halve(w, 2*w), _halve(2*w, 4*w), _halve(4*w, 8*w))
+    return nn.Sequential(_halve(cin, w), _halve(w, 2 * w), _halve(2 * w, 4 * w), _halve(4 * w, 8 * w))
+
 
 class MaskEncoder(nn.Module):
     "mask (B, 1, S, S) -> (B, 2*latent)"
+
     def __init__(self, c: VAEConfig):
-        super().__init__(); w = 8*c.width
+        super().__init__()
+        w = 8 * c.width
         self.body = nn.Sequential(*_body(1, c.width), _halve(w, w), _halve(w, w))
-        self.out = nn.Linear(w*(c.resolution//64)**2, 2*c.latent)
-    def forward(self, x, mask=None): return self.out(self.body(x).flatten(1))
+        self.out = nn.Linear(w * (c.resolution // 64) ** 2, 2 * c.latent)
+
+    def forward(self, x, mask=None):
+        return self.out(self.body(x).flatten(1))
+
 
 class PlainDecoder(nn.Module):
     "code (B, latent) -> image (B, 3, S, S); the features it begins with are (B, 8*width, S/16, S/16)"
+
     def __init__(self, c: VAEConfig):
-        super().__init__(); w, self.side = c.width, c.resolution//16
-        self.begin = nn.Linear(c.latent, 8*w*self.side**2)
-        pairs = [(8*w, 4*w), (4*w, 2*w), (2*w, w), (w, max(1, w//2))]
-        self.ups = nn.Sequential(*[m for a, b in pairs for m in (ResizeConv(a, b, True), nn.LeakyReLU(.2))])
-        self.out = nn.Conv2d(max(1, w//2), 3, 3, padding=1, padding_mode='replicate')
-    def start(self, z): return F.leaky_relu(self.begin(z), .2).unflatten(1, (-1, self.side, self.side))
-    def forward(self, z, mask=None): return torch.tanh(self.out(self.ups(self.start(z)))), None
+        super().__init__()
+        w, self.side = c.width, c.resolution // 16
+        self.begin = nn.Linear(c.latent, 8 * w * self.side**2)
+        pairs = [(8 * w, 4 * w), (4 * w, 2 * w), (2 * w, w), (w, max(1, w // 2))]
+        self.ups = nn.Sequential(*[m for a, b in pairs for m in (ResizeConv(a, b, True), nn.LeakyReLU(0.2))])
+        self.out = nn.Conv2d(max(1, w // 2), 3, 3, padding=1, padding_mode='replicate')
+
+    def start(self, z):
+        return F.leaky_relu(self.begin(z), 0.2).unflatten(1, (-1, self.side, self.side))
+
+    def forward(self, z, mask=None):
+        return torch.tanh(self.out(self.ups(self.start(z)))), None
 
 # %% ../../nbs/07_generative/08_vae.ipynb #a9ad8c7a
-_quantiles = (.02, .1, .5, .9)
+_quantiles = (0.02, 0.1, 0.5, 0.9)
+
 
 def colours(
     image: torch.Tensor,  # float (B, 3, H, W), -1..1
-    mask: torch.Tensor|None = None,  # float (B, 1, H, W) in 0..1, ink 1
+    mask: torch.Tensor | None = None,  # float (B, 1, H, W) in 0..1, ink 1
 ) -> torch.Tensor:  # float (B, 12), or (B, 13) with a mask
     "Statistics of the colours of paper and ink"
-    x = image[..., ::2, ::2].float().flatten(2); n = x.shape[2]     # every fourth pixel tells enough
-    if mask is None: return x.sort(2).values[:, :, [int(q*n) for q in _quantiles]].flatten(1)
-    m = mask[..., ::2, ::2].float().flatten(2); out = []
-    for share in (1-m, m):
-        total = share.sum(2)+1e-3*n                                  # a crop without ink gives grey and no spread
-        mean = (x*share).sum(2)/total
-        out += [mean, (((x-mean[..., None])**2*share).sum(2)/total+1e-8).sqrt()]
+    x = image[..., ::2, ::2].float().flatten(2)
+    n = x.shape[2]  # every fourth pixel tells enough
+    if mask is None:
+        return x.sort(2).values[:, :, [int(q * n) for q in _quantiles]].flatten(1)
+    m = mask[..., ::2, ::2].float().flatten(2)
+    out = []
+    for share in (1 - m, m):
+        total = share.sum(2) + 1e-3 * n  # a crop without ink gives grey and no spread
+        mean = (x * share).sum(2) / total
+        out += [mean, (((x - mean[..., None]) ** 2 * share).sum(2) / total + 1e-8).sqrt()]
     return torch.cat([*out, m.mean(2)], 1)
 
 # %% ../../nbs/07_generative/08_vae.ipynb #d32357c7
 def _smooth(x, d, dim):
     "[1 4 6 4 1]/16 along one axis, the taps d px apart; 4d px shorter"
-    n = x.shape[dim]-4*d; tap = lambda i: x.narrow(dim, i*d, n)
-    return (tap(0)+tap(4))/16 + (tap(1)+tap(3))/4 + tap(2)*.375
+    n = x.shape[dim] - 4 * d
+    tap = lambda i: x.narrow(dim, i * d, n)
+    return (tap(0) + tap(4)) / 16 + (tap(1) + tap(3)) / 4 + tap(2) * 0.375
+
 
 def starlet(
     x: torch.Tensor,  # float (B, C, H, W)
@@ -141,25 +175,37 @@ def starlet(
     "Starlet bands by the B3 spline [1 4 6 4 1]/16, finest first"
     out = []
     for d in (2**i for i in range(n)):
-        y = _smooth(_smooth(F.pad(x, (2*d,)*4, mode), d, 3), d, 2)
-        out.append(x-y); x = y
+        y = _smooth(_smooth(F.pad(x, (2 * d,) * 4, mode), d, 3), d, 2)
+        out.append(x - y)
+        x = y
     return torch.stack(out, 1)
+
 
 @lru_cache
 def starlet_norms(n: int) -> torch.Tensor:  # float (n,)
     "Standard deviation of each band of white noise of variance 1"
-    side = 2**(n+2)+1; dot = torch.zeros(1, 1, side, side); dot[..., side//2, side//2] = 1
+    side = 2 ** (n + 2) + 1
+    dot = torch.zeros(1, 1, side, side)
+    dot[..., side // 2, side // 2] = 1
     return starlet(dot, n).square().sum((0, 2, 3, 4)).sqrt()
+
 
 def _floor(n):
     "Standard deviation (n, 1, 1, 1) that rounding to 256 levels leaves in each band of an image in -1..1"
-    return starlet_norms(n)[:, None, None, None]*2/255/12**.5
+    return starlet_norms(n)[:, None, None, None] * 2 / 255 / 12**0.5
 
 # %% ../../nbs/07_generative/08_vae.ipynb #67aab7c3
-_axes = torch.tensor([[1., 1, 1], [1, 0, -1], [1, -2, 1]])
-_axes = _axes/_axes.norm(dim=1, keepdim=True)
-def _opponent(x): return torch.einsum('oc,bchw->bohw', _axes.to(x), x)
-def _rgb(x): return torch.einsum('oc,...ohw->...chw', _axes.to(x), x)
+_axes = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]])
+_axes = _axes / _axes.norm(dim=1, keepdim=True)
+
+
+def _opponent(x):
+    return torch.einsum('oc,bchw->bohw', _axes.to(x), x)
+
+
+def _rgb(x):
+    return torch.einsum('oc,...ohw->...chw', _axes.to(x), x)
+
 
 def strengths(
     image: torch.Tensor,  # float (B, 3, H, W), -1..1
@@ -167,46 +213,61 @@ def strengths(
 ) -> torch.Tensor:  # float (B, 3*n): ln of the standard deviation
     "Strength of the texture in each band of each opponent colour; a median, so strokes count little"
     b = starlet(_opponent(image.float()), n)[..., ::2, ::2].flatten(3).abs()
-    return (b.median(3).values/.6745 + _floor(n)[..., 0, 0].to(b)).log().flatten(1)
+    return (b.median(3).values / 0.6745 + _floor(n)[..., 0, 0].to(b)).log().flatten(1)
 
 # %% ../../nbs/07_generative/08_vae.ipynb #6d0e2291
 class StyleEncoder(nn.Module):
     "image (B, 3, H, W), and the mask if conditional -> (B, 2*latent)"
+
     def __init__(self, c: VAEConfig):
-        super().__init__(); self.told, self.bands, w = c.conditional, c.bands or 3, c.width
-        self.body = _body(3+self.told, w)
-        self.mix = nn.Sequential(nn.Linear(16*w + 12+self.told + 3*self.bands, 8*w), nn.LeakyReLU(.2))
-        self.out = nn.Linear(8*w, 2*c.latent)
+        super().__init__()
+        self.told, self.bands, w = c.conditional, c.bands or 3, c.width
+        self.body = _body(3 + self.told, w)
+        self.mix = nn.Sequential(nn.Linear(16 * w + 12 + self.told + 3 * self.bands, 8 * w), nn.LeakyReLU(0.2))
+        self.out = nn.Linear(8 * w, 2 * c.latent)
 
     def forward(self, x, mask=None):
-        if self.told and mask is None: raise KhmerOCRError('This encoder was trained with conditional=True: give it the masks of the images too')
+        if self.told and mask is None:
+            raise KhmerOCRError('This encoder was trained with conditional=True: give it the masks of the images too')
         mask = mask if self.told else None
         h = self.body(x if mask is None else torch.cat([x, mask.to(x.dtype)], 1)).float().flatten(2)
-        seen = torch.cat([h.mean(2), (h.var(2, correction=0)+1e-6).sqrt(), colours(x, mask), strengths(x, self.bands)], 1)
+        seen = torch.cat(
+            [h.mean(2), (h.var(2, correction=0) + 1e-6).sqrt(), colours(x, mask), strengths(x, self.bands)], 1
+        )
         return self.out(self.mix(seen.to(x.dtype)))
 
 # %% ../../nbs/07_generative/08_vae.ipynb #0e7f2dc4
 class StyleDecoder(nn.Module):
     "code (B, latent), mask (B, 1, H, W) -> image (B, 3, H, W), strengths of grain (B, bands, 3, H, W) or None; H and W are multiples of 16"
-    def __init__(self, c: VAEConfig):
-        super().__init__(); w, self.bands = c.width, c.bands if c.texture else 0
-        self.map = nn.Sequential(nn.Linear(c.latent, 8*w), nn.LeakyReLU(.2))
-        self.downs = _body(1, w)
-        self.ups = nn.ModuleList(ResizeConv(a, b, True) for a, b in ((8*w, 4*w), (8*w, 2*w), (4*w, w), (2*w, w)))
-        self.films = nn.ModuleList(nn.Linear(8*w, 2*n) for n in (8*w, 4*w, 2*w, w, w))
-        self.colours = nn.Linear(8*w, 6)
-        self.out = nn.Conv2d(w+1, 3*(1+self.bands), 3, padding=1, padding_mode='replicate')
 
-    def film(self, i, x, s): g, b = self.films[i](s)[..., None, None].chunk(2, 1); return F.leaky_relu(x*(1+g)+b, .2)
+    def __init__(self, c: VAEConfig):
+        super().__init__()
+        w, self.bands = c.width, c.bands if c.texture else 0
+        self.map = nn.Sequential(nn.Linear(c.latent, 8 * w), nn.LeakyReLU(0.2))
+        self.downs = _body(1, w)
+        self.ups = nn.ModuleList(
+            ResizeConv(a, b, True) for a, b in ((8 * w, 4 * w), (8 * w, 2 * w), (4 * w, w), (2 * w, w))
+        )
+        self.films = nn.ModuleList(nn.Linear(8 * w, 2 * n) for n in (8 * w, 4 * w, 2 * w, w, w))
+        self.colours = nn.Linear(8 * w, 6)
+        self.out = nn.Conv2d(w + 1, 3 * (1 + self.bands), 3, padding=1, padding_mode='replicate')
+
+    def film(self, i, x, s):
+        g, b = self.films[i](s)[..., None, None].chunk(2, 1)
+        return F.leaky_relu(x * (1 + g) + b, 0.2)
 
     def forward(self, z, mask):
         s, h = self.map(z), [mask]
-        for d in self.downs: h.append(d(h[-1]))
+        for d in self.downs:
+            h.append(d(h[-1]))
         x = self.film(0, h.pop(), s)
-        for i, up in enumerate(self.ups): x = torch.cat([self.film(i+1, up(x), s), h.pop()], 1)
+        for i, up in enumerate(self.ups):
+            x = torch.cat([self.film(i + 1, up(x), s), h.pop()], 1)
         paper, ink = self.colours(s)[..., None, None].chunk(2, 1)
         out = self.out(x)
-        return torch.tanh(torch.lerp(paper, ink, mask) + out[:, :3]), out[:, 3:].unflatten(1, (-1, 3)) if self.bands else None
+        return torch.tanh(torch.lerp(paper, ink, mask) + out[:, :3]), out[:, 3:].unflatten(
+            1, (-1, 3)
+        ) if self.bands else None
 
 # %% ../../nbs/07_generative/08_vae.ipynb #0a496f10
 def grain(
@@ -215,41 +276,69 @@ def grain(
 ) -> torch.Tensor:  # float (B, 3, H, W), to be added to an image
     "Noise with the given strengths"
     n = scales.shape[1]
-    bands = starlet(noise.float(), n, 'circular')/starlet_norms(n).to(noise.device)[:, None, None, None]
-    return _rgb((bands*scales.float().exp()).sum(1))
+    bands = starlet(noise.float(), n, 'circular') / starlet_norms(n).to(noise.device)[:, None, None, None]
+    return _rgb((bands * scales.float().exp()).sum(1))
+
 
 def grain_loss(scales, rest):
     "Negative log-likelihood of the difference `rest` (B, 3, H, W) under the strengths, nats, summed per sample; what rounding leaves is always expected"
     bands, s = starlet(_opponent(rest.float()), scales.shape[1]), scales.float()
-    return (s + (bands.square()+_floor(scales.shape[1]).square().to(bands))*(-2*s).exp()/2).sum((1, 2, 3, 4)).mean()
+    return (
+        (s + (bands.square() + _floor(scales.shape[1]).square().to(bands)) * (-2 * s).exp() / 2)
+        .sum((1, 2, 3, 4))
+        .mean()
+    )
 
 # %% ../../nbs/07_generative/08_vae.ipynb #723ee7e0
 def _init(m):
     "Weights that keep the size of signals through rectifiers (He et al., 2015): there is no normalisation to mend it"
-    if isinstance(m, (nn.Conv2d, nn.Linear)): nn.init.kaiming_normal_(m.weight, .2); nn.init.zeros_(m.bias)
+    if isinstance(m, (nn.Conv2d, nn.Linear)):
+        nn.init.kaiming_normal_(m.weight, 0.2)
+        nn.init.zeros_(m.bias)
+
 
 class VAE(nn.Module):
     "encode -> code -> decode; the plain form encodes masks, the style form images"
+
     def __init__(self, config: VAEConfig = VAEConfig()):
-        super().__init__(); self.config, self.plain = config, config.form == 'plain'
-        self.encoder, self.decoder = (MaskEncoder(config), PlainDecoder(config)) if self.plain else (StyleEncoder(config), StyleDecoder(config))
+        super().__init__()
+        self.config, self.plain = config, config.form == 'plain'
+        self.encoder, self.decoder = (
+            (MaskEncoder(config), PlainDecoder(config)) if self.plain else (StyleEncoder(config), StyleDecoder(config))
+        )
         self.apply(_init)
-        for m in (self.encoder.out, *(() if self.plain else (*self.decoder.films, self.decoder.out))): nn.init.normal_(m.weight, 0, .01)
-        if not self.plain: nn.init.normal_(self.decoder.map[0].weight, 0, .05/config.latent**.5)     # whatever its length, the code is hardly heard at first
-        if not self.plain and self.decoder.bands: nn.init.constant_(self.decoder.out.bias[3:], -4.)
+        for m in (self.encoder.out, *(() if self.plain else (*self.decoder.films, self.decoder.out))):
+            nn.init.normal_(m.weight, 0, 0.01)
+        if not self.plain:
+            nn.init.normal_(
+                self.decoder.map[0].weight, 0, 0.05 / config.latent**0.5
+            )  # whatever its length, the code is hardly heard at first
+        if not self.plain and self.decoder.bands:
+            nn.init.constant_(self.decoder.out.bias[3:], -4.0)
 
     def encode(self, x, mask=None):
         "masks (plain) or images (style) -> mu, logvar, (B, latent) each"
         s = self.config.resolution
-        if self.plain and tuple(x.shape[1:]) != (1, s, s): raise KhmerOCRError(f'The plain form encodes masks of 1 x {s} x {s}, not {" x ".join(map(str, x.shape[1:]))}')
-        if not self.plain and (x.shape[1] != 3 or min(x.shape[2:]) < 32): raise KhmerOCRError(f'The style form encodes images of 3 channels and at least 32 x 32 px, not {" x ".join(map(str, x.shape[1:]))}')
+        if self.plain and tuple(x.shape[1:]) != (1, s, s):
+            raise KhmerOCRError(
+                f'The plain form encodes masks of 1 x {s} x {s}, not {" x ".join(map(str, x.shape[1:]))}'
+            )
+        if not self.plain and (x.shape[1] != 3 or min(x.shape[2:]) < 32):
+            raise KhmerOCRError(
+                f'The style form encodes images of 3 channels and at least 32 x 32 px, not {" x ".join(map(str, x.shape[1:]))}'
+            )
         return self.encoder(x, mask).chunk(2, 1)
 
     def parts(self, z, mask=None):
         "mean image (B, 3, H, W), strengths of its grain (B, bands, 3, H, W) or None"
-        if self.plain: return self.decoder(z)
-        if mask is None: raise KhmerOCRError('The style form paints a mask: give one beside the code')
-        if mask.shape[2] % 16 or mask.shape[3] % 16 or min(mask.shape[2:]) < 2**self.config.bands: raise KhmerOCRError(f'A mask of {mask.shape[3]} x {mask.shape[2]} px does not fit: both must be multiples of 16, at least {max(16, 2**self.config.bands)} (`pix2pix.paint` with `Styled` takes any size)')
+        if self.plain:
+            return self.decoder(z)
+        if mask is None:
+            raise KhmerOCRError('The style form paints a mask: give one beside the code')
+        if mask.shape[2] % 16 or mask.shape[3] % 16 or min(mask.shape[2:]) < 2**self.config.bands:
+            raise KhmerOCRError(
+                f'A mask of {mask.shape[3]} x {mask.shape[2]} px does not fit: both must be multiples of 16, at least {max(16, 2**self.config.bands)} (`pix2pix.paint` with `Styled` takes any size)'
+            )
         return self.decoder(z, mask)
 
     def decode(self, z, mask=None, noise=None):
@@ -265,5 +354,9 @@ class VAE(nn.Module):
 
     def generate(self, mask):
         "One look for each mask, by torch's random numbers: style from the prior, or plain from the mask's own distribution"
-        z = reparameterise(*self.encode(mask)) if self.plain else torch.randn(len(mask), self.config.latent, device=mask.device).to(mask.dtype)
+        z = (
+            reparameterise(*self.encode(mask))
+            if self.plain
+            else torch.randn(len(mask), self.config.latent, device=mask.device).to(mask.dtype)
+        )
         return self.decode(z, mask, torch.randn(len(mask), 3, *mask.shape[2:], device=mask.device))

@@ -26,36 +26,59 @@ from ..core.config import configure
 # %% ../../nbs/07_generative/09_vae_training.ipynb #7b19e1e0
 class ELBO:
     "Loss of a batch dict(mask=, image=): summed squared error + beta * KL + texture * grain; `seen`: the parts"
-    def __init__(self, config: VAEConfig): self.config, self.beta, self.seen = config, config.beta, {}
+
+    def __init__(self, config: VAEConfig):
+        self.config, self.beta, self.seen = config, config.beta, {}
 
     def __call__(self, model, batch):
         c, image, mask = self.config, batch['image'].float(), batch['mask'].float()
         made, mu, logvar, scales = model(mask if c.form == 'plain' else image, mask)
-        error = (made.float()-image).square()
+        error = (made.float() - image).square()
         kl = kl_loss(mu, logvar, c.free_bits)
         self.seen = dict(mse=error.mean().detach(), kl=kl_units(mu, logvar).sum().detach())
-        loss = error.sum((1, 2, 3)).mean() + self.beta*kl
-        return loss if scales is None else loss + c.texture*grain_loss(scales, image-made.detach().float())
+        loss = error.sum((1, 2, 3)).mean() + self.beta * kl
+        return loss if scales is None else loss + c.texture * grain_loss(scales, image - made.detach().float())
 
 # %% ../../nbs/07_generative/09_vae_training.ipynb #1df950e3
 class Watch(Callback):
     "Sets beta by the step; beta, mean squared error, KL (nats) and active units go to elbo.csv and the line of progress, every `log_every` steps"
+
     order = -30
-    def __init__(self, batch: dict): self.batch, self.last = batch, {}
-    def state(self): return self.last
-    def load_state(self, state): self.last = dict(state)
+
+    def __init__(self, batch: dict):
+        self.batch, self.last = batch, {}
+
+    def state(self):
+        return self.last
+
+    def load_state(self, state):
+        self.last = dict(state)
+
     def before_fit(self, learn):
-        p = learn.log_dir/'elbo.csv'; learn.shown |= self.last
+        p = learn.log_dir / 'elbo.csv'
+        learn.shown |= self.last
         self.rows = [r for r in read_history(p) if r['step'] <= learn.step] if learn.step and p.exists() else []
-    def before_batch(self, learn): learn.loss_fn.beta = beta_at(learn.step, learn.config.steps, learn.loss_fn.config)
+
+    def before_batch(self, learn):
+        learn.loss_fn.beta = beta_at(learn.step, learn.config.steps, learn.loss_fn.config)
+
     def after_step(self, learn):
-        if learn.step % learn.config.log_every and learn.step != learn.config.steps: return
-        self.last = dict(beta=learn.loss_fn.beta, **{k: v.item() for k, v in learn.loss_fn.seen.items()}, active=float(self.active(learn)))
-        learn.shown |= self.last; self.rows.append(dict(step=learn.step, loss=learn.loss_value, **self.last))
-        if learn.fabric.is_global_zero: write_csv(learn.log_dir/'elbo.csv', self.rows)
+        if learn.step % learn.config.log_every and learn.step != learn.config.steps:
+            return
+        self.last = dict(
+            beta=learn.loss_fn.beta,
+            **{k: v.item() for k, v in learn.loss_fn.seen.items()},
+            active=float(self.active(learn)),
+        )
+        learn.shown |= self.last
+        self.rows.append(dict(step=learn.step, loss=learn.loss_value, **self.last))
+        if learn.fabric.is_global_zero:
+            write_csv(learn.log_dir / 'elbo.csv', self.rows)
+
     def active(self, learn):
         net, (image, mask) = learn.net.eval(), (self.batch[k].to(learn.fabric.device) for k in ('image', 'mask'))
-        with torch.no_grad(): mu, _ = net.encode(mask if net.plain else image, mask)
+        with torch.no_grad():
+            mu, _ = net.encode(mask if net.plain else image, mask)
         learn.train_mode()
         return active_units(mu)
 
@@ -63,18 +86,27 @@ class Watch(Callback):
 def reconstruction_scores(held_out: list[Pair], config: VAEConfig, crops: int = 16, batch_size: int = 8):
     "evaluate(model) for the Learner: `mse` (of -1..1), `ssim`, `kl` (nats) and `active` units on fixed crops"
     data = PairBatches(held_out, batch_size, CropConfig(config.resolution), seed=0)
+
     def evaluate(model):
         got, mus = [], []
-        for n in range(-(-crops//batch_size)):
+        for n in range(-(-crops // batch_size)):
             b = {k: v.to(next(model.parameters()).device) for k, v in data[n].items()}
             made, mu, logvar, _ = model(b['mask'] if config.form == 'plain' else b['image'], b['mask'])
-            mus.append(mu); got.append(((made.float()-b['image']).square().mean().item(), similarity(made, b['image']), kl_units(mu, logvar).sum().item()))
+            mus.append(mu)
+            got.append(
+                (
+                    (made.float() - b['image']).square().mean().item(),
+                    similarity(made, b['image']),
+                    kl_units(mu, logvar).sum().item(),
+                )
+            )
         return dict(zip(('mse', 'ssim', 'kl'), np.mean(got, 0).tolist())) | dict(active=active_units(torch.cat(mus)))
+
     return evaluate
 
 # %% ../../nbs/07_generative/09_vae_training.ipynb #d4ab68c3
 def vae_learner(
-    out_dir: str|Path,
+    out_dir: str | Path,
     pairs: PairBatches,
     config: VAEConfig = VAEConfig(),
     epochs: int = 100,
@@ -82,51 +114,97 @@ def vae_learner(
     samples_every: int = 10,  # epochs from one picture of samples to the next: eight looks of one mask
     callbacks=(),
     verbose: bool = True,
-    **settings  # of `TrainConfig`
+    **settings,  # of `TrainConfig`
 ) -> Learner:
     "The Learner for a VAE; `fit()` trains it"
-    if any(s != config.resolution for s in pairs.crops.size): raise KhmerOCRError(f"The crops are {pairs.crops.size[1]} x {pairs.crops.size[0]} px and the setting 'resolution' is {config.resolution}: give crops of that size")
-    per = max(1, len(pairs)//settings.get('accumulate', 1))
-    settings = dict(steps=epochs*per, save_every=10*per, eval_every=10*per, batch_size=pairs.batch_size, lr=1e-3, optimizer='adam', warmup=.02, clip=0.) | settings
-    torch.manual_seed(settings.get('seed', 42)); net, seen = VAE(config), _watched(pairs)
-    calls = [Watch(seen), Samples(seen['mask'][:1].repeat(8, 1, 1, 1), samples_every*per, lambda step: f'epoch-{step//per:04d}', seen['image'])]
-    return Learner(net, ELBO(config), pairs.batches, TrainConfig(**settings), out_dir, [*calls, *callbacks], reconstruction_scores(held_out, config) if held_out else None, dict(model='vae', config=asdict(config)), verbose=verbose)
+    if any(s != config.resolution for s in pairs.crops.size):
+        raise KhmerOCRError(
+            f"The crops are {pairs.crops.size[1]} x {pairs.crops.size[0]} px and the setting 'resolution' is {config.resolution}: give crops of that size"
+        )
+    per = max(1, len(pairs) // settings.get('accumulate', 1))
+    settings = (
+        dict(
+            steps=epochs * per,
+            save_every=10 * per,
+            eval_every=10 * per,
+            batch_size=pairs.batch_size,
+            lr=1e-3,
+            optimizer='adam',
+            warmup=0.02,
+            clip=0.0,
+        )
+        | settings
+    )
+    torch.manual_seed(settings.get('seed', 42))
+    net, seen = VAE(config), _watched(pairs)
+    calls = [
+        Watch(seen),
+        Samples(
+            seen['mask'][:1].repeat(8, 1, 1, 1),
+            samples_every * per,
+            lambda step: f'epoch-{step // per:04d}',
+            seen['image'],
+        ),
+    ]
+    return Learner(
+        net,
+        ELBO(config),
+        pairs.batches,
+        TrainConfig(**settings),
+        out_dir,
+        [*calls, *callbacks],
+        reconstruction_scores(held_out, config) if held_out else None,
+        dict(model='vae', config=asdict(config)),
+        verbose=verbose,
+    )
+
 
 def _watched(pairs, n=32):
-    bs = [pairs[i] for i in range(-(-n//pairs.batch_size))]
+    bs = [pairs[i] for i in range(-(-n // pairs.batch_size))]
     return {k: torch.cat([b[k] for b in bs])[:n] for k in ('image', 'mask')}
 
 # %% ../../nbs/07_generative/09_vae_training.ipynb #0dcb300f
 def train_vae(
-    out_dir: str|Path,  # gets latest, best and vae.safetensors, history.csv, elbo.csv, speed.csv, samples/
-    pairs: PairBatches|list[Pair],
+    out_dir: str | Path,  # gets latest, best and vae.safetensors, history.csv, elbo.csv, speed.csv, samples/
+    pairs: PairBatches | list[Pair],
     config: VAEConfig = VAEConfig(),
     epochs: int = 100,
-    resume: str|Path|None = None,  # 'latest', or the path of a latest.safetensors
+    resume: str | Path | None = None,  # 'latest', or the path of a latest.safetensors
     batch_size: int = 8,  # of a list of pairs; there may be fewer
-    **more  # of `vae_learner`, and of `TrainConfig`
+    **more,  # of `vae_learner`, and of `TrainConfig`
 ) -> Learner:
     "Train a VAE; a resumed run ends with the same bits as one that was never stopped"
-    if not isinstance(pairs, PairBatches): pairs = PairBatches(pairs, batch_size, CropConfig(config.resolution), more.get('seed', 42))
-    try: learn = vae_learner(out_dir, pairs, config, epochs, **more).fit(resume)
-    except KhmerOCRError as e: raise _named(e, config) from None
+    if not isinstance(pairs, PairBatches):
+        pairs = PairBatches(pairs, batch_size, CropConfig(config.resolution), more.get('seed', 42))
+    try:
+        learn = vae_learner(out_dir, pairs, config, epochs, **more).fit(resume)
+    except KhmerOCRError as e:
+        raise _named(e, config) from None
     best = learn.net if learn.ema is None else learn.ema
-    save_checkpoint(Path(out_dir)/'vae.safetensors', best.state_dict(), learn.header | dict(kind='weights', step=learn.step))
+    save_checkpoint(
+        Path(out_dir) / 'vae.safetensors', best.state_dict(), learn.header | dict(kind='weights', step=learn.step)
+    )
     return learn
+
 
 def _named(e, c):
     "The Learner's message, with the settings of the VAE"
-    if 'even with one sample' in (s := str(e)): return KhmerOCRError(f"{s.split(',')[0]}, even with one square at a time: lower width (now {c.width}) or resolution (now {c.resolution})")
-    if 'not a finite number' in s: return KhmerOCRError(f'{s}; of the VAE, lower texture (now {c.texture:g}) or raise beta (now {c.beta:g})')
+    if 'even with one sample' in (s := str(e)):
+        return KhmerOCRError(
+            f"{s.split(',')[0]}, even with one square at a time: lower width (now {c.width}) or resolution (now {c.resolution})"
+        )
+    if 'not a finite number' in s:
+        return KhmerOCRError(f'{s}; of the VAE, lower texture (now {c.texture:g}) or raise beta (now {c.beta:g})')
     return e
 
 # %% ../../nbs/07_generative/09_vae_training.ipynb #0b119587
 def load_vae(
-    path: str|Path  # vae, best or latest.safetensors
+    path: str | Path,  # vae, best or latest.safetensors
 ) -> VAE:  # in eval mode
     "The VAE to draw with: averaged weights, where they were kept"
     weights, header = load_weights(path)
-    if header.get('model') != 'vae': raise KhmerOCRError(f"{path} is a checkpoint of {header.get('model') or 'another model'}, not of a VAE")
+    if header.get('model') != 'vae':
+        raise KhmerOCRError(f"{path} is a checkpoint of {header.get('model') or 'another model'}, not of a VAE")
     net = VAE(configure(VAEConfig, header['config']))
     net.load_state_dict(weights)
     return net.eval()
@@ -134,31 +212,41 @@ def load_vae(
 # %% ../../nbs/07_generative/09_vae_training.ipynb #a41ab5e7
 def _white(n, mask, config, seed):
     "White noise for n images of the size of the mask"
-    size = mask.shape[-2:] if mask is not None else (config.resolution,)*2
+    size = mask.shape[-2:] if mask is not None else (config.resolution,) * 2
     return torch.randn(n, 3, *size, generator=torch.Generator().manual_seed(seed))
+
 
 def _batch(mask):
     "(H, W), (1, H, W) or (1, 1, H, W) -> (1, 1, H, W)"
-    if mask is None: return None
-    mask = mask[(None,)*max(0, 4-mask.ndim)]
-    if mask.ndim != 4 or mask.shape[:2] != (1, 1): raise KhmerOCRError(f'One mask is painted in many looks: (1, 1, H, W), not {tuple(mask.shape)}; for several, call it for each')
+    if mask is None:
+        return None
+    mask = mask[(None,) * max(0, 4 - mask.ndim)]
+    if mask.ndim != 4 or mask.shape[:2] != (1, 1):
+        raise KhmerOCRError(
+            f'One mask is painted in many looks: (1, 1, H, W), not {tuple(mask.shape)}; for several, call it for each'
+        )
     return mask
+
 
 @torch.inference_mode()
 def sample(
     vae: VAE,
-    mask: torch.Tensor|None,  # float (1, 1, H, W) or (1, H, W), ink 1; None: a plain VAE draws from the prior
+    mask: torch.Tensor | None,  # float (1, 1, H, W) or (1, H, W), ink 1; None: a plain VAE draws from the prior
     n: int,
     seed: int = 0,
-    spread: float = 1.,  # standard deviation of the codes; below 1 more usual looks, above 1 rarer ones
+    spread: float = 1.0,  # standard deviation of the codes; below 1 more usual looks, above 1 rarer ones
 ) -> torch.Tensor:  # float (n, 3, H, W), -1..1
     "n looks of one mask; codes from the prior, or in the plain form from what the mask's own code leaves open"
-    if n < 1: raise KhmerOCRError(f'{n} looks were asked for: there must be at least one')
+    if n < 1:
+        raise KhmerOCRError(f'{n} looks were asked for: there must be at least one')
     mask, like, g = _batch(mask), next(vae.parameters()), torch.Generator().manual_seed(seed)
-    mu, sd = torch.zeros(1, vae.config.latent), 1.
-    if vae.plain and mask is not None: mu, logvar = (t.float().cpu() for t in vae.encode(mask.to(like))); sd = (logvar/2).exp()
-    z, noise = mu + spread*sd*torch.randn(n, vae.config.latent, generator=g), _white(n, mask, vae.config, seed+1)
-    return torch.cat([decode_all(vae, z[i:i+8], mask, noise[i:i+8]) for i in range(0, n, 8)])
+    mu, sd = torch.zeros(1, vae.config.latent), 1.0
+    if vae.plain and mask is not None:
+        mu, logvar = (t.float().cpu() for t in vae.encode(mask.to(like)))
+        sd = (logvar / 2).exp()
+    z, noise = mu + spread * sd * torch.randn(n, vae.config.latent, generator=g), _white(n, mask, vae.config, seed + 1)
+    return torch.cat([decode_all(vae, z[i : i + 8], mask, noise[i : i + 8]) for i in range(0, n, 8)])
+
 
 def decode_all(vae, z, mask, noise=None):
     "One mask (1, 1, H, W) with every code; float32 on the CPU"
@@ -171,39 +259,58 @@ def decode_all(vae, z, mask, noise=None):
 def style_of(
     vae: VAE,
     images: torch.Tensor,  # float (B, 3, H, W), -1..1; masks (B, 1, H, W) for a plain VAE
-    masks: torch.Tensor|None = None,  # of a VAE that is conditional
+    masks: torch.Tensor | None = None,  # of a VAE that is conditional
 ) -> torch.Tensor:  # float32 (B, latent): mu
     "The codes of given pages"
     like = next(vae.parameters())
     return vae.encode(images.to(like), None if masks is None else masks.to(like))[0].float().cpu()
 
+
 @torch.inference_mode()
 def reconstruct(vae: VAE, images, masks, grain: bool = False, seed: int = 0):
     "What the code has kept of pages (B, 3, H, W) with masks (B, 1, H, W): the same shape"
     z, like = style_of(vae, masks if vae.plain else images, masks), next(vae.parameters())
-    return vae.decode(z.to(like), masks.to(like), _white(len(z), masks, vae.config, seed).to(like.device) if grain else None).float().cpu()
+    return (
+        vae.decode(
+            z.to(like), masks.to(like), _white(len(z), masks, vae.config, seed).to(like.device) if grain else None
+        )
+        .float()
+        .cpu()
+    )
+
 
 @torch.inference_mode()
 def interpolate(
     vae: VAE,
-    mask: torch.Tensor|None,  # float (1, 1, H, W); None in the plain form
+    mask: torch.Tensor | None,  # float (1, 1, H, W); None in the plain form
     a: torch.Tensor,  # code (latent,) or (1, latent)
     b: torch.Tensor,
     n: int = 8,
     seed: int = 0,  # of the grain, the same in all
 ) -> torch.Tensor:  # float (n, 3, H, W), from the look a to the look b
     "One mask on the straight way between two codes"
-    t = torch.linspace(0, 1, n)[:, None]; mask = _batch(mask)
-    return decode_all(vae, torch.lerp(a.reshape(1, -1), b.reshape(1, -1), t), mask, _white(1, mask, vae.config, seed).expand(n, -1, -1, -1))
+    t = torch.linspace(0, 1, n)[:, None]
+    mask = _batch(mask)
+    return decode_all(
+        vae,
+        torch.lerp(a.reshape(1, -1), b.reshape(1, -1), t),
+        mask,
+        _white(1, mask, vae.config, seed).expand(n, -1, -1, -1),
+    )
 
 # %% ../../nbs/07_generative/09_vae_training.ipynb #43a1c9f4
 class Styled(nn.Module):
     "mask (B, 1, H, W) in 0..1 -> image (B, 3, H, W), always in the look `z` (latent,)"
+
     def __init__(self, vae: VAE, z: torch.Tensor, grain: bool = True):
         super().__init__()
-        if vae.plain: raise KhmerOCRError('A plain VAE cannot hold a style: its code is the text; train one with form=style')
-        if z.numel() != vae.config.latent: raise KhmerOCRError(f'The code has {z.numel()} numbers, the VAE knows codes of {vae.config.latent}')
-        self.vae, self.grain = vae, grain; self.register_buffer('z', z.detach().reshape(1, -1).clone())
+        if vae.plain:
+            raise KhmerOCRError('A plain VAE cannot hold a style: its code is the text; train one with form=style')
+        if z.numel() != vae.config.latent:
+            raise KhmerOCRError(f'The code has {z.numel()} numbers, the VAE knows codes of {vae.config.latent}')
+        self.vae, self.grain = vae, grain
+        self.register_buffer('z', z.detach().reshape(1, -1).clone())
+
     def forward(self, mask):
         noise = torch.randn(len(mask), 3, *mask.shape[2:], device=mask.device) if self.grain else None
         return self.vae.decode(self.z.to(mask.dtype).expand(len(mask), -1), mask, noise)

@@ -20,7 +20,18 @@ from ..text.rules import rule_line
 from ..synth.generator import Recipe
 from ..data.datasets import OnTheFlyDataset
 from ..data.batching import as_input, bucket_batches
-from ..data.preprocess import cleared, edges_lighter, evened, lean, paper_grey, prepare, stretch, trim, unshaded, upright_polarity
+from khmer_ocr.data.preprocess import (
+    cleared,
+    edges_lighter,
+    evened,
+    lean,
+    paper_grey,
+    prepare,
+    stretch,
+    trim,
+    unshaded,
+    upright_polarity,
+)
 from ..core.config import configure
 from ..models.ctc import CTCConfig, CTCNet
 from ..text.tokenizers import Units
@@ -31,81 +42,143 @@ from ..models.zoo import _checkpoint, _ways, open_model
 def _onnx(*names):
     "Modules of the extra; KhmerOCRError if it is not installed"
     import importlib
-    try: return [importlib.import_module(n) for n in names]
-    except ImportError as e: raise KhmerOCRError(f'ONNX needs the package {e.name}: pip install khmer_ocr[onnx]') from None
+
+    try:
+        return [importlib.import_module(n) for n in names]
+    except ImportError as e:
+        raise KhmerOCRError(f'ONNX needs the package {e.name}: pip install khmer_ocr[onnx]') from None
+
 
 @contextmanager
 def _quiet():
     "Without the remarks of exporters and quantisers on their own future"
-    level = logging.root.manager.disable; logging.disable(logging.WARNING)
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(): warnings.simplefilter('ignore'); yield
-    finally: logging.disable(level)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logging.disable(level)
 
 # %% ../../nbs/09_inference/03_onnx.ipynb #1c2cd559
 class _OnlyImages(nn.Module):
-    def __init__(self, net): super().__init__(); self.net = net
-    def forward(self, images): return self.net(images)
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        return self.net(images)
+
 
 def _described(model, head: dict):
     "The bytes of an ONNX model with a header in its metadata"
     del model.metadata_props[:]
-    entry = model.metadata_props.add(); entry.key, entry.value = 'khmer_ocr', json.dumps(head, ensure_ascii=False, sort_keys=True)
+    entry = model.metadata_props.add()
+    entry.key, entry.value = 'khmer_ocr', json.dumps(head, ensure_ascii=False, sort_keys=True)
     return model.SerializeToString(deterministic=True)
+
 
 def export_onnx(
     name_or_path,  # of a CTC reader
-    out  # .onnx file to write
+    out,  # .onnx file to write
 ) -> int:  # bytes written
     "A reader as ONNX: `images` float32 (lines, 1, height, width), ink 1, paper 0 -> `logits` float32 (lines, frames, units)"
-    onnx, = _onnx('onnx'); path = _checkpoint(name_or_path); net, units, head = open_model(path)
-    if not isinstance(net, CTCNet) or net.config.reading == 'attention': raise KhmerOCRError(f'{path} reads with attention: only CTC readers with LSTMs or convolutions go into ONNX')
+    (onnx,) = _onnx('onnx')
+    path = _checkpoint(name_or_path)
+    net, units, head = open_model(path)
+    if not isinstance(net, CTCNet) or net.config.reading == 'attention':
+        raise KhmerOCRError(f'{path} reads with attention: only CTC readers with LSTMs or convolutions go into ONNX')
     with tempfile.TemporaryDirectory() as d, _quiet():
-        torch.onnx.export(_OnlyImages(fold_norms(net)), (torch.zeros(1, 1, net.config.height, 64),), f'{d}/a.onnx', dynamo=False, opset_version=17,
-            input_names=['images'], output_names=['logits'], dynamic_axes=dict(images={0: 'lines', 3: 'width'}, logits={0: 'lines', 1: 'frames'}))
-        keep = {k: head[k] for k in ('model', 'config', 'charset', 'height', 'stride', 'preprocess', 'normal_form', 'name', 'licence') if k in head}
-        data = _described(onnx.load(f'{d}/a.onnx'), keep | dict(name=keep.get('name', Path(path).stem), units=list(units.units), arithmetic='float32'))
-    Path(out).parent.mkdir(parents=True, exist_ok=True); write_atomic(out, data)
+        torch.onnx.export(
+            _OnlyImages(fold_norms(net)),
+            (torch.zeros(1, 1, net.config.height, 64),),
+            f'{d}/a.onnx',
+            dynamo=False,
+            opset_version=17,
+            input_names=['images'],
+            output_names=['logits'],
+            dynamic_axes=dict(images={0: 'lines', 3: 'width'}, logits={0: 'lines', 1: 'frames'}),
+        )
+        keep = {
+            k: head[k]
+            for k in ('model', 'config', 'charset', 'height', 'stride', 'preprocess', 'normal_form', 'name', 'licence')
+            if k in head
+        }
+        data = _described(
+            onnx.load(f'{d}/a.onnx'),
+            keep | dict(name=keep.get('name', Path(path).stem), units=list(units.units), arithmetic='float32'),
+        )
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, data)
     return len(data)
 
 # %% ../../nbs/09_inference/03_onnx.ipynb #45f648da
 class OnnxNet(CTCNet):
     "An ONNX file as a CTC network"
+
     def __init__(self, path, threads=1):
         nn.Module.__init__(self)
-        ort, = _onnx('onnxruntime'); options = ort.SessionOptions()
+        (ort,) = _onnx('onnxruntime')
+        options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads or 0, 1, 3
-        try: self.session = ort.InferenceSession(Path(path).read_bytes(), options, providers=['CPUExecutionProvider'])
-        except FileNotFoundError: raise KhmerOCRError(f'{path} does not exist: write it with `khmer-ocr export onnx`') from None
-        except Exception: raise KhmerOCRError(f'{path} is damaged or no ONNX file: export it again') from None
+        try:
+            self.session = ort.InferenceSession(Path(path).read_bytes(), options, providers=['CPUExecutionProvider'])
+        except FileNotFoundError:
+            raise KhmerOCRError(f'{path} does not exist: write it with `khmer-ocr export onnx`') from None
+        except Exception:
+            raise KhmerOCRError(f'{path} is damaged or no ONNX file: export it again') from None
         said = self.session.get_modelmeta().custom_metadata_map.get('khmer_ocr')
-        if not said: raise KhmerOCRError(f'{path} is an ONNX file, but none of khmer_ocr: export one with `khmer-ocr export onnx`')
+        if not said:
+            raise KhmerOCRError(
+                f'{path} is an ONNX file, but none of khmer_ocr: export one with `khmer-ocr export onnx`'
+            )
         self.header = json.loads(said)
-        self.config = configure(CTCConfig, {k: tuple(v) if isinstance(v, list) else v for k, v in self.header['config'].items()})
-    def forward(self, x, widths=None): return torch.from_numpy(self.session.run(None, dict(images=x.float().cpu().contiguous().numpy()))[0])
+        self.config = configure(
+            CTCConfig, {k: tuple(v) if isinstance(v, list) else v for k, v in self.header['config'].items()}
+        )
+
+    def forward(self, x, widths=None):
+        return torch.from_numpy(self.session.run(None, dict(images=x.float().cpu().contiguous().numpy()))[0])
 
 # %% ../../nbs/09_inference/03_onnx.ipynb #c0b74d88
 class OnnxReader(Reader):
     "A reader out of an ONNX file: `OnnxReader('fast.onnx').read(images)`"
+
     def __init__(self, path, threads=1, decoder=None, lm=None):  # decoder and lm: see `choose_decoder`
-        self.net = OnnxNet(path, threads); self.header = head = self.net.header
+        self.net = OnnxNet(path, threads)
+        self.header = head = self.net.header
         for key, mine in _ways.items():
-            if (theirs := str(head.get(key)).split(':')[0]) not in mine: raise KhmerOCRError(f'{path} was exported with {key} {theirs}, but this version of khmer_ocr does {mine[0]}: export it again')
+            if (theirs := str(head.get(key)).split(':')[0]) not in mine:
+                raise KhmerOCRError(
+                    f'{path} was exported with {key} {theirs}, but this version of khmer_ocr does {mine[0]}: export it again'
+                )
         self.units, self.height, self.stride = Units(Charset(head['charset'])), head['height'], head['stride']
-        self.device, self.dtype, self.threads, self.decoder = 'cpu', torch.float32, threads, choose_decoder(self.net, self.units, decoder, lm)
+        self.device, self.dtype, self.threads, self.decoder = (
+            'cpu',
+            torch.float32,
+            threads,
+            choose_decoder(self.net, self.units, decoder, lm),
+        )
+
 
 def open_reader(name_or_path=None, **kwargs):  # kwargs: decoder, lm, threads
     "`OnnxReader` for files that end in .onnx, `Reader.load` for all else"
-    return OnnxReader(name_or_path, **kwargs) if str(name_or_path).endswith('.onnx') else Reader.load(name_or_path, **kwargs)
+    return (
+        OnnxReader(name_or_path, **kwargs)
+        if str(name_or_path).endswith('.onnx')
+        else Reader.load(name_or_path, **kwargs)
+    )
 
 # %% ../../nbs/09_inference/03_onnx.ipynb #6544ba49
 def calibration_lines(
     lines: int = 96,
     recipe: Recipe = Recipe(random_text=True, preset='mixed', seed=20261121),
-    height: int = 40  # px
+    height: int = 40,  # px
 ) -> list[np.ndarray]:  # float32 (8, 1, height, W), ink 1
     "Drawn lines of all kinds of damage, in batches of like width"
-    rng = np.random.default_rng(recipe.seed); texts = [rule_line(rng) for _ in range(lines)]
+    rng = np.random.default_rng(recipe.seed)
+    texts = [rule_line(rng) for _ in range(lines)]
     source = OnTheFlyDataset(replace(recipe, random_text=False), height=height, texts=texts)
     return [as_input(b['images']).numpy() for b in bucket_batches(source.take(0, lines), 8)]
 
@@ -113,20 +186,38 @@ def calibration_lines(
 def quantise(
     onnx_file,  # of `export_onnx`
     out,  # .onnx file to write
-    batches=None  # of images, as the network takes them; None: `calibration_lines`
+    batches=None,  # of images, as the network takes them; None: `calibration_lines`
 ) -> int:  # bytes written
     "INT8: dynamic for LSTMs and linear layers, static for convolutions; weights per channel in the convolutions"
     onnx, q, shapes = _onnx('onnx', 'onnxruntime.quantization', 'onnxruntime.quantization.shape_inference')
-    head = OnnxNet(onnx_file).header; batches = calibration_lines(height=head['height']) if batches is None else batches
+    head = OnnxNet(onnx_file).header
+    batches = calibration_lines(height=head['height']) if batches is None else batches
+
     class Lines(q.CalibrationDataReader):
-        def __init__(self): self.rest = iter(batches)
-        def get_next(self): b = next(self.rest, None); return None if b is None else dict(images=b)
+        def __init__(self):
+            self.rest = iter(batches)
+
+        def get_next(self):
+            b = next(self.rest, None)
+            return None if b is None else dict(images=b)
+
     with tempfile.TemporaryDirectory() as d, _quiet():
         shapes.quant_pre_process(str(onnx_file), f'{d}/a.onnx', skip_symbolic_shape=True)
-        q.quantize_dynamic(f'{d}/a.onnx', f'{d}/b.onnx', op_types_to_quantize=['LSTM', 'MatMul'], weight_type=q.QuantType.QInt8)
-        q.quantize_static(f'{d}/b.onnx', f'{d}/c.onnx', Lines(), op_types_to_quantize=['Conv', 'MaxPool', 'Add'], per_channel=True, activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8)
+        q.quantize_dynamic(
+            f'{d}/a.onnx', f'{d}/b.onnx', op_types_to_quantize=['LSTM', 'MatMul'], weight_type=q.QuantType.QInt8
+        )
+        q.quantize_static(
+            f'{d}/b.onnx',
+            f'{d}/c.onnx',
+            Lines(),
+            op_types_to_quantize=['Conv', 'MaxPool', 'Add'],
+            per_channel=True,
+            activation_type=q.QuantType.QUInt8,
+            weight_type=q.QuantType.QInt8,
+        )
         data = _described(onnx.load(f'{d}/c.onnx'), head | dict(arithmetic='int8'))
-    Path(out).parent.mkdir(parents=True, exist_ok=True); write_atomic(out, data)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, data)
     return len(data)
 
 # %% ../../nbs/09_inference/03_onnx.ipynb #0e035446
@@ -150,10 +241,22 @@ if __name__ == '__main__':
     for path in sys.argv[1:]: print(read(session, head, cv2.imread(path, cv2.IMREAD_GRAYSCALE)))
 '''
 
+
 def write_program(
     onnx_file,  # of `export_onnx` or `quantise`
-    out  # .py file to write, beside it
+    out,  # .py file to write, beside it
 ):
     "A program of its own that reads lines with an ONNX file"
-    functions = '\n'.join(inspect.getsource(f).replace('height: int = HEIGHT', 'height') for f in (lean, evened, edges_lighter, upright_polarity, paper_grey, unshaded, stretch, trim, cleared, prepare))
-    write_atomic(out, _PROGRAM.format(name=OnnxNet(onnx_file).header['name'], program=Path(out).name, file=Path(onnx_file).name, functions=functions))
+    functions = '\n'.join(
+        inspect.getsource(f).replace('height: int = HEIGHT', 'height')
+        for f in (lean, evened, edges_lighter, upright_polarity, paper_grey, unshaded, stretch, trim, cleared, prepare)
+    )
+    write_atomic(
+        out,
+        _PROGRAM.format(
+            name=OnnxNet(onnx_file).header['name'],
+            program=Path(out).name,
+            file=Path(onnx_file).name,
+            functions=functions,
+        ),
+    )

@@ -19,71 +19,77 @@ from ..data.images import read_image, to_grey
 
 # %% ../../nbs/09_inference/02_page.ipynb #f125ae2c
 def dark_on_light(
-    image: np.ndarray  # uint8 HxW grey, ink of either polarity
+    image: np.ndarray,  # uint8 HxW grey, ink of either polarity
 ) -> np.ndarray:  # uint8 HxW, ink dark
     "Invert a page whose larger part is dark"
     split, _ = cv2.threshold(image, 0, 255, cv2.THRESH_OTSU)
-    return 255 - image if (image <= split).mean() > .5 else image
+    return 255 - image if (image <= split).mean() > 0.5 else image
 
 # %% ../../nbs/09_inference/02_page.ipynb #33e30dfb
 def binarise(
     image: np.ndarray,  # uint8 HxW grey, dark ink on light paper
-    k: float = .2  # how far below the local mean a calm neighbourhood's threshold lies
+    k: float = 0.2,  # how far below the local mean a calm neighbourhood's threshold lies
 ) -> np.ndarray:  # bool HxW, True where there is ink
     "Ink of a page, by `local_threshold` of its stretched greys"
-    if image.size < 64: return np.zeros(image.shape, bool)
-    lo, hi = np.percentile(image[::2, ::3], (.2, 90))
-    if hi - lo < 40: return np.zeros(image.shape, bool)
-    levels = ((np.arange(256) - lo)*(255/(hi - lo))).clip(0, 255).round().astype(np.uint8)
+    if image.size < 64:
+        return np.zeros(image.shape, bool)
+    lo, hi = np.percentile(image[::2, ::3], (0.2, 90))
+    if hi - lo < 40:
+        return np.zeros(image.shape, bool)
+    levels = ((np.arange(256) - lo) * (255 / (hi - lo))).clip(0, 255).round().astype(np.uint8)
     grey = cv2.LUT(image, levels).astype(np.float32)
-    return grey < local_threshold(grey, max(15, min(image.shape)//20) | 1, k, depth=-1, border=cv2.BORDER_REFLECT_101)
+    return grey < local_threshold(grey, max(15, min(image.shape) // 20) | 1, k, depth=-1, border=cv2.BORDER_REFLECT_101)
 
 # %% ../../nbs/09_inference/02_page.ipynb #5ef82e81
 def _contrast(ys, xs, degrees):
     "Sum of squared differences of neighbouring row counts after shearing by `degrees`"
-    rows = np.floor(ys + xs*.618 % 1 - xs*math.tan(math.radians(degrees))).astype(np.int64)
+    rows = np.floor(ys + xs * 0.618 % 1 - xs * math.tan(math.radians(degrees))).astype(np.int64)
     counts = np.bincount(rows - rows.min()).astype(np.float64)
-    return float((np.diff(counts)**2).sum())
+    return float((np.diff(counts) ** 2).sum())
 
 # %% ../../nbs/09_inference/02_page.ipynb #a26b0244
 def deskew_angle(
     ink: np.ndarray,  # bool HxW
-    limit: float = 5.  # degrees; larger angles are not looked for
+    limit: float = 5.0,  # degrees; larger angles are not looked for
 ) -> float:  # degrees, positive when the lines fall to the right; 0 below 0.2, which is not worth the blur of turning
     "The angle under which the rows of the page differ most"
-    rules = cv2.morphologyEx(ink.astype(np.uint8), cv2.MORPH_OPEN, np.ones((1, max(15, ink.shape[1]//15)), np.uint8))
+    rules = cv2.morphologyEx(ink.astype(np.uint8), cv2.MORPH_OPEN, np.ones((1, max(15, ink.shape[1] // 15)), np.uint8))
     ys, xs = np.nonzero(ink & (rules == 0))
-    if len(ys) < 50: return 0.
-    step = max(1, len(ys)//100_000)
-    ys, xs = ys[::step].astype(np.float32), xs[::step] - np.float32(ink.shape[1]/2)
-    best = max(np.arange(-limit, limit + .1, .5), key=lambda a: (_contrast(ys, xs, a), -abs(a)))
-    best = max(np.arange(best - .5, best + .51, .05), key=lambda a: (_contrast(ys, xs, a), -abs(a)))
-    return float(best) if abs(best) > .19 else 0.
+    if len(ys) < 50:
+        return 0.0
+    step = max(1, len(ys) // 100_000)
+    ys, xs = ys[::step].astype(np.float32), xs[::step] - np.float32(ink.shape[1] / 2)
+    best = max(np.arange(-limit, limit + 0.1, 0.5), key=lambda a: (_contrast(ys, xs, a), -abs(a)))
+    best = max(np.arange(best - 0.5, best + 0.51, 0.05), key=lambda a: (_contrast(ys, xs, a), -abs(a)))
+    return float(best) if abs(best) > 0.19 else 0.0
 
 # %% ../../nbs/09_inference/02_page.ipynb #3f31dea2
 def rotate(
     image: np.ndarray,  # uint8 HxW grey, dark on light
-    degrees: float  # turned anticlockwise by this much, about the centre
+    degrees: float,  # turned anticlockwise by this much, about the centre
 ) -> np.ndarray:  # uint8, as large as the turned sheet needs; new corners get the paper's median grey
     "Turn a page; 0 gives the very same pixels"
-    if not degrees: return image
+    if not degrees:
+        return image
     h, w = image.shape
-    turn = cv2.getRotationMatrix2D((w/2, h/2), degrees, 1)
+    turn = cv2.getRotationMatrix2D((w / 2, h / 2), degrees, 1)
     c, s = abs(turn[0, 0]), abs(turn[0, 1])
-    W, H = math.ceil(h*s + w*c), math.ceil(h*c + w*s)
-    turn[:, 2] += (W - w)/2, (H - h)/2
+    W, H = math.ceil(h * s + w * c), math.ceil(h * c + w * s)
+    turn[:, 2] += (W - w) / 2, (H - h) / 2
     return cv2.warpAffine(image, turn, (W, H), flags=cv2.INTER_CUBIC, borderValue=int(np.median(image)))
 
 # %% ../../nbs/09_inference/02_page.ipynb #f4e027b0
 @dataclass
 class _Pieces:
     "Connected pieces of ink: `labels` int32 HxW (0 = none); arrays by label: x, y, w, h in px, area"
+
     labels: np.ndarray
     x: np.ndarray
     y: np.ndarray
     w: np.ndarray
     h: np.ndarray
     area: np.ndarray
+
 
 def _pieces(ink):
     "8-connected pieces of a bool image; entry 0 (the paper) is given height 0"
@@ -94,17 +100,18 @@ def _pieces(ink):
 # %% ../../nbs/09_inference/02_page.ipynb #1f1e2ef0
 def _em(p):
     "Height in px of a typical letter body: the median of the pieces' heights, each weighted by its width; 0 for no text"
-    ok = (p.h >= 5) & (p.h < 250) & (p.w < 8*p.h)
-    if not ok.any(): return 0.
+    ok = (p.h >= 5) & (p.h < 250) & (p.w < 8 * p.h)
+    if not ok.any():
+        return 0.0
     h, w = p.h[ok], p.w[ok]
     order = np.argsort(h, kind='stable')
     total = np.cumsum(w[order])
-    return float(h[order][np.searchsorted(total, total[-1]/2)])
+    return float(h[order][np.searchsorted(total, total[-1] / 2)])
 
 # %% ../../nbs/09_inference/02_page.ipynb #f2184434
 def _without_rules(ink, em):
     "Ink without straight horizontal or vertical strokes longer than 6 em"
-    bits, rod = ink.astype(np.uint8), max(9, int(6*em))
+    bits, rod = ink.astype(np.uint8), max(9, int(6 * em))
     rules = cv2.morphologyEx(bits, cv2.MORPH_OPEN, np.ones((1, rod), np.uint8))
     rules |= cv2.morphologyEx(bits, cv2.MORPH_OPEN, np.ones((rod, 1), np.uint8))
     return ink & ~cv2.dilate(rules, np.ones((3, 3), np.uint8)).astype(bool)
@@ -114,34 +121,39 @@ def _pictures(p, em):
     "bool HxW: the filled outlines of seals, emblems, photographs"
     h, w = p.labels.shape
     out = np.zeros((h, w), np.uint8)
-    for i in np.flatnonzero((p.h > 4.5*em) & (p.h < .5*h) & (p.w < .5*w)):
-        at = np.s_[p.y[i]:p.y[i]+p.h[i], p.x[i]:p.x[i]+p.w[i]]
+    for i in np.flatnonzero((p.h > 4.5 * em) & (p.h < 0.5 * h) & (p.w < 0.5 * w)):
+        at = np.s_[p.y[i] : p.y[i] + p.h[i], p.x[i] : p.x[i] + p.w[i]]
         outline, _ = cv2.findContours((p.labels[at] == i).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(out, outline, -1, 1, cv2.FILLED, offset=(int(p.x[i]), int(p.y[i])))
-    if not out.any(): return out.astype(bool)
-    return cv2.morphologyEx(out, cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2*int(em) + 1,)*2)).astype(bool)
+    if not out.any():
+        return out.astype(bool)
+    return cv2.morphologyEx(
+        out, cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * int(em) + 1,) * 2)
+    ).astype(bool)
 
 # %% ../../nbs/09_inference/02_page.ipynb #384fc2ec
 def _bodies(p, em):
     "Which pieces are letter bodies: not small signs, not pictures (taller than 4.5 em)"
-    return (p.h >= .6*em) & (p.h <= 4.5*em)
+    return (p.h >= 0.6 * em) & (p.h <= 4.5 * em)
+
 
 def _local_projection(p, em):
     "float32 HxW in [0, 1]: how densely letter bodies stand around each pixel"
     paint = np.zeros(p.labels.shape, np.float32)
-    for i in np.flatnonzero(_bodies(p, em)): paint[p.y[i]:p.y[i]+p.h[i], p.x[i]:p.x[i]+p.w[i]] = 1
-    f = max(1., em/8)   # a blur this wide needs no fine pixels
-    small = cv2.resize(paint, None, fx=1/f, fy=1/f, interpolation=cv2.INTER_AREA)
-    small = cv2.GaussianBlur(small, (0, 0), sigmaX=2*em/f, sigmaY=.4*em/f)
+    for i in np.flatnonzero(_bodies(p, em)):
+        paint[p.y[i] : p.y[i] + p.h[i], p.x[i] : p.x[i] + p.w[i]] = 1
+    f = max(1.0, em / 8)  # a blur this wide needs no fine pixels
+    small = cv2.resize(paint, None, fx=1 / f, fy=1 / f, interpolation=cv2.INTER_AREA)
+    small = cv2.GaussianBlur(small, (0, 0), sigmaX=2 * em / f, sigmaY=0.4 * em / f)
     return cv2.resize(small, paint.shape[::-1], interpolation=cv2.INTER_CUBIC), paint
 
 # %% ../../nbs/09_inference/02_page.ipynb #d139d346
 def _ridges(p, em):
     "int32 HxW: numbered stretches of line middles; a stretch ends where no body stands for about 1.2 em"
     density, paint = _local_projection(p, em)
-    reach = max(1, int(.5*em))
-    ridge = (density >= cv2.dilate(density, np.ones((2*reach + 1, 1), np.uint8)) - 1e-6) & (density > .06)
-    near = cv2.dilate(paint, np.ones((2*reach + 1, 2*int(.6*em) + 1), np.uint8)) > 0
+    reach = max(1, int(0.5 * em))
+    ridge = (density >= cv2.dilate(density, np.ones((2 * reach + 1, 1), np.uint8)) - 1e-6) & (density > 0.06)
+    near = cv2.dilate(paint, np.ones((2 * reach + 1, 2 * int(0.6 * em) + 1), np.uint8)) > 0
     thick = cv2.dilate((ridge & near).astype(np.uint8), np.ones((3, 3), np.uint8))
     return cv2.connectedComponents(thick, connectivity=8)[1]
 
@@ -149,47 +161,62 @@ def _ridges(p, em):
 @dataclass
 class _Run:
     "A stretch of one line: the path of its middle (`xs` rising, `ys`), its core from `up` px above to `down` px below, its `pieces`"
+
     xs: np.ndarray
     ys: np.ndarray
-    up: float = 0.
-    down: float = 0.
+    up: float = 0.0
+    down: float = 0.0
     pieces: list = field(default_factory=list)
-    def mid(self, x): return np.interp(x, self.xs, self.ys)
+
+    def mid(self, x):
+        return np.interp(x, self.xs, self.ys)
+
     @property
-    def x0(self): return self.xs[0]
+    def x0(self):
+        return self.xs[0]
+
     @property
-    def x1(self): return self.xs[-1]
+    def x1(self):
+        return self.xs[-1]
+
     @property
-    def y(self): return float(self.ys[len(self.ys)//2])
+    def y(self):
+        return float(self.ys[len(self.ys) // 2])
+
     @property
-    def core(self): return self.up + self.down
+    def core(self):
+        return self.up + self.down
 
 # %% ../../nbs/09_inference/02_page.ipynb #30482d26
 def _paths(ridges):
     "One `_Run` per ridge number, its middle averaged column by column; entry 0 is None"
     ys, xs = np.nonzero(ridges)
     which, w = ridges[ys, xs].astype(np.int64), ridges.shape[1]
-    key, inverse, n = np.unique(which*w + xs, return_inverse=True, return_counts=True)
-    mean = np.bincount(inverse, ys)/n
-    cuts = np.searchsorted(key, np.arange(1, ridges.max() + 2)*w)
+    key, inverse, n = np.unique(which * w + xs, return_inverse=True, return_counts=True)
+    mean = np.bincount(inverse, ys) / n
+    cuts = np.searchsorted(key, np.arange(1, ridges.max() + 2) * w)
     return [None] + [_Run(key[a:b] % w, mean[a:b]) for a, b in zip(cuts, cuts[1:])]
 
+
 def _weighted_median(v, w):
-    order = np.argsort(v, kind='stable'); total = np.cumsum(np.asarray(w)[order])
-    return float(np.asarray(v)[order][np.searchsorted(total, total[-1]/2)])
+    order = np.argsort(v, kind='stable')
+    total = np.cumsum(np.asarray(w)[order])
+    return float(np.asarray(v)[order][np.searchsorted(total, total[-1] / 2)])
 
 # %% ../../nbs/09_inference/02_page.ipynb #0f16924f
 def _runs(p, ridges, em):
     "Runs that at least one letter body stands on, with their cores measured"
     runs = _paths(ridges)
     for i in np.flatnonzero(_bodies(p, em)):
-        for k in np.unique(ridges[p.y[i]:p.y[i]+p.h[i], p.x[i]:p.x[i]+p.w[i]]):
-            if k: runs[k].pieces.append(i)
+        for k in np.unique(ridges[p.y[i] : p.y[i] + p.h[i], p.x[i] : p.x[i] + p.w[i]]):
+            if k:
+                runs[k].pieces.append(i)
     runs = [r for r in runs[1:] if r.pieces]
     for r in runs:
-        i = np.array(r.pieces); mid = r.mid(p.x[i] + p.w[i]/2)
-        r.up = max(2., _weighted_median(mid - p.y[i], p.w[i]))
-        r.down = max(2., _weighted_median(p.y[i] + p.h[i] - mid, p.w[i]))
+        i = np.array(r.pieces)
+        mid = r.mid(p.x[i] + p.w[i] / 2)
+        r.up = max(2.0, _weighted_median(mid - p.y[i], p.w[i]))
+        r.down = max(2.0, _weighted_median(p.y[i] + p.h[i] - mid, p.w[i]))
     return runs
 
 # %% ../../nbs/09_inference/02_page.ipynb #c39472b1
@@ -197,55 +224,76 @@ def _merge(runs, p):
     "Drop a run most of whose letters also stand on a longer one"
     kept = []
     for r in sorted(runs, key=lambda r: (-sum(p.w[i] for i in r.pieces), r.y)):
-        def shared(k): return sum(p.w[i] for i in set(r.pieces) & set(k.pieces))
-        if all(shared(k) <= .5*sum(p.w[i] for i in r.pieces) for k in kept): kept.append(r)
+
+        def shared(k):
+            return sum(p.w[i] for i in set(r.pieces) & set(k.pieces))
+
+        if all(shared(k) <= 0.5 * sum(p.w[i] for i in r.pieces) for k in kept):
+            kept.append(r)
     return kept
 
 # %% ../../nbs/09_inference/02_page.ipynb #3b6c6c0e
-def _join(runs, picture, reach=6.):
+def _join(runs, picture, reach=6.0):
     "Runs of one column -> lines: runs on one level, less than `reach` cores apart (not counting `picture`), become one run"
     lines = []
-    def gap(l, r): return (~picture[int(r.ys[0]), l.x1:r.x0]).sum() if r.x0 > l.x1 else 0
+
+    def gap(l, r):
+        return (~picture[int(r.ys[0]), l.x1 : r.x0]).sum() if r.x0 > l.x1 else 0
+
     for r in sorted(runs, key=lambda r: (r.x0, r.y)):
-        near = [l for l in lines if gap(l, r) < reach*max(l.core, r.core) and abs(l.ys[-1] - r.ys[0]) < .5*min(l.core, r.core) + .1*max(l.core, r.core)]
+        near = [
+            l
+            for l in lines
+            if gap(l, r) < reach * max(l.core, r.core)
+            and abs(l.ys[-1] - r.ys[0]) < 0.5 * min(l.core, r.core) + 0.1 * max(l.core, r.core)
+        ]
         if near:
-            l = min(near, key=lambda l: abs(l.ys[-1] - r.ys[0]) + .1*abs(r.x0 - l.x1))
+            l = min(near, key=lambda l: abs(l.ys[-1] - r.ys[0]) + 0.1 * abs(r.x0 - l.x1))
             a, b = l.x1 - l.x0 + 1, r.x1 - r.x0 + 1
-            l.up, l.down = (a*l.up + b*r.up)/(a + b), (a*l.down + b*r.down)/(a + b)
+            l.up, l.down = (a * l.up + b * r.up) / (a + b), (a * l.down + b * r.down) / (a + b)
             order = np.argsort(xs := np.r_[l.xs, r.xs], kind='stable')
             l.xs, l.ys, l.pieces = xs[order], np.r_[l.ys, r.ys][order], l.pieces + r.pieces
-        else: lines.append(_Run(r.xs, r.ys, r.up, r.down, list(r.pieces)))
+        else:
+            lines.append(_Run(r.xs, r.ys, r.up, r.down, list(r.pieces)))
     return lines
 
 # %% ../../nbs/09_inference/02_page.ipynb #110b2aef
 def _is_column(runs, em):
     "Three rows or more, six em of text or more in each on average"
     ys = sorted(r.y for r in runs)
-    n = sum(1 for a, b in zip([-1e9] + ys, ys) if b - a > .8*em)   # distinct rows
-    return n >= 3 and sum(r.x1 - r.x0 for r in runs) >= 6*em*n
+    n = sum(1 for a, b in zip([-1e9] + ys, ys) if b - a > 0.8 * em)  # distinct rows
+    return n >= 3 and sum(r.x1 - r.x0 for r in runs) >= 6 * em * n
 
 # %% ../../nbs/09_inference/02_page.ipynb #2e9fda7d
 def _gutter(runs, em):
     "(x, y0, y1) of the tallest strip of white between two columns, from where both have begun, or None"
     best, tallest = None, 0
-    for x in {r.x1 + .7*em for r in runs}:
-        ys = sorted(r.y for r in runs if r.x0 < x + .7*em and r.x1 > x - .7*em)
+    for x in {r.x1 + 0.7 * em for r in runs}:
+        ys = sorted(r.y for r in runs if r.x0 < x + 0.7 * em and r.x1 > x - 0.7 * em)
         for y0, y1 in zip([-1e9] + ys, ys + [1e9]):
             inside = [r for r in runs if y0 < r.y < y1]
             left, right = [r for r in inside if r.x1 <= x], [r for r in inside if r.x0 >= x]
-            if not left or not right: continue
+            if not left or not right:
+                continue
             top, foot = (f(g(r.y for r in s) for s in (left, right)) for f, g in ((max, min), (min, max)))
             beside = ([r for r in s if top - em < r.y < foot + em] for s in (left, right))
-            if foot - top > tallest and all(_is_column(s, em) for s in beside): best, tallest = (x, top - em, y1), foot - top
+            if foot - top > tallest and all(_is_column(s, em) for s in beside):
+                best, tallest = (x, top - em, y1), foot - top
     return best
 
 # %% ../../nbs/09_inference/02_page.ipynb #7ba09c90
 def _columns(runs, em):
     "Runs in blocks of one column each, the blocks in reading order"
-    if not (g := _gutter(runs, em)): return [runs] if runs else []
+    if not (g := _gutter(runs, em)):
+        return [runs] if runs else []
     x, y0, y1 = g
     inside = [r for r in runs if y0 < r.y < y1]
-    parts = [r for r in runs if r.y <= y0], [r for r in inside if r.x1 <= x], [r for r in inside if r.x1 > x], [r for r in runs if r.y >= y1]
+    parts = (
+        [r for r in runs if r.y <= y0],
+        [r for r in inside if r.x1 <= x],
+        [r for r in inside if r.x1 > x],
+        [r for r in runs if r.y >= y1],
+    )
     return [block for part in parts for block in _columns(part, em)]
 
 # %% ../../nbs/09_inference/02_page.ipynb #f0aec000
@@ -253,69 +301,84 @@ def _in_order(lines):
     "Lines of one block from top to bottom; those on one level from left to right"
     rows = []
     for l in sorted(lines, key=lambda l: l.y):
-        if rows and l.y - np.mean([m.y for m in rows[-1]]) < .5*l.core: rows[-1].append(l)
-        else: rows.append([l])
+        if rows and l.y - np.mean([m.y for m in rows[-1]]) < 0.5 * l.core:
+            rows[-1].append(l)
+        else:
+            rows.append([l])
     return [l for row in rows for l in sorted(row, key=lambda l: l.x0)]
 
 # %% ../../nbs/09_inference/02_page.ipynb #35d7c8f9
 def _owners(p, lines, picture):
     "For each piece the number of its line, from 1; 0 for none and for parts of a picture"
-    cost = np.full((len(lines) + 1, len(p.h)), 1.)
+    cost = np.full((len(lines) + 1, len(p.h)), 1.0)
     for k, l in enumerate(lines, 1):
-        mid = l.mid(p.x + p.w/2)
-        apart = np.maximum(np.maximum(mid - l.up - (p.y + p.h), p.y - mid - l.down), 0)/l.core
-        beside = np.maximum(np.maximum(l.x0 - (p.x + p.w), p.x - l.x1), 0)/l.core
-        speck = p.area < .06*l.core**2
-        cost[k] = np.where((apart < np.where(speck, .4, .9)) & (beside < np.where(speck, .7, 1.5)), apart + .1*beside, 2)
+        mid = l.mid(p.x + p.w / 2)
+        apart = np.maximum(np.maximum(mid - l.up - (p.y + p.h), p.y - mid - l.down), 0) / l.core
+        beside = np.maximum(np.maximum(l.x0 - (p.x + p.w), p.x - l.x1), 0) / l.core
+        speck = p.area < 0.06 * l.core**2
+        cost[k] = np.where(
+            (apart < np.where(speck, 0.4, 0.9)) & (beside < np.where(speck, 0.7, 1.5)), apart + 0.1 * beside, 2
+        )
     own = cost.argmin(0)
-    own[picture[np.minimum(p.y + p.h//2, len(picture) - 1), np.minimum(p.x + p.w//2, picture.shape[1] - 1)]] = 0
-    for k, l in enumerate(lines, 1): own[l.pieces] = k
+    own[picture[np.minimum(p.y + p.h // 2, len(picture) - 1), np.minimum(p.x + p.w // 2, picture.shape[1] - 1)]] = 0
+    for k, l in enumerate(lines, 1):
+        own[l.pieces] = k
     own[p.h == 0] = 0
     return own
 
 # %% ../../nbs/09_inference/02_page.ipynb #4eacfd6a
 def _cut(labels, p, i, upper, lower):
     "Row at which piece `i`, standing on two lines, is thinnest between their cores"
-    x = p.x[i] + p.w[i]/2
-    a, b = int(upper.mid(x) + .5*upper.down), int(lower.mid(x) - .5*lower.up)
+    x = p.x[i] + p.w[i] / 2
+    a, b = int(upper.mid(x) + 0.5 * upper.down), int(lower.mid(x) - 0.5 * lower.up)
     a, b = max(a, p.y[i]), min(b, p.y[i] + p.h[i])
-    if b <= a: return (a + b)//2
-    ink = (labels[a:b, p.x[i]:p.x[i]+p.w[i]] == i).sum(1)
+    if b <= a:
+        return (a + b) // 2
+    ink = (labels[a:b, p.x[i] : p.x[i] + p.w[i]] == i).sum(1)
     thin = np.flatnonzero(ink == ink.min())
-    return a + int(thin[len(thin)//2])
+    return a + int(thin[len(thin) // 2])
 
 # %% ../../nbs/09_inference/02_page.ipynb #16868413
 def _owner_map(p, lines, picture, em):
     "int32 HxW: for each pixel of ink the number of its line, from 1; 0 elsewhere"
     own = _owners(p, lines, picture)
-    own[p.h > 4.5*em] = 0
+    own[p.h > 4.5 * em] = 0
     out = own[p.labels].astype(np.int32)
     stands = {}
     for k, l in enumerate(lines, 1):
-        for i in set(l.pieces): stands.setdefault(i, []).append(k)
+        for i in set(l.pieces):
+            stands.setdefault(i, []).append(k)
     for i, ks in stands.items():
-        ks = sorted(ks, key=lambda k: lines[k-1].mid(p.x[i] + p.w[i]/2))
-        box = np.s_[p.y[i]:p.y[i]+p.h[i], p.x[i]:p.x[i]+p.w[i]]
+        ks = sorted(ks, key=lambda k: lines[k - 1].mid(p.x[i] + p.w[i] / 2))
+        box = np.s_[p.y[i] : p.y[i] + p.h[i], p.x[i] : p.x[i] + p.w[i]]
         mine, row = p.labels[box] == i, np.arange(p.y[i], p.y[i] + p.h[i])[:, None]
-        for a, b in zip(ks, ks[1:]): out[box][mine & (row >= _cut(p.labels, p, i, lines[a-1], lines[b-1]))] = b
+        for a, b in zip(ks, ks[1:]):
+            out[box][mine & (row >= _cut(p.labels, p, i, lines[a - 1], lines[b - 1]))] = b
     return out
 
 # %% ../../nbs/09_inference/02_page.ipynb #3a9fe47c
 @dataclass(frozen=True)
 class Box:
     "A line's place on the straightened page, in px: columns `x0` <= x < `x1`, rows `y0` <= y < `y1`"
+
     x0: int
     y0: int
     x1: int
     y1: int
+
     @property
-    def width(self): return self.x1 - self.x0
+    def width(self):
+        return self.x1 - self.x0
+
     @property
-    def height(self): return self.y1 - self.y0
+    def height(self):
+        return self.y1 - self.y0
+
 
 @dataclass
 class Page:
     "A straightened page: `image` uint8 HxW dark on light, `angle` it was turned by in degrees, `boxes` in reading order, `owners` int32 HxW (box number from 1, 0 for paper)"
+
     image: np.ndarray
     angle: float
     boxes: list
@@ -327,7 +390,9 @@ def _boxes(owners, n):
     ys, xs = np.nonzero(owners)
     k = owners[ys, xs]
     lo, hi = np.full((n + 1, 2), 1 << 30), np.full((n + 1, 2), -1)
-    for j, v in enumerate((xs, ys)): np.minimum.at(lo[:, j], k, v); np.maximum.at(hi[:, j], k, v)
+    for j, v in enumerate((xs, ys)):
+        np.minimum.at(lo[:, j], k, v)
+        np.maximum.at(hi[:, j], k, v)
     return [(*lo[i], *(hi[i] + 1)) if hi[i, 0] >= 0 else None for i in range(1, n + 1)]
 
 # %% ../../nbs/09_inference/02_page.ipynb #661c51b1
@@ -335,32 +400,38 @@ def _find(ink):
     "(boxes with a slight margin, owner map) of straight ink"
     p = _pieces(ink)
     p = _pieces(_without_rules(ink, _em(p))) if _em(p) else p
-    if not (em := _em(p)): return [], np.zeros(ink.shape, np.int32)
+    if not (em := _em(p)):
+        return [], np.zeros(ink.shape, np.int32)
     picture = _pictures(p, em)
-    runs = [r for r in _merge(_runs(p, _ridges(p, em), em), p) if picture[r.ys.astype(int), r.xs].mean() < .6]
+    runs = [r for r in _merge(_runs(p, _ridges(p, em), em), p) if picture[r.ys.astype(int), r.xs].mean() < 0.6]
     runs = _join(runs, picture, reach=1.5)
     lines = [l for block in _columns(runs, em) for l in _in_order(_join(block, picture))]
-    owners, m, boxes, (h, w) = _owner_map(p, lines, picture, em), max(2, round(.15*em)), [], ink.shape
+    owners, m, boxes, (h, w) = _owner_map(p, lines, picture, em), max(2, round(0.15 * em)), [], ink.shape
     number = np.zeros(len(lines) + 1, np.int32)
     for k, b in enumerate(_boxes(owners, len(lines)), 1):
-        if b is None or b[3] - b[1] < .6*em or b[2] - b[0] < .4*em: continue
+        if b is None or b[3] - b[1] < 0.6 * em or b[2] - b[0] < 0.4 * em:
+            continue
         boxes.append(Box(*map(int, (max(0, b[0] - m), max(0, b[1] - m), min(w, b[2] + m), min(h, b[3] + m)))))
         number[k] = len(boxes)
     return boxes, number[owners]
 
 # %% ../../nbs/09_inference/02_page.ipynb #fce66a2c
 def straighten(
-    image: np.ndarray  # uint8 HxW grey
+    image: np.ndarray,  # uint8 HxW grey
 ) -> Page:  # with its lines found
     "Turn the page dark on light and straight, and find its lines"
-    if image.ndim != 2 or image.dtype != np.uint8: raise KhmerOCRError(f'a page must be a grey uint8 image (H, W), not {image.dtype} {image.shape}')
+    if image.ndim != 2 or image.dtype != np.uint8:
+        raise KhmerOCRError(f'a page must be a grey uint8 image (H, W), not {image.dtype} {image.shape}')
     grey = dark_on_light(image)
     ink = binarise(grey)
-    if angle := deskew_angle(ink): grey = rotate(grey, angle); ink = binarise(grey)
+    if angle := deskew_angle(ink):
+        grey = rotate(grey, angle)
+        ink = binarise(grey)
     return Page(grey, angle, *_find(ink))
 
+
 def find_lines(
-    image: np.ndarray  # uint8 HxW grey
+    image: np.ndarray,  # uint8 HxW grey
 ) -> list[Box]:  # in reading order, on the page as `straighten` turns it
     "The lines of a page"
     return straighten(image).boxes
@@ -369,77 +440,103 @@ def find_lines(
 def crop_line(
     page: Page,  # from `straighten`; a bare image is cut as it is
     box: Box,
-    mask: bool = True  # paint over what belongs to other lines
+    mask: bool = True,  # paint over what belongs to other lines
 ) -> np.ndarray:  # uint8 grey
     "One line, cut out of the straightened page"
-    at = np.s_[box.y0:box.y1, box.x0:box.x1]
-    if not isinstance(page, Page): return page[at].copy()
+    at = np.s_[box.y0 : box.y1, box.x0 : box.x1]
+    if not isinstance(page, Page):
+        return page[at].copy()
     out, own = page.image[at].copy(), page.owners[at]
-    if not mask: return out
+    if not mask:
+        return out
     k = page.boxes.index(box) + 1
     near = cv2.dilate(((own > 0) & (own != k)).astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
     keep = cv2.dilate((own == k).astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
-    if (own == 0).any(): out[near & ~keep] = np.median(out[own == 0])
+    if (own == 0).any():
+        out[near & ~keep] = np.median(out[own == 0])
     return out
 
 # %% ../../nbs/09_inference/02_page.ipynb #7844ed5c
 def read_page(
     reader,  # with `.read(list of uint8 grey images) -> list[Reading]`
-    image: np.ndarray  # uint8 HxW grey
+    image: np.ndarray,  # uint8 HxW grey
 ) -> list:  # (Box, Reading) in reading order
     "Find the lines of a page and read them"
     page = straighten(image)
     return list(zip(page.boxes, reader.read([crop_line(page, b) for b in page.boxes])))
 
+
 def page_text(
-    lines: list  # from `read_page`
+    lines: list,  # from `read_page`
 ) -> str:  # one line of text a row; boxes on one level side by side are joined by a tab; lines that read as nothing are left out
     "The text of a page"
     rows, last = [], None
     for b, r in lines:
-        if not r.text: continue
-        level = last and b.x0 >= last.x1 and min(b.y1, last.y1) - max(b.y0, last.y0) > .6*min(b.height, last.height)
-        if level: rows[-1] += '\t' + r.text
-        else: rows.append(r.text)
+        if not r.text:
+            continue
+        level = last and b.x0 >= last.x1 and min(b.y1, last.y1) - max(b.y0, last.y0) > 0.6 * min(b.height, last.height)
+        if level:
+            rows[-1] += '\t' + r.text
+        else:
+            rows.append(r.text)
         last = b
     return '\n'.join(rows)
 
 # %% ../../nbs/09_inference/02_page.ipynb #9613d828
-_most = 40_000_000   # pixels a PDF page is drawn with at most
+_most = 40_000_000  # pixels a PDF page is drawn with at most
+
 
 def _pdf_pages(path, dpi):
     import pypdfium2
-    try: pdf = pypdfium2.PdfDocument(str(path))
-    except pypdfium2.PdfiumError as e: raise KhmerOCRError(f'{path}: cannot be opened as PDF ({e}): damaged, or locked by a password?') from None
+
+    try:
+        pdf = pypdfium2.PdfDocument(str(path))
+    except pypdfium2.PdfiumError as e:
+        raise KhmerOCRError(f'{path}: cannot be opened as PDF ({e}): damaged, or locked by a password?') from None
     try:
         for i in range(len(pdf)):
             try:
                 w, h = pdf[i].get_size()
-                scale = min(dpi/72, math.sqrt(_most/max(1, w*h)))
-                yield f'{path}#{i+1}', pdf[i].render(scale=scale, grayscale=True).to_numpy().reshape(math.ceil(h*scale), -1).copy()
-            except pypdfium2.PdfiumError as e: raise KhmerOCRError(f'{path}: page {i+1} cannot be drawn ({e})') from None
-    finally: pdf.close()
+                scale = min(dpi / 72, math.sqrt(_most / max(1, w * h)))
+                yield (
+                    f'{path}#{i + 1}',
+                    pdf[i].render(scale=scale, grayscale=True).to_numpy().reshape(math.ceil(h * scale), -1).copy(),
+                )
+            except pypdfium2.PdfiumError as e:
+                raise KhmerOCRError(f'{path}: page {i + 1} cannot be drawn ({e})') from None
+    finally:
+        pdf.close()
 
 # %% ../../nbs/09_inference/02_page.ipynb #26010ef2
 def _tiff_pages(path):
-    first = read_image(path)   # one place for the errors of a first look, and for pages that lie on their side
+    first = read_image(path)  # one place for the errors of a first look, and for pages that lie on their side
     try:
         with Image.open(path) as im:
             yield (f'{path}#1' if im.n_frames > 1 else str(path)), first
-            for i in range(1, im.n_frames): im.seek(i); yield f'{path}#{i+1}', to_grey(im)
-    except (OSError, ValueError, SyntaxError, EOFError) as e: raise KhmerOCRError(f'{path}: a page cannot be read ({e})') from e
+            for i in range(1, im.n_frames):
+                im.seek(i)
+                yield f'{path}#{i + 1}', to_grey(im)
+    except (OSError, ValueError, SyntaxError, EOFError) as e:
+        raise KhmerOCRError(f'{path}: a page cannot be read ({e})') from e
 
 # %% ../../nbs/09_inference/02_page.ipynb #7b52b14f
 def open_pages(
     path,  # an image, a TIFF of several pages, or a PDF
-    dpi: float = 200.  # at which PDF pages are drawn
+    dpi: float = 200.0,  # at which PDF pages are drawn
 ):  # iterator of (name, uint8 HxW grey); pages of a longer document are named `file#1`, `file#2`...
     "The pages of a file, one at a time; `KhmerOCRError` for what is none"
     path = Path(path)
-    if not path.exists(): raise KhmerOCRError(f'{path}: no such file')
-    if path.is_dir(): raise KhmerOCRError(f'{path} is a folder, not a page')
-    with path.open('rb') as f: head = f.read(1024)
-    if b'%PDF-' in head: yield from _pdf_pages(path, dpi)
-    elif path.suffix.lower() == '.pdf': raise KhmerOCRError(f'{path} is no PDF: it {"is empty" if not head else "does not begin like one"}')
-    elif head[:4] in (b'II*\0', b'MM\0*'): yield from _tiff_pages(path)
-    else: yield str(path), read_image(path)
+    if not path.exists():
+        raise KhmerOCRError(f'{path}: no such file')
+    if path.is_dir():
+        raise KhmerOCRError(f'{path} is a folder, not a page')
+    with path.open('rb') as f:
+        head = f.read(1024)
+    if b'%PDF-' in head:
+        yield from _pdf_pages(path, dpi)
+    elif path.suffix.lower() == '.pdf':
+        raise KhmerOCRError(f'{path} is no PDF: it {"is empty" if not head else "does not begin like one"}')
+    elif head[:4] in (b'II*\0', b'MM\0*'):
+        yield from _tiff_pages(path)
+    else:
+        yield str(path), read_image(path)

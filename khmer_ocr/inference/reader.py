@@ -33,35 +33,47 @@ def fold_norms(net: nn.Module) -> nn.Module:
     for m in net.modules():
         if isinstance(m, nn.Sequential):
             for i, (a, b) in enumerate(zip(list(m), list(m)[1:])):
-                if isinstance(a, nn.Conv2d) and isinstance(b, nn.BatchNorm2d): m[i], m[i+1] = fuse_conv_bn_eval(a, b), nn.Identity()
+                if isinstance(a, nn.Conv2d) and isinstance(b, nn.BatchNorm2d):
+                    m[i], m[i + 1] = fuse_conv_bn_eval(a, b), nn.Identity()
     return net
 
 # %% ../../nbs/09_inference/01_reader.ipynb #0d4be5c4
 class _Exact(nn.Module):
     "The last layer in float32 behind a network in bfloat16"
-    def __init__(self, linear): super().__init__(); self.linear = linear.float()
-    def forward(self, x): return self.linear(x.float())
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear.float()
+
+    def forward(self, x):
+        return self.linear(x.float())
+
 
 def fast_dtype(device='cpu') -> torch.dtype:
     "bfloat16 where the processor multiplies it in hardware, else float32"
-    if torch.device(device).type == 'cuda': return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if torch.device(device).type == 'cuda':
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     has = [getattr(torch.cpu, f, lambda: False)() for f in ('_is_avx512_bf16_supported', '_is_amx_tile_supported')]
     return torch.bfloat16 if any(has) else torch.float32
+
 
 def working(net: nn.Module, dtype=torch.float32, device='cpu') -> nn.Module:
     "A copy of `net` for reading: norms folded, pixels before channels in memory, all but the last layer in `dtype`"
     net = fold_norms(net).to(device, dtype, memory_format=torch.channels_last)
     for m in (net, getattr(net, 'encoder', None)):
-        if hasattr(m, 'name'): m.name = _Exact(m.name)
+        if hasattr(m, 'name'):
+            m.name = _Exact(m.name)
     return net.requires_grad_(False)
 
 # %% ../../nbs/09_inference/01_reader.ipynb #598f7916
 @dataclass(frozen=True)
 class Reading:
     "What a line says. `chars`: (unit, confidence, x0, x1), the unit a character or a subscript, x in px of the given image"
-    text: str           # in normal form
-    confidence: float   # mean confidence of the units, 0..1; of the blank where there are none
+
+    text: str  # in normal form
+    confidence: float  # mean confidence of the units, 0..1; of the blank where there are none
     chars: tuple = ()
+
     @property
     def char_confidences(self):
         "The confidences of `chars` alone, 0..1"
@@ -71,54 +83,66 @@ class Reading:
 def _place(image, width):
     "(x of the first prepared column, px per prepared column) on the given image"
     whole = cleared(image)
-    part = trim(whole)   # a view: its first pixel's address tells what was cut off
+    part = trim(whole)  # a view: its first pixel's address tells what was cut off
     x0 = (part.ctypes.data - whole.ctypes.data) % whole.strides[0] if np.shares_memory(part, whole) else 0
-    return x0, part.shape[1]/width
+    return x0, part.shape[1] / width
+
 
 def _spans(at, end):
     "Each unit's stretch [a, b) px: from where it was surest to where the next one was; the last as far as is usual, within 0..end"
-    if not len(at): return []
+    if not len(at):
+        return []
     usual = np.median(np.diff(at)) if len(at) > 1 else 16
-    edge = [*at, min(end, at[-1] + 1.3*usual + 4)]
+    edge = [*at, min(end, at[-1] + 1.3 * usual + 4)]
     return list(zip(edge, edge[1:]))
 
 # %% ../../nbs/09_inference/01_reader.ipynb #358c14af
-_window, _overlap, _bucket = 2048, 512, 64   # px, multiples of every stride
+_window, _overlap, _bucket = 2048, 512, 64  # px, multiples of every stride
+
 
 def _windows(width):
     "(x0, x1) of the windows over a prepared line, and the px range (from, to) for which each is believed"
-    if width <= _window: return [(0, width, 0, width)]
+    if width <= _window:
+        return [(0, width, 0, width)]
     starts = range(0, width - _overlap, _window - _overlap)
-    cuts = [0] + [s + _overlap//2 for s in starts[1:]] + [width]
+    cuts = [0] + [s + _overlap // 2 for s in starts[1:]] + [width]
     return [(s, min(s + _window, width), a, b) for s, a, b in zip(starts, cuts, cuts[1:])]
+
 
 def _batches(widths, batch_size):
     "Indices of lines in batches: one bucket each, at most `batch_size` lines and 16,384 columns"
     by = {}
-    for i, w in enumerate(widths): by.setdefault(-(-w//_bucket)*_bucket, []).append(i)
+    for i, w in enumerate(widths):
+        by.setdefault(-(-w // _bucket) * _bucket, []).append(i)
     for w, idx in sorted(by.items()):
-        n = max(1, min(batch_size, 16384//w))
-        yield from ((w, idx[k:k+n]) for k in range(0, len(idx), n))
+        n = max(1, min(batch_size, 16384 // w))
+        yield from ((w, idx[k : k + n]) for k in range(0, len(idx), n))
 
 # %% ../../nbs/09_inference/01_reader.ipynb #f890a47c
 def _scores(net, x, widths):
     "CTC's logits of a batch (B, T, n_units), float32, and the frames of each line (B,)"
-    if isinstance(net, CTCNet): return net(x, widths).float(), net.lengths(widths)
-    memory = net.encode(x, widths); return net.ctc_logits(memory).float(), memory.lengths
+    if isinstance(net, CTCNet):
+        return net(x, widths).float(), net.lengths(widths)
+    memory = net.encode(x, widths)
+    return net.ctc_logits(memory).float(), memory.lengths
+
 
 class BestPath:
     "CTC: the best unit of each frame, repeats and blanks dropped"
-    def __init__(self, net, units): self.net, self.units = net, units
+
+    def __init__(self, net, units):
+        self.net, self.units = net, units
 
     def look(self, x, widths):
         "For each line of a batch: the best unit of each frame (int16) and its probability (float32)"
-        logits, n = _scores(self.net, x, widths); top, best = logits.max(-1)
+        logits, n = _scores(self.net, x, widths)
+        top, best = logits.max(-1)
         sure = (top - logits.logsumexp(-1)).exp()
         return [(b[:k].astype(np.int16), s[:k]) for b, s, k in zip(best.cpu().numpy(), sure.cpu().numpy(), n.tolist())]
 
     def part(self, piece, first, a, b):
         "What was said of frames a..b-1 of the line, by a piece that begins with frame `first`"
-        return tuple(v[a-first:b-first].copy() for v in piece)
+        return tuple(v[a - first : b - first].copy() for v in piece)
 
     def text(self, best, sure):
         "Unit ids, their confidences (0..1), the frame where each is surest, and the confidence that there is nothing"
@@ -127,7 +151,10 @@ class BestPath:
 # %% ../../nbs/09_inference/01_reader.ipynb #fc782115
 class PrefixBeam(BestPath):
     "CTC: the likeliest text over all its paths, on the advice of a language model if there is one"
-    def __init__(self, net, units, lm: NGram|None = None): super().__init__(net, units); self.lm = lm
+
+    def __init__(self, net, units, lm: NGram | None = None):
+        super().__init__(net, units)
+        self.lm = lm
 
     def look(self, x, widths):
         "For each line of a batch: log-probabilities (frames, n_units) float32"
@@ -142,23 +169,57 @@ def _gazes(net, memory, ids):
     "For each unit of known texts, the share of each frame in the decoder's look before it was written: (U, frames) for each line"
     state, looks = net.begin(memory), []
     for u in range(max(map(len, ids), default=0)):
-        state, _ = net.step(memory, state); looks.append(state.look[:, 0])
+        state, _ = net.step(memory, state)
+        looks.append(state.look[:, 0])
         state = state._replace(prev=torch.tensor([[i[u] if u < len(i) else 0] for i in ids], device=memory.mask.device))
-    return [torch.stack([l[b, :n] for l in looks[:len(i)]]).float().cpu().numpy() if i else np.zeros((0, n), np.float32) for b, (i, n) in enumerate(zip(ids, memory.lengths.tolist()))]
+    return [
+        torch.stack([l[b, :n] for l in looks[: len(i)]]).float().cpu().numpy() if i else np.zeros((0, n), np.float32)
+        for b, (i, n) in enumerate(zip(ids, memory.lengths.tolist()))
+    ]
+
 
 class Writing:
     "Attention: a decoder writes, greedily or the best of `beam` texts; CTC's best path where it slipped"
-    def __init__(self, net, units, beam: int = 0): self.net, self.units, self.beam = net, units, beam
+
+    def __init__(self, net, units, beam: int = 0):
+        self.net, self.units, self.beam = net, units, beam
 
     def look(self, x, widths):
         "For each line of a batch: unit ids, confidences, frames, and (1,) the confidence that there is nothing"
-        memory, eos = self.net.encode(x, widths), end_id(self.units); heard, n = self.net.ctc_logits(memory), memory.lengths.tolist()
-        if self.beam: wrote = beam_search(self.net, memory, eos, self.beam, ctc=None if heard is None else ctc_frames(heard, memory.lengths), weight=self.net.config.ctc_weight)
-        else: wrote = write_greedy(self.net, memory, eos)
-        at = [g.argmax(-1).tolist() for g in _gazes(self.net, memory, [o.ids for o in wrote])] if self.beam else [o.looks.argmax(-1).tolist()[:len(o.ids)] for o in wrote]
-        out = [(self.units.decode(o.ids), o.ids, o.probs[:len(o.ids)], np.maximum.accumulate(a or [0])[:len(a)], o.probs[-1]) for o, a in zip(wrote, at)]
-        if heard is not None: out = guard(out, [self._heard(l[:k]) for l, k in zip(heard.float().softmax(-1).cpu().numpy(), n)])
-        return [(np.array(i, int), np.array(c, np.float32), np.array(a, int), np.array([e], np.float32)) for _, i, c, a, e in out]
+        memory, eos = self.net.encode(x, widths), end_id(self.units)
+        heard, n = self.net.ctc_logits(memory), memory.lengths.tolist()
+        if self.beam:
+            wrote = beam_search(
+                self.net,
+                memory,
+                eos,
+                self.beam,
+                ctc=None if heard is None else ctc_frames(heard, memory.lengths),
+                weight=self.net.config.ctc_weight,
+            )
+        else:
+            wrote = write_greedy(self.net, memory, eos)
+        at = (
+            [g.argmax(-1).tolist() for g in _gazes(self.net, memory, [o.ids for o in wrote])]
+            if self.beam
+            else [o.looks.argmax(-1).tolist()[: len(o.ids)] for o in wrote]
+        )
+        out = [
+            (
+                self.units.decode(o.ids),
+                o.ids,
+                o.probs[: len(o.ids)],
+                np.maximum.accumulate(a or [0])[: len(a)],
+                o.probs[-1],
+            )
+            for o, a in zip(wrote, at)
+        ]
+        if heard is not None:
+            out = guard(out, [self._heard(l[:k]) for l, k in zip(heard.float().softmax(-1).cpu().numpy(), n)])
+        return [
+            (np.array(i, int), np.array(c, np.float32), np.array(a, int), np.array([e], np.float32))
+            for _, i, c, a, e in out
+        ]
 
     def _heard(self, p):
         ids, conf, at = _greedy_line(p.argmax(1), p.max(1))
@@ -166,53 +227,91 @@ class Writing:
 
     def part(self, piece, first, a, b):
         "What was read in frames a..b-1 of the line, by a piece that begins with frame `first`"
-        at = piece[2] + first; here = (a <= at) & (at < b)
+        at = piece[2] + first
+        here = (a <= at) & (at < b)
         return piece[0][here], piece[1][here], at[here], piece[3]
 
-    def text(self, ids, conf, at, nothing): return ids.tolist(), conf.tolist(), at.tolist(), float(nothing.mean())
+    def text(self, ids, conf, at, nothing):
+        return ids.tolist(), conf.tolist(), at.tolist(), float(nothing.mean())
 
 # %% ../../nbs/09_inference/01_reader.ipynb #0e8d90e8
 DECODERS = ('ctc', 'greedy', 'beam')
 
+
 def choose_decoder(net, units, name=None, lm=None):
     "`BestPath`, `PrefixBeam` or `Writing`. `ctc`: CTC's best path; `greedy`: the simplest way of this network; `beam`: search; None: `beam` with a language model, else `greedy`. `lm`: an `NGram`, its file, or 'ngram' for the one that ships"
-    attends = isinstance(net, _writers); name = name or ('beam' if lm is not None else 'greedy')
-    if name not in DECODERS: raise KhmerOCRError(f'Unknown decoder {name!r}{suggest(name, DECODERS)}: choose {", ".join(DECODERS)}')
-    if name == 'ctc' and attends and not net.hears: raise KhmerOCRError('This reader has no CTC head: read with decoder greedy or beam')
-    if lm is not None and (attends or name != 'beam'): raise KhmerOCRError(f'A language model advises a CTC reader with decoder beam, not {"a reader that writes" if attends else f"decoder {name}"}: leave one of them away')
-    if attends and name != 'ctc': return Writing(net, units, 4 if name == 'beam' else 0)
-    if name != 'beam': return BestPath(net, units)
-    return PrefixBeam(net, units, lm if lm is None or isinstance(lm, NGram) else NGram.load(None if str(lm) == 'ngram' else lm, units))
+    attends = isinstance(net, _writers)
+    name = name or ('beam' if lm is not None else 'greedy')
+    if name not in DECODERS:
+        raise KhmerOCRError(f'Unknown decoder {name!r}{suggest(name, DECODERS)}: choose {", ".join(DECODERS)}')
+    if name == 'ctc' and attends and not net.hears:
+        raise KhmerOCRError('This reader has no CTC head: read with decoder greedy or beam')
+    if lm is not None and (attends or name != 'beam'):
+        raise KhmerOCRError(
+            f'A language model advises a CTC reader with decoder beam, not {"a reader that writes" if attends else f"decoder {name}"}: leave one of them away'
+        )
+    if attends and name != 'ctc':
+        return Writing(net, units, 4 if name == 'beam' else 0)
+    if name != 'beam':
+        return BestPath(net, units)
+    return PrefixBeam(
+        net, units, lm if lm is None or isinstance(lm, NGram) else NGram.load(None if str(lm) == 'ngram' else lm, units)
+    )
 
 # %% ../../nbs/09_inference/01_reader.ipynb #b652499c
 @contextmanager
 def _threads(n):
     "Torch with `n` threads (None: as it is)"
     before = torch.get_num_threads()
-    if n: torch.set_num_threads(n)
-    try: yield
-    finally: torch.set_num_threads(before)
+    if n:
+        torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
 
 def _check(image, i):
     "The image, or a KhmerOCRError that says which one is wrong"
     ok = isinstance(image, np.ndarray) and image.ndim == 2 and image.dtype == np.uint8 and image.size
-    if not ok: raise KhmerOCRError(f'image {i}: a line must be a grey uint8 array (H, W), not {getattr(image, "dtype", type(image).__name__)} {getattr(image, "shape", "")}: open files with read_image')
+    if not ok:
+        raise KhmerOCRError(
+            f'image {i}: a line must be a grey uint8 array (H, W), not {getattr(image, "dtype", type(image).__name__)} {getattr(image, "shape", "")}: open files with read_image'
+        )
     return image
 
 # %% ../../nbs/09_inference/01_reader.ipynb #6e58120e
 class Reader:
     "Reads line images: `Reader.load('fast').read(images)`"
-    def __init__(self, net: nn.Module, units: Units, header: dict, device='cpu', dtype=None, threads: int|None = 1, decoder=None, lm=None):
+
+    def __init__(
+        self,
+        net: nn.Module,
+        units: Units,
+        header: dict,
+        device='cpu',
+        dtype=None,
+        threads: int | None = 1,
+        decoder=None,
+        lm=None,
+    ):
         self.dtype = dtype or (torch.float32 if isinstance(net, _writers) else fast_dtype(device))
-        self.net, self.units, self.header, self.device, self.threads = working(net, self.dtype, device), units, header, device, threads
+        self.net, self.units, self.header, self.device, self.threads = (
+            working(net, self.dtype, device),
+            units,
+            header,
+            device,
+            threads,
+        )
         self.height, self.stride = header['height'], net.config.stride
         self.decoder = choose_decoder(self.net, units, decoder, lm)
 
     @classmethod
-    def load(cls,
+    def load(
+        cls,
         name_or_path=None,  # see `models`, or a checkpoint's path; None: `best` if it ships, else `fast`
         device=None,  # 'cpu', 'cuda'; None: the CPU
-        **kwargs  # dtype; threads; decoder and lm, see `choose_decoder`
+        **kwargs,  # dtype; threads; decoder and lm, see `choose_decoder`
     ):
         "Open a reader; `KhmerOCRError` for an unknown name and for a file that is none"
         return cls(*open_model(_checkpoint(name_or_path)), device=device or 'cpu', **kwargs)
@@ -221,98 +320,135 @@ class Reader:
 def _input(self: Reader, pieces, width):
     "Prepared pieces as a batch for the network: (B, 1, height, width), ink 1, paper 0; and their widths int64 (B,), px"
     x = torch.full((len(pieces), 1, self.height, width), 255, dtype=torch.uint8)
-    for i, p in enumerate(pieces): x[i, 0, :, :p.shape[1]] = torch.from_numpy(p)
+    for i, p in enumerate(pieces):
+        x[i, 0, :, : p.shape[1]] = torch.from_numpy(p)
     x = as_input(x.to(self.device)).to(self.dtype).contiguous(memory_format=torch.channels_last)
     return x, torch.tensor([p.shape[1] for p in pieces])
+
+
 Reader._input = _input
 
 # %% ../../nbs/09_inference/01_reader.ipynb #1d131775
 def _said(self: Reader, lines, batch_size):
     "(line number, what the network said of all of it) of prepared lines, in the order in which they become complete; wide lines go in windows"
     jobs = [(i, *w) for i, l in enumerate(lines) if (l < 128).any() for w in _windows(l.shape[1])]
-    missing, parts, frame = Counter(i for i, *_ in jobs), defaultdict(list), lambda x: -(-x//self.stride)
+    missing, parts, frame = Counter(i for i, *_ in jobs), defaultdict(list), lambda x: -(-x // self.stride)
     for width, idx in _batches([x1 - x0 for _, x0, x1, *_ in jobs], batch_size):
-        pieces = [np.ascontiguousarray(lines[jobs[j][0]][:, jobs[j][1]:jobs[j][2]]) for j in idx]
+        pieces = [np.ascontiguousarray(lines[jobs[j][0]][:, jobs[j][1] : jobs[j][2]]) for j in idx]
         for j, piece in zip(idx, self.decoder.look(*self._input(pieces, width))):
             i, x0, _, a, b = jobs[j]
-            parts[i].append((a, self.decoder.part(piece, frame(x0), frame(a), frame(b)))); missing[i] -= 1
-            if not missing[i]: yield i, tuple(map(np.concatenate, zip(*(p for _, p in sorted(parts.pop(i), key=lambda p: p[0])))))
+            parts[i].append((a, self.decoder.part(piece, frame(x0), frame(a), frame(b))))
+            missing[i] -= 1
+            if not missing[i]:
+                yield i, tuple(map(np.concatenate, zip(*(p for _, p in sorted(parts.pop(i), key=lambda p: p[0])))))
+
+
 Reader._said = _said
 
 # %% ../../nbs/09_inference/01_reader.ipynb #4f9e88de
 def _reading(self: Reader, image, width, said):
     "The reading of one line"
     ids, conf, at, nothing = self.decoder.text(*said)
-    if not len(ids): return Reading('', nothing)
+    if not len(ids):
+        return Reading('', nothing)
     x0, scale = _place(image, width)
-    spans = _spans([a*self.stride for a in at], width)
-    chars = tuple((self.units.units[u], float(c), float(x0 + a*scale), min(float(image.shape[1]), float(x0 + b*scale))) for u, c, (a, b) in zip(ids, conf, spans))
+    spans = _spans([a * self.stride for a in at], width)
+    chars = tuple(
+        (self.units.units[u], float(c), float(x0 + a * scale), min(float(image.shape[1]), float(x0 + b * scale)))
+        for u, c, (a, b) in zip(ids, conf, spans)
+    )
     return Reading(normalise(self.units.decode(ids)), float(np.mean(conf)), chars)
+
+
 Reader._reading = _reading
 
 # %% ../../nbs/09_inference/01_reader.ipynb #2232d838
-def _read(self: Reader,
+def _read(
+    self: Reader,
     images,  # uint8 (H, W) grey line images of any size and polarity
-    batch_size: int = 32  # lines a batch at most
+    batch_size: int = 32,  # lines a batch at most
 ) -> list[Reading]:  # in the order given
     "Read line images"
     images = [_check(im, i) for i, im in enumerate(images)]
     lines = [prepare(im, self.height) for im in images]
-    out = [Reading('', 1.) for _ in lines]
+    out = [Reading('', 1.0) for _ in lines]
     with torch.inference_mode(), _threads(self.threads):
-        for i, said in self._said(lines, batch_size): out[i] = self._reading(images[i], lines[i].shape[1], said)
+        for i, said in self._said(lines, batch_size):
+            out[i] = self._reading(images[i], lines[i].shape[1], said)
     return out
+
+
 Reader.read = _read
 
 # %% ../../nbs/09_inference/01_reader.ipynb #1b82d2b2
 def _voices(p, ids, at):
     "Share of each frame in the saying of each unit (U, T): probabilities `p` (T, n_units), between where the units before and behind were surest"
-    out = np.zeros((len(ids), len(p)), np.float32); edge = [-1, *at, len(p)]
-    for row, u, a, b in zip(out, ids, edge, edge[2:]): row[a+1:b] = p[a+1:b, u]
+    out = np.zeros((len(ids), len(p)), np.float32)
+    edge = [-1, *at, len(p)]
+    for row, u, a, b in zip(out, ids, edge, edge[2:]):
+        row[a + 1 : b] = p[a + 1 : b, u]
     return out
+
 
 def _piece_looks(self: Reader, piece):
     "Units read on a prepared piece of a line, their frames, and the shares of the frames (U, T)"
-    x, widths = self._input([piece], -(-piece.shape[1]//_bucket)*_bucket)
-    said, = self.decoder.look(x, widths); ids, _, at, _ = self.decoder.text(*said)
-    if isinstance(self.decoder, Writing): return ids, at, _gazes(self.net, self.net.encode(x, widths), [ids])[0]
+    x, widths = self._input([piece], -(-piece.shape[1] // _bucket) * _bucket)
+    (said,) = self.decoder.look(x, widths)
+    ids, _, at, _ = self.decoder.text(*said)
+    if isinstance(self.decoder, Writing):
+        return ids, at, _gazes(self.net, self.net.encode(x, widths), [ids])[0]
     logits, n = _scores(self.net, x, widths)
-    return ids, at, _voices(logits[0, :int(n[0])].softmax(-1).cpu().numpy(), ids, at)
+    return ids, at, _voices(logits[0, : int(n[0])].softmax(-1).cpu().numpy(), ids, at)
+
+
 Reader._piece_looks = _piece_looks
 
 # %% ../../nbs/09_inference/01_reader.ipynb #df1edb02
-def _looks(self: Reader,
-    image  # uint8 (H, W), a grey line image of any size and polarity
+def _looks(
+    self: Reader,
+    image,  # uint8 (H, W), a grey line image of any size and polarity
 ) -> tuple[list[str], np.ndarray]:  # units, float32 (U, W): each row sums to 1
     "What each unit of the text was read from: the share of each column of the image"
-    line = prepare(_check(image, 0), self.height); x0, scale = _place(image, line.shape[1]); frame = lambda x: -(-x//self.stride)
-    px = ((np.arange(image.shape[1]) + .5 - x0)/scale/self.stride).clip(0, frame(line.shape[1])-1).astype(int)   # the frame that each column belongs to
+    line = prepare(_check(image, 0), self.height)
+    x0, scale = _place(image, line.shape[1])
+    frame = lambda x: -(-x // self.stride)
+    px = (
+        ((np.arange(image.shape[1]) + 0.5 - x0) / scale / self.stride).clip(0, frame(line.shape[1]) - 1).astype(int)
+    )  # the frame that each column belongs to
     units, rows = [], [np.zeros((0, image.shape[1]), np.float32)]
     with torch.inference_mode(), _threads(self.threads):
         for a, b, start, end in _windows(line.shape[1]) if (line < 128).any() else ():
-            ids, at, looks = self._piece_looks(np.ascontiguousarray(line[:, a:b])); keep = [i for i, t in enumerate(at) if frame(start) <= t + frame(a) < frame(end)]
-            whole = np.zeros((len(keep), frame(line.shape[1])), np.float32); whole[:, frame(a):frame(a)+looks.shape[1]] = looks[keep]
-            units += [self.units.units[ids[i]] for i in keep]; rows.append(whole[:, px])
+            ids, at, looks = self._piece_looks(np.ascontiguousarray(line[:, a:b]))
+            keep = [i for i, t in enumerate(at) if frame(start) <= t + frame(a) < frame(end)]
+            whole = np.zeros((len(keep), frame(line.shape[1])), np.float32)
+            whole[:, frame(a) : frame(a) + looks.shape[1]] = looks[keep]
+            units += [self.units.units[ids[i]] for i in keep]
+            rows.append(whole[:, px])
     rows = np.concatenate(rows)
-    return units, rows/rows.sum(1, keepdims=True).clip(1e-9)
+    return units, rows / rows.sum(1, keepdims=True).clip(1e-9)
+
+
 Reader.looks = _looks
 
 # %% ../../nbs/09_inference/01_reader.ipynb #8aa92f50
 def _opened(path):
     "The image, or the error in its place"
-    try: return read_image(path)
-    except KhmerOCRError as e: return e
+    try:
+        return read_image(path)
+    except KhmerOCRError as e:
+        return e
+
 
 def read_files(
     reader: Reader,
     paths,  # iterable of line image files
     batch_size: int = 32,
-    portion: int = 256  # files in memory at a time
+    portion: int = 256,  # files in memory at a time
 ):  # iterator of (path, Reading or KhmerOCRError), in the order given
     "Read line images from files; a bad one yields its error and the rest are read"
     paths = list(paths)
     for k in range(0, len(paths), portion):
-        some = paths[k:k+portion]
+        some = paths[k : k + portion]
         images = [_opened(p) for p in some]
         good = iter(reader.read([im for im in images if not isinstance(im, KhmerOCRError)], batch_size))
         yield from ((p, im if isinstance(im, KhmerOCRError) else next(good)) for p, im in zip(some, images))

@@ -22,16 +22,24 @@ from ..models.distillation import Council, Member
 @dataclass(frozen=True)
 class Word:
     "A piece of a reading. `chars`: as in `Reading`, may be empty"
+
     text: str
     confidence: float
     chars: tuple = ()
 
+
 def words(reading: Reading, cut=clusters) -> list[Word]:
     "A reading in pieces, as `cut` (text -> list of str) makes them"
-    if ''.join(c[0] for c in reading.chars) != reading.text: return [Word(w, reading.confidence) for w in cut(reading.text)]
-    owner, a, out = [(c, i == 0) for c in reading.chars for i in range(len(c[0]))], 0, []      # of each code point, and whether it begins there
+    if ''.join(c[0] for c in reading.chars) != reading.text:
+        return [Word(w, reading.confidence) for w in cut(reading.text)]
+    owner, a, out = (
+        [(c, i == 0) for c in reading.chars for i in range(len(c[0]))],
+        0,
+        [],
+    )  # of each code point, and whether it begins there
     for w in cut(reading.text):
-        own = owner[a:a+len(w)]; a += len(w)
+        own = owner[a : a + len(w)]
+        a += len(w)
         out.append(Word(w, min(c[1] for c, _ in own), tuple(c for c, first in own if first)))
     return out
 
@@ -39,82 +47,113 @@ def words(reading: Reading, cut=clusters) -> list[Word]:
 def _costs(network, said, n):
     "Cost of each word (columns) in each column of the network (rows), and of saying nothing there"
     votes = [Counter(w.text for w in column) for column in network]
-    return np.array([[1-v[w.text]/n for w in said] for v in votes]).reshape(len(network), len(said)), np.array([1-v['']/n for v in votes])
+    return np.array([[1 - v[w.text] / n for w in said] for v in votes]).reshape(len(network), len(said)), np.array(
+        [1 - v[''] / n for v in votes]
+    )
+
 
 def _path(join, skip):
     "The cheapest way through the table, as pairs (column or None, word or None)"
-    rows, cols = join.shape; cost = np.zeros((rows+1, cols+1)); cost[1:, 0] = np.cumsum(skip); cost[0] = np.arange(cols+1)
-    for i in range(1, rows+1):
-        for j in range(1, cols+1): cost[i, j] = min(cost[i-1, j-1]+join[i-1, j-1], cost[i-1, j]+skip[i-1], cost[i, j-1]+1)
+    rows, cols = join.shape
+    cost = np.zeros((rows + 1, cols + 1))
+    cost[1:, 0] = np.cumsum(skip)
+    cost[0] = np.arange(cols + 1)
+    for i in range(1, rows + 1):
+        for j in range(1, cols + 1):
+            cost[i, j] = min(cost[i - 1, j - 1] + join[i - 1, j - 1], cost[i - 1, j] + skip[i - 1], cost[i, j - 1] + 1)
     i, j, out = rows, cols, []
     while i or j:
-        if i and j and cost[i, j] == cost[i-1, j-1]+join[i-1, j-1]: i, j = i-1, j-1; out.append((i, j))
-        elif i and cost[i, j] == cost[i-1, j]+skip[i-1]: i -= 1; out.append((i, None))
-        else: j -= 1; out.append((None, j))
+        if i and j and cost[i, j] == cost[i - 1, j - 1] + join[i - 1, j - 1]:
+            i, j = i - 1, j - 1
+            out.append((i, j))
+        elif i and cost[i, j] == cost[i - 1, j] + skip[i - 1]:
+            i -= 1
+            out.append((i, None))
+        else:
+            j -= 1
+            out.append((None, j))
     return out[::-1]
 
 # %% ../../nbs/09_inference/04_voting.ipynb #a394c343
-NOTHING = Word('', 0.)
+NOTHING = Word('', 0.0)
+
 
 def network(
-    said: list[list[Word]]  # of each reader
+    said: list[list[Word]],  # of each reader
 ) -> list[list[Word]]:  # columns; in each a word of every reader, `NOTHING` where it has none
     "Fiscus' word transition network"
     out = [[w] for w in said[0]]
     for n, more in enumerate(said[1:], 1):
         path = _path(*_costs(out, more, n))
-        out = [(out[i] if i is not None else [NOTHING]*n) + [more[j] if j is not None else NOTHING] for i, j in path]
+        out = [(out[i] if i is not None else [NOTHING] * n) + [more[j] if j is not None else NOTHING] for i, j in path]
     return out
 
 # %% ../../nbs/09_inference/04_voting.ipynb #beed8908
 def elect(
     column: list[Word],
-    alpha=.9,  # weight of the number of votes against that of confidence, 0..1
-    silence=.5  # confidence of saying nothing, 0..1
+    alpha=0.9,  # weight of the number of votes against that of confidence, 0..1
+    silence=0.5,  # confidence of saying nothing, 0..1
 ) -> Word:  # its confidence is the score it won with
     "The winner of a column (Fiscus 1997, equation 1, with mean confidences)"
     said = {}
-    for w in column: said.setdefault(w.text, []).append(w)
-    points = {t: alpha*len(ws)/len(column) + (1-alpha)*(float(np.mean([w.confidence for w in ws])) if t else silence) for t, ws in said.items()}
+    for w in column:
+        said.setdefault(w.text, []).append(w)
+    points = {
+        t: alpha * len(ws) / len(column) + (1 - alpha) * (float(np.mean([w.confidence for w in ws])) if t else silence)
+        for t, ws in said.items()
+    }
     best = max(points, key=points.get)
-    return Word(best, points[best], max((w.chars for w in said[best]), key=lambda c: (len(c) > 0, sum(x[1] for x in c))))
+    return Word(
+        best, points[best], max((w.chars for w in said[best]), key=lambda c: (len(c) > 0, sum(x[1] for x in c)))
+    )
+
 
 def vote(
     readings: list[Reading],  # of one line, by several readers, the best reader first
     cut=clusters,  # text -> its pieces
-    **kwargs  # alpha, silence: see `elect`
+    **kwargs,  # alpha, silence: see `elect`
 ) -> Reading:
     "One reading out of several; its confidence is the mean score of the words"
     won = [w for w in (elect(c, **kwargs) for c in network([words(r, cut) for r in readings])) if w.text]
-    if not won: return Reading('', float(np.mean([r.confidence for r in readings])))
+    if not won:
+        return Reading('', float(np.mean([r.confidence for r in readings])))
     return Reading(normalise(''.join(w.text for w in won)), float(np.mean([w.confidence for w in won])), _placed(won))
 
 # %% ../../nbs/09_inference/04_voting.ipynb #32527a5a
 def _placed(won):
     "The letters of the words; a word without places gets one of no width behind the word before it"
     out = []
-    for w in won: x = out[-1][3] if out else 0.; out += w.chars or [(w.text, w.confidence, x, x)]
+    for w in won:
+        x = out[-1][3] if out else 0.0
+        out += w.chars or [(w.text, w.confidence, x, x)]
     return tuple(out)
 
 # %% ../../nbs/09_inference/04_voting.ipynb #a7f475c2
 class FromFiles:
     "A reader out of a function that takes files"
-    def __init__(self,
+
+    def __init__(
+        self,
         texts,  # function: list of image paths -> list of texts
-        confidence=.5  # of whatever it reads, 0..1
-    ): self.texts, self.confidence = texts, confidence
+        confidence=0.5,  # of whatever it reads, 0..1
+    ):
+        self.texts, self.confidence = texts, confidence
 
     def read(self, images, batch_size=32) -> list[Reading]:
         "Write the images (uint8, grey) to files, and have them read"
         with tempfile.TemporaryDirectory() as d:
-            paths = [Path(d)/f'{i:06d}.png' for i in range(len(images))]
-            for p, im in zip(paths, images): cv2.imwrite(str(p), im)
+            paths = [Path(d) / f'{i:06d}.png' for i in range(len(images))]
+            for p, im in zip(paths, images):
+                cv2.imwrite(str(p), im)
             return [Reading(normalise(t), self.confidence) for t in self.texts(paths)]
+
 
 class Rover:
     "Readers that vote on every line: `Rover([Reader.load('best'), Reader.load('fast'), ...]).read(images)`"
+
     def __init__(self, readers: list, cut=clusters, **kwargs):  # kwargs: alpha, silence, see `elect`
-        if not readers: raise KhmerOCRError('A vote needs at least one reader')
+        if not readers:
+            raise KhmerOCRError('A vote needs at least one reader')
         self.readers, self.cut, self.kwargs = readers, cut, kwargs
         self.header = dict(name='rover', model='rover')
 
@@ -126,8 +165,21 @@ class Rover:
 # %% ../../nbs/09_inference/04_voting.ipynb #c5b31904
 class Mean(Reader):
     "Readers with CTC as one: `Mean([Reader.load('best'), Reader.load('fast')]).read(images)`"
-    def __init__(self, readers: list[Reader], weights=None, decoder=None, lm=None):  # decoder and lm: see `choose_decoder`
+
+    def __init__(
+        self, readers: list[Reader], weights=None, decoder=None, lm=None
+    ):  # decoder and lm: see `choose_decoder`
         first = readers[0]
         self.net = Council([Member(r, first.units) for r in readers], weights)
-        self.units, self.header, self.device, self.threads, self.dtype = first.units, first.header | dict(name='mean'), first.device, first.threads, torch.float32
-        self.height, self.stride, self.decoder = first.height, first.stride, choose_decoder(self.net, self.units, decoder, lm)
+        self.units, self.header, self.device, self.threads, self.dtype = (
+            first.units,
+            first.header | dict(name='mean'),
+            first.device,
+            first.threads,
+            torch.float32,
+        )
+        self.height, self.stride, self.decoder = (
+            first.height,
+            first.stride,
+            choose_decoder(self.net, self.units, decoder, lm),
+        )

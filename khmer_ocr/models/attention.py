@@ -24,48 +24,73 @@ from ..text.khmer import Charset
 @dataclass(frozen=True)
 class Seq2SeqConfig:
     "Shape of the reader and of its loss; the defaults are Buoy 2022"
-    encoder: str = 'buoy2022'     # buoy2022 | ctc
-    ctc: object = None            # CTCConfig, or a dict of its settings: the encoder, where it is `ctc`
-    charset: str = 'buoy2022'     # with a `ctc` encoder: the encoder's
-    units: str = 'symbols'        # symbols | subscripts (as in `ctc`; always with its encoder)
-    channels: tuple[int, ...] = (64, 128, 256, 256, 512, 512, 512)   # of the convolutions (buoy2022)
-    narrow: int = 64              # what a column is pressed into before the GRUs (buoy2022)
-    frames: int = 256             # size of the encoder's GRUs, of each direction (buoy2022)
-    hidden: int = 512             # size of the decoder's state
-    attention: int = 512          # size of the space in which state and frame are compared
-    embedding: int = 0            # size of a unit's learned vector; 0: one-hot
-    location: int = 0             # frames around the last look that a step is told about, odd; 0: none
-    dropout: float = 0.           # before the units are named
-    ctc_weight: float = 0.        # share of CTC in the loss, and in beam search; 0: no CTC head
-    guide: float = 0.             # weight in the loss of looking where CTC hears the unit; 0: the eye is free
-    forcing_start: float = 1.     # share of the steps that are given the true unit before, in the first step of training
-    forcing_end: float = 1.       # the same in the last
 
-    def __post_init__(self): _check(self)
+    encoder: str = 'buoy2022'  # buoy2022 | ctc
+    ctc: object = None  # CTCConfig, or a dict of its settings: the encoder, where it is `ctc`
+    charset: str = 'buoy2022'  # with a `ctc` encoder: the encoder's
+    units: str = 'symbols'  # symbols | subscripts (as in `ctc`; always with its encoder)
+    channels: tuple[int, ...] = (64, 128, 256, 256, 512, 512, 512)  # of the convolutions (buoy2022)
+    narrow: int = 64  # what a column is pressed into before the GRUs (buoy2022)
+    frames: int = 256  # size of the encoder's GRUs, of each direction (buoy2022)
+    hidden: int = 512  # size of the decoder's state
+    attention: int = 512  # size of the space in which state and frame are compared
+    embedding: int = 0  # size of a unit's learned vector; 0: one-hot
+    location: int = 0  # frames around the last look that a step is told about, odd; 0: none
+    dropout: float = 0.0  # before the units are named
+    ctc_weight: float = 0.0  # share of CTC in the loss, and in beam search; 0: no CTC head
+    guide: float = 0.0  # weight in the loss of looking where CTC hears the unit; 0: the eye is free
+    forcing_start: float = 1.0  # share of the steps that are given the true unit before, in the first step of training
+    forcing_end: float = 1.0  # the same in the last
+
+    def __post_init__(self):
+        _check(self)
+
     @property
-    def height(self): return self.ctc.height if self.encoder == 'ctc' else 32
+    def height(self):
+        return self.ctc.height if self.encoder == 'ctc' else 32
+
     @property
-    def stride(self): return self.ctc.stride if self.encoder == 'ctc' else 4
+    def stride(self):
+        return self.ctc.stride if self.encoder == 'ctc' else 4
 
 # %% ../../nbs/06_models/03_attention.ipynb #7d30ae18
-_ranges = dict(narrow=(1, 2048), frames=(1, 2048), hidden=(1, 4096), attention=(1, 4096), embedding=(0, 4096), location=(0, 255), dropout=(0, .99),
-    ctc_weight=(0, 1), guide=(0, 10), forcing_start=(0, 1), forcing_end=(0, 1))
+_ranges = dict(
+    narrow=(1, 2048),
+    frames=(1, 2048),
+    hidden=(1, 4096),
+    attention=(1, 4096),
+    embedding=(0, 4096),
+    location=(0, 255),
+    dropout=(0, 0.99),
+    ctc_weight=(0, 1),
+    guide=(0, 10),
+    forcing_start=(0, 1),
+    forcing_end=(0, 1),
+)
+
 
 def _check(config):
     "Refuse what makes no sense; with an encoder of `ctc`, its settings decide"
     for k, ok in dict(encoder=('buoy2022', 'ctc'), units=('symbols', 'subscripts')).items():
-        if (v := getattr(config, k)) not in ok: raise KhmerOCRError(f"Setting '{k}' is {v!r}: it must be one of {', '.join(ok)}")
+        if (v := getattr(config, k)) not in ok:
+            raise KhmerOCRError(f"Setting '{k}' is {v!r}: it must be one of {', '.join(ok)}")
     for k, (a, b) in _ranges.items():
-        if not a <= (v := getattr(config, k)) <= b: raise KhmerOCRError(f"Setting '{k}' is {v!r}: it must be from {a} to {b}")
+        if not a <= (v := getattr(config, k)) <= b:
+            raise KhmerOCRError(f"Setting '{k}' is {v!r}: it must be from {a} to {b}")
     put = lambda **kw: [object.__setattr__(config, k, v) for k, v in kw.items()]
     put(channels=tuple(config.channels))
-    if len(config.channels) != 7 or min(config.channels) < 1: raise KhmerOCRError(f"Setting 'channels' is {list(config.channels)!r}: it must be seven numbers from 1 up")
-    if config.location and not config.location % 2: raise KhmerOCRError(f"Setting 'location' is {config.location}: it must be odd, or 0")
-    if config.guide and config.encoder != 'ctc' and not config.ctc_weight: raise KhmerOCRError("Setting 'guide' wants a CTC head to follow: set ctc_weight as well")
+    if len(config.channels) != 7 or min(config.channels) < 1:
+        raise KhmerOCRError(f"Setting 'channels' is {list(config.channels)!r}: it must be seven numbers from 1 up")
+    if config.location and not config.location % 2:
+        raise KhmerOCRError(f"Setting 'location' is {config.location}: it must be odd, or 0")
+    if config.guide and config.encoder != 'ctc' and not config.ctc_weight:
+        raise KhmerOCRError("Setting 'guide' wants a CTC head to follow: set ctc_weight as well")
     if config.encoder == 'ctc':
         c = config.ctc or {}
-        if isinstance(c, dict): c = CTCConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()})
+        if isinstance(c, dict):
+            c = CTCConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()})
         put(ctc=c, charset=c.charset, units='subscripts')
+
 
 def make_units(config: Seq2SeqConfig):
     "The output units of a reader"
@@ -77,62 +102,96 @@ def visible(n: int, lengths):
     return torch.arange(n, device=lengths.device)[None] < lengths[:, None]
 
 # %% ../../nbs/06_models/03_attention.ipynb #419f1633
-_plan = ((3, (2, 2), False), (3, (2, 2), False), (3, None, False), (3, (2, 1), False), (3, None, True), (3, (2, 1), True), (2, None, False))   # kernel, pooling behind, norm
+_plan = (
+    (3, (2, 2), False),
+    (3, (2, 2), False),
+    (3, None, False),
+    (3, (2, 1), False),
+    (3, None, True),
+    (3, (2, 1), True),
+    (2, None, False),
+)  # kernel, pooling behind, norm
+
 
 class BuoyEncoder(nn.Module):
     "Line images (B, 1, 32, W) float, ink 1, paper 0, and widths (B,) px -> frames (B, ceil(W/4)-1, 2*hidden)"
+
     def __init__(self, channels=(64, 128, 256, 256, 512, 512, 512), narrow=64, hidden=256):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, k, padding=k//2 if k > 2 else 0) for a, b, (k, *_) in zip((1, *channels), channels, _plan))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(b) if norm else nn.Identity() for b, (*_, norm) in zip(channels, _plan))
-        self.enter, self.read = nn.Linear(channels[-1], narrow), nn.GRU(narrow, hidden, 2, batch_first=True, bidirectional=True)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, k, padding=k // 2 if k > 2 else 0) for a, b, (k, *_) in zip((1, *channels), channels, _plan)
+        )
+        self.norms = nn.ModuleList(
+            nn.BatchNorm2d(b) if norm else nn.Identity() for b, (*_, norm) in zip(channels, _plan)
+        )
+        self.enter, self.read = (
+            nn.Linear(channels[-1], narrow),
+            nn.GRU(narrow, hidden, 2, batch_first=True, bidirectional=True),
+        )
 
     def look(self, x, widths):
         "The convolutions; padding is wiped after each, so that a line ends for them where it ends"
         for conv, norm, (k, pool, _) in zip(self.convs, self.norms, _plan):
             x = norm(conv(x))
-            if k == 2: widths = (widths-1).clamp(min=1)
-            x = F.relu_(x*visible(x.shape[-1], widths)[:, None, None].to(x.dtype))
-            if pool: x = F.max_pool2d(x, pool, ceil_mode=True); widths = -(-widths//pool[1])
+            if k == 2:
+                widths = (widths - 1).clamp(min=1)
+            x = F.relu_(x * visible(x.shape[-1], widths)[:, None, None].to(x.dtype))
+            if pool:
+                x = F.max_pool2d(x, pool, ceil_mode=True)
+                widths = -(-widths // pool[1])
         return x
 
     def features(self, x, widths):
-        if x.shape[-1] < 8: x = F.pad(x, (0, 8-x.shape[-1]))
+        if x.shape[-1] < 8:
+            x = F.pad(x, (0, 8 - x.shape[-1]))
         f = self.enter(self.look(x, widths.to(x.device)).squeeze(2).transpose(1, 2))
-        packed = nn.utils.rnn.pack_padded_sequence(f, self.lengths(widths).cpu(), batch_first=True, enforce_sorted=False)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            f, self.lengths(widths).cpu(), batch_first=True, enforce_sorted=False
+        )
         return nn.utils.rnn.pad_packed_sequence(self.read(packed)[0], batch_first=True, total_length=f.shape[1])[0]
 
-    def lengths(self, widths): return (-(-widths//4)-1).clamp(min=1)
+    def lengths(self, widths):
+        return (-(-widths // 4) - 1).clamp(min=1)
 
 # %% ../../nbs/06_models/03_attention.ipynb #3e25161d
 class Memory(NamedTuple):
     "What the decoder knows of the lines"
-    values: torch.Tensor    # frames (B, T, d)
-    keys: torch.Tensor      # frames as attention compares them (B, T, attention)
-    mask: torch.Tensor      # bool (B, T): belongs to the line
-    lengths: torch.Tensor   # frames of each line (B,)
-    heard: torch.Tensor|None = None  # what a CTC head listens to, where it is not the values (B, columns, c)
+
+    values: torch.Tensor  # frames (B, T, d)
+    keys: torch.Tensor  # frames as attention compares them (B, T, attention)
+    mask: torch.Tensor  # bool (B, T): belongs to the line
+    lengths: torch.Tensor  # frames of each line (B,)
+    heard: torch.Tensor | None = None  # what a CTC head listens to, where it is not the values (B, columns, c)
+
 
 class State(NamedTuple):
     "Where the decoder stands, for K texts of each line"
-    s: torch.Tensor         # (B, K, hidden)
-    look: torch.Tensor      # share of each frame in the last look (B, K, T)
-    prev: torch.Tensor      # the unit before (B, K)
+
+    s: torch.Tensor  # (B, K, hidden)
+    look: torch.Tensor  # share of each frame in the last look (B, K, T)
+    prev: torch.Tensor  # the unit before (B, K)
 
 # %% ../../nbs/06_models/03_attention.ipynb #1f2ef1cf
 class Seq2Seq(nn.Module):
     "Line images (B, 1, height, W), widths (B,) and true unit ids (B, U) -> logits of each next unit (B, U, n_units)"
+
     def __init__(self, n_units: int, config: Seq2SeqConfig = Seq2SeqConfig()):
         super().__init__()
         self.config, self.n_units, H, A = config, n_units, config.hidden, config.attention
         own = config.encoder == 'ctc'
-        self.encoder = CTCNet(n_units, config.ctc) if own else BuoyEncoder(config.channels, config.narrow, config.frames)
-        d, e = 2*(config.ctc.hidden if own else config.frames), config.embedding or n_units
+        self.encoder = (
+            CTCNet(n_units, config.ctc) if own else BuoyEncoder(config.channels, config.narrow, config.frames)
+        )
+        d, e = 2 * (config.ctc.hidden if own else config.frames), config.embedding or n_units
         self.start = nn.Linear(d, H)
         self.key, self.query, self.energy = nn.Linear(d, A), nn.Linear(H, A, bias=False), nn.Linear(A, 1, bias=False)
         self.shift = nn.Linear(H, config.location) if config.location else None
         self.embed = nn.Embedding(n_units, e) if config.embedding else None
-        self.cell, self.drop, self.name = nn.GRUCell(e+d, H), nn.Dropout(config.dropout), nn.Linear(H+d+e, n_units)
+        self.cell, self.drop, self.name = (
+            nn.GRUCell(e + d, H),
+            nn.Dropout(config.dropout),
+            nn.Linear(H + d + e, n_units),
+        )
         self.head = nn.Linear(d, n_units) if config.ctc_weight and not own else None
 
 # %% ../../nbs/06_models/03_attention.ipynb #359fa5ab
@@ -141,11 +200,13 @@ def frozen(self: Seq2Seq) -> bool:
     "Is the encoder to stay as it is?"
     return not any(p.requires_grad for p in self.encoder.parameters())
 
+
 @patch
 def train(self: Seq2Seq, mode=True):
     "Training mode for all but a frozen encoder"
     nn.Module.train(self, mode)
-    if self.frozen: self.encoder.eval()
+    if self.frozen:
+        self.encoder.eval()
     return self
 
 # %% ../../nbs/06_models/03_attention.ipynb #6c09fc55
@@ -154,27 +215,37 @@ def hears(self: Seq2Seq) -> bool:
     "Is there a CTC head?"
     return self.head is not None or self.config.encoder == 'ctc'
 
+
 @patch
 def ctc_logits(self: Seq2Seq, memory: Memory):
     "CTC's opinion of each frame (B, T, n_units); None without a CTC head"
-    if self.head is not None: return self.head(self.drop(memory.values))
-    if self.hears: return self.encoder.name(self.encoder.drop(memory.values))
+    if self.head is not None:
+        return self.head(self.drop(memory.values))
+    if self.hears:
+        return self.encoder.name(self.encoder.drop(memory.values))
 
 # %% ../../nbs/06_models/03_attention.ipynb #2f01b7a6
 @patch
 def encode(self: Seq2Seq, x, widths) -> Memory:
     "Look at the lines once"
     lengths = self.encoder.lengths(widths.to(x.device))
-    with torch.no_grad() if self.frozen else nullcontext(): values = self.encoder.features(x, widths)
+    with torch.no_grad() if self.frozen else nullcontext():
+        values = self.encoder.features(x, widths)
     return Memory(values, self.key(values), visible(values.shape[1], lengths), lengths)
+
 
 @patch
 def begin(self: Seq2Seq, memory: Memory) -> State:
     "The state before the first unit: what the two directions saw last, the eye on the first frame"
-    B, T, d = memory.values.shape; d //= 2
-    last = memory.values[torch.arange(B), memory.lengths-1, :d]
+    B, T, d = memory.values.shape
+    d //= 2
+    last = memory.values[torch.arange(B), memory.lengths - 1, :d]
     s = torch.tanh(self.start(torch.cat([last, memory.values[:, 0, d:]], -1)))
-    return State(s[:, None], F.one_hot(torch.zeros(B, 1, dtype=torch.long, device=s.device), T).to(s.dtype), torch.zeros(B, 1, dtype=torch.long, device=s.device))
+    return State(
+        s[:, None],
+        F.one_hot(torch.zeros(B, 1, dtype=torch.long, device=s.device), T).to(s.dtype),
+        torch.zeros(B, 1, dtype=torch.long, device=s.device),
+    )
 
 # %% ../../nbs/06_models/03_attention.ipynb #9088cd62
 @patch
@@ -182,7 +253,7 @@ def attend(self: Seq2Seq, memory: Memory, state: State):
     "Shares of the frames in the next look (B, K, T); they sum to 1"
     e = self.energy(torch.tanh(memory.keys[:, None] + self.query(state.s)[:, :, None])).squeeze(-1)
     if self.shift is not None:
-        near = F.pad(state.look, (self.config.location//2,)*2).unfold(-1, self.config.location, 1)
+        near = F.pad(state.look, (self.config.location // 2,) * 2).unfold(-1, self.config.location, 1)
         e = e + (near.to(e.dtype) @ self.shift(state.s).unsqueeze(-1).to(e.dtype)).squeeze(-1)
     return e.float().masked_fill(~memory.mask[:, None], -math.inf).softmax(-1)
 
@@ -193,41 +264,64 @@ def step(self: Seq2Seq, memory: Memory, state: State):
     B, K, _ = state.s.shape
     look = self.attend(memory, state).to(memory.values.dtype)
     seen = look @ memory.values
-    unit = F.one_hot(state.prev, self.n_units).to(seen.dtype) if self.embed is None else self.embed(state.prev).to(seen.dtype)
+    unit = (
+        F.one_hot(state.prev, self.n_units).to(seen.dtype)
+        if self.embed is None
+        else self.embed(state.prev).to(seen.dtype)
+    )
     s = self.cell(torch.cat([unit, seen], -1).flatten(0, 1), state.s.flatten(0, 1)).view(B, K, -1)
     return State(s, look, state.prev), torch.cat([s.to(seen.dtype), seen, unit], -1)
 
 # %% ../../nbs/06_models/03_attention.ipynb #b300167c
 @patch
-def forward(self: Seq2Seq, x, widths, ids,
-    forced=None  # bool (U,): is the true unit before given in this step? None: in all
+def forward(
+    self: Seq2Seq,
+    x,
+    widths,
+    ids,
+    forced=None,  # bool (U,): is the true unit before given in this step? None: in all
 ):  # logits (B, U, n_units); CTC's logits (B, T, n_units) or None; frames of each line (B,); looks (B, U, T)
     "Logits of each next unit of texts that are known"
-    memory = self.encode(x, widths); state = self.begin(memory)
-    B, U = ids.shape; outs, looks = [], []
+    memory = self.encode(x, widths)
+    state = self.begin(memory)
+    B, U = ids.shape
+    outs, looks = [], []
     for u in range(U):
-        state, out = self.step(memory, state); outs.append(out); looks.append(state.look)
-        given = forced is None or u+1 == U or forced[u+1]
-        state = state._replace(prev=ids[:, u:u+1] if given else self.name(out.detach()).argmax(-1))
+        state, out = self.step(memory, state)
+        outs.append(out)
+        looks.append(state.look)
+        given = forced is None or u + 1 == U or forced[u + 1]
+        state = state._replace(prev=ids[:, u : u + 1] if given else self.name(out.detach()).argmax(-1))
     return self.name(self.drop(torch.cat(outs, 1))), self.ctc_logits(memory), memory.lengths, torch.cat(looks, 1)
 
 # %% ../../nbs/06_models/03_attention.ipynb #3ea16d44
 def _fit(net, weights, path):
-    try: net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
-    except RuntimeError: raise KhmerOCRError(f'{path} does not fit these settings of the reader: give the checkpoint of another, or its settings') from None
+    try:
+        net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+    except RuntimeError:
+        raise KhmerOCRError(
+            f'{path} does not fit these settings of the reader: give the checkpoint of another, or its settings'
+        ) from None
 
-def load_seq2seq(path) -> tuple[Seq2Seq, Units|Symbols, dict]:  # network in eval mode, its units, the header
+
+def load_seq2seq(path) -> tuple[Seq2Seq, Units | Symbols, dict]:  # network in eval mode, its units, the header
     "Open a checkpoint of this model; KhmerOCRError if it is none"
     weights, head = load_weights(path)
-    if head.get('model') != 'seq2seq': raise KhmerOCRError(f'{path} holds a model of kind {head.get("model")!r}, not a seq2seq reader')
+    if head.get('model') != 'seq2seq':
+        raise KhmerOCRError(f'{path} holds a model of kind {head.get("model")!r}, not a seq2seq reader')
     config = Seq2SeqConfig(**head['config'])
     units = (Symbols if config.units == 'symbols' else Units)(Charset(head['charset']))
-    net = Seq2Seq(len(units), config); _fit(net, weights, path)
+    net = Seq2Seq(len(units), config)
+    _fit(net, weights, path)
     return net.eval(), units, head
+
 
 def start_from(net: Seq2Seq, path):
     "Weights of a seq2seq reader, or of a CTC reader into the encoder; KhmerOCRError where they do not fit"
     weights, head = load_weights(path)
     kind = head.get('model')
-    if kind == 'ctc' and net.config.encoder != 'ctc' or kind not in ('ctc', 'seq2seq'): raise KhmerOCRError(f'{path} holds a model of kind {kind!r}: a seq2seq reader with encoder {net.config.encoder!r} cannot start from it')
+    if kind == 'ctc' and net.config.encoder != 'ctc' or kind not in ('ctc', 'seq2seq'):
+        raise KhmerOCRError(
+            f'{path} holds a model of kind {kind!r}: a seq2seq reader with encoder {net.config.encoder!r} cannot start from it'
+        )
     _fit(net.encoder if kind == 'ctc' else net, weights, path)

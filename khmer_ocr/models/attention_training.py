@@ -34,19 +34,31 @@ def guidance(looks, at, n, reach=2) -> torch.Tensor:
     "Mean over the units of -log(share of the look (B, U, T) within `reach` frames of where CTC hears the unit, `at` (B, U)); nats, 0: all of it"
     T, U = looks.shape[-1], at.shape[1]
     near = (torch.arange(T, device=at.device) - at[..., None]).abs() <= reach
-    share = (looks[:, :U]*near).sum(-1).clamp(min=1e-6)
+    share = (looks[:, :U] * near).sum(-1).clamp(min=1e-6)
     return -share.log()[visible(U, n)].mean()
 
 # %% ../../nbs/06_models/07_attention_training.ipynb #2ae0b55e
 class Seq2SeqLoss:
     "loss(model, batch) of `collate`'s batches: (1-w)*(cross-entropy per unit + guide*`guidance`) + w*CTC per unit (nats), in float32"
-    def __init__(self, units, config: Seq2SeqConfig, smoothing=0., seed=42):
-        self.units, self.config, self.smoothing, self.seed, self.step, self.ratio = units, config, smoothing, seed, 0, config.forcing_start
+
+    def __init__(self, units, config: Seq2SeqConfig, smoothing=0.0, seed=42):
+        self.units, self.config, self.smoothing, self.seed, self.step, self.ratio = (
+            units,
+            config,
+            smoothing,
+            seed,
+            0,
+            config.forcing_start,
+        )
 
     def forced(self, U):
         "Which of `U` steps are given the true unit; by seed and step"
-        if self.ratio >= 1: return None
-        return np.random.Generator(np.random.Philox(key=[self.seed, 12], counter=[0, 0, 0, self.step])).random(U) < self.ratio
+        if self.ratio >= 1:
+            return None
+        return (
+            np.random.Generator(np.random.Philox(key=[self.seed, 12], counter=[0, 0, 0, self.step])).random(U)
+            < self.ratio
+        )
 
     def answer(self, model, x, widths, ids):
         "What the network makes of lines whose unit ids (B, U) are known"
@@ -54,50 +66,74 @@ class Seq2SeqLoss:
 
     def __call__(self, model, batch):
         c, (ids, n) = self.config, as_targets(self.units, batch['texts'])
-        x = as_input(batch['images']).contiguous(memory_format=torch.channels_last); ids, n = ids.to(x.device), n.to(x.device)
+        x = as_input(batch['images']).contiguous(memory_format=torch.channels_last)
+        ids, n = ids.to(x.device), n.to(x.device)
         logits, heard, frames, looks = self.answer(model, x, batch['widths'], ids)
-        wanted = ids.masked_fill(~visible(ids.shape[1], n+1), -100)
+        wanted = ids.masked_fill(~visible(ids.shape[1], n + 1), -100)
         loss = F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), label_smoothing=self.smoothing)
-        if c.guide and n.max(): loss = loss + c.guide*guidance(looks, ctc_align(ctc_frames(heard.detach(), frames), ids[:, :-1], n), n)
-        if not c.ctc_weight or not heard.requires_grad: return loss          # without a CTC head, or with one that is frozen
+        if c.guide and n.max():
+            loss = loss + c.guide * guidance(looks, ctc_align(ctc_frames(heard.detach(), frames), ids[:, :-1], n), n)
+        if not c.ctc_weight or not heard.requires_grad:
+            return loss  # without a CTC head, or with one that is frozen
         ctc = F.ctc_loss(heard.float().log_softmax(-1).transpose(0, 1), ids, frames.cpu(), n.cpu(), zero_infinity=True)
-        return (1-c.ctc_weight)*loss + c.ctc_weight*ctc
+        return (1 - c.ctc_weight) * loss + c.ctc_weight * ctc
 
 # %% ../../nbs/06_models/07_attention_training.ipynb #6ca78c30
 class Forcing(Callback):
     "Moves the teacher forcing ratio from `forcing_start` to `forcing_end`, linearly over the steps"
-    def __init__(self, loss: Seq2SeqLoss): self.loss = loss
+
+    def __init__(self, loss: Seq2SeqLoss):
+        self.loss = loss
+
     def before_batch(self, learn):
-        c, t = self.loss.config, learn.step/max(1, learn.config.steps-1)
-        self.loss.step, self.loss.ratio = learn.step, c.forcing_start + t*(c.forcing_end-c.forcing_start)
+        c, t = self.loss.config, learn.step / max(1, learn.config.steps - 1)
+        self.loss.step, self.loss.ratio = learn.step, c.forcing_start + t * (c.forcing_end - c.forcing_start)
 
 # %% ../../nbs/06_models/07_attention_training.ipynb #8df2a582
 def _sure(probs):
     "Confidence of a line, 0..1: the geometric mean over its units"
-    return math.exp(sum(math.log(max(p, 1e-12)) for p in probs)/len(probs)) if probs else 1.
+    return math.exp(sum(math.log(max(p, 1e-12)) for p in probs) / len(probs)) if probs else 1.0
+
 
 def _read(net, units, x, widths, decoder, guarded, beam, alpha, weight):
     "(text, confidence) of each line of a batch"
-    memory, eos = net.encode(x, widths), end_id(units); heard = net.ctc_logits(memory)
-    if decoder == 'ctc' and heard is None: raise KhmerOCRError('This reader has no CTC head: read with decoder greedy or beam')
+    memory, eos = net.encode(x, widths), end_id(units)
+    heard = net.ctc_logits(memory)
+    if decoder == 'ctc' and heard is None:
+        raise KhmerOCRError('This reader has no CTC head: read with decoder greedy or beam')
     w = net.config.ctc_weight if weight is None else weight
     by_ctc = [] if heard is None else [(units.decode(ids), _sure(p)) for ids, p, _ in greedy(heard, memory.lengths)]
-    if decoder == 'ctc': return by_ctc
-    wrote = write_greedy(net, memory, eos) if decoder == 'greedy' else beam_search(net, memory, eos, beam, alpha, ctc_frames(heard, memory.lengths) if heard is not None and w else None, w)
+    if decoder == 'ctc':
+        return by_ctc
+    wrote = (
+        write_greedy(net, memory, eos)
+        if decoder == 'greedy'
+        else beam_search(
+            net, memory, eos, beam, alpha, ctc_frames(heard, memory.lengths) if heard is not None and w else None, w
+        )
+    )
     out = [(units.decode(o.ids), _sure(o.probs)) for o in wrote]
     return guard(out, by_ctc) if guarded and by_ctc else out
 
 # %% ../../nbs/06_models/07_attention_training.ipynb #f8c30462
 @torch.inference_mode()
-def read_lines(net: Seq2Seq, units, batches,
+def read_lines(
+    net: Seq2Seq,
+    units,
+    batches,
     decoder='greedy',  # greedy | beam | ctc
-    guarded=True,      # CTC's text where the decoder slipped (needs a CTC head)
-    beam=4, alpha=1.,  # of `beam_search`
-    weight=None        # CTC's vote in it; None: the `ctc_weight` of training; 0: none
+    guarded=True,  # CTC's text where the decoder slipped (needs a CTC head)
+    beam=4,
+    alpha=1.0,  # of `beam_search`
+    weight=None,  # CTC's vote in it; None: the `ctc_weight` of training; 0: none
 ) -> tuple[list[str], list[float]]:
     "Texts of the lines of `batches`, and their confidences, 0..1"
-    if decoder not in ('greedy', 'beam', 'ctc'): raise KhmerOCRError(f'Unknown decoder {decoder!r}{suggest(decoder, ["greedy", "beam", "ctc"])}: choose greedy, beam or ctc')
-    net.eval(); device, out = next(net.parameters()).device, []
+    if decoder not in ('greedy', 'beam', 'ctc'):
+        raise KhmerOCRError(
+            f'Unknown decoder {decoder!r}{suggest(decoder, ["greedy", "beam", "ctc"])}: choose greedy, beam or ctc'
+        )
+    net.eval()
+    device, out = next(net.parameters()).device, []
     for b in batches:
         x = as_input(b['images']).to(device).contiguous(memory_format=torch.channels_last)
         out += _read(net, units, x, b['widths'].to(device), decoder, guarded, beam, alpha, weight)
@@ -108,27 +144,39 @@ def read_lines(net: Seq2Seq, units, batches,
 def mean_loss(net, loss, batches) -> float:
     "Mean over the lines in `batches`, whatever batch they are in"
     device = next(net.parameters()).device
-    return sum(float(loss(net, b | dict(images=b['images'].to(device))))*len(b['texts']) for b in batches)/sum(len(b['texts']) for b in batches)
+    return sum(float(loss(net, b | dict(images=b['images'].to(device)))) * len(b['texts']) for b in batches) / sum(
+        len(b['texts']) for b in batches
+    )
+
 
 def nats(net, units, batches) -> float:
     "Mean cross-entropy per unit of the lines in `batches`, each unit before given"
-    return mean_loss(net, Seq2SeqLoss(units, replace(net.config, ctc_weight=0., guide=0., forcing_start=1.)), batches)
+    return mean_loss(
+        net, Seq2SeqLoss(units, replace(net.config, ctc_weight=0.0, guide=0.0, forcing_start=1.0)), batches
+    )
+
 
 def evaluate_seq2seq(net, units, batches, name='') -> dict[str, float]:
     "cer (folded, without spaces), cer_raw and exact of the lines in `batches` as the decoder writes them, nats per unit; ctc_cer where there is a CTC head"
     true, net = [t for b in batches for t in b['texts']], getattr(net, 'module', net)
     s = score(read_lines(net, units, batches, guarded=False)[0], true, extras=False)
     out = dict(cer=s['cer_folded'], cer_raw=s['cer'], exact=s['exact'], nats=nats(net, units, batches))
-    if net.hears: out['ctc_cer'] = score(read_lines(net, units, batches, 'ctc')[0], true, extras=False)['cer_folded']
-    return {name+k: v for k, v in out.items()}
+    if net.hears:
+        out['ctc_cer'] = score(read_lines(net, units, batches, 'ctc')[0], true, extras=False)['cer_folded']
+    return {name + k: v for k, v in out.items()}
 
 # %% ../../nbs/06_models/07_attention_training.ipynb #ffd1366f
-def known_lines(recipe: Recipe, units, split='train') -> list[str]|None:
+def known_lines(recipe: Recipe, units, split='train') -> list[str] | None:
     "The corpus' lines that have only symbols of the charset; None where those are all"
-    lines = load_lines(recipe.corpus, split); known = frozenset(units.charset.symbols)
+    lines = load_lines(recipe.corpus, split)
+    known = frozenset(units.charset.symbols)
     kept = [l for l in lines if known.issuperset(l)]
-    if not kept: raise KhmerOCRError(f'No line of {recipe.corpus} can be written with the symbols of this charset: choose another charset or corpus')
+    if not kept:
+        raise KhmerOCRError(
+            f'No line of {recipe.corpus} can be written with the symbols of this charset: choose another charset or corpus'
+        )
     return None if len(kept) == len(lines) else kept
+
 
 def drawn_batches(recipe: Recipe, config: Seq2SeqConfig, n: int, batch_size=64, split='val') -> list[dict]:
     "`n` lines of another split than the training's, in batches of like width: to judge by"
@@ -139,22 +187,53 @@ def drawn_batches(recipe: Recipe, config: Seq2SeqConfig, n: int, batch_size=64, 
 # %% ../../nbs/06_models/07_attention_training.ipynb #69f6c19e
 class Preset(NamedTuple):
     "What `train_seq2seq` wants to know"
+
     config: Seq2SeqConfig
     train: TrainConfig
     recipe: Recipe
+
 
 def seq2seq_preset(name='recommended', steps=None, encoder=None) -> Preset:
     "`buoy2022`: as in the paper; `recommended`: the same network, trained better; `joint`: a small decoder on the CTC reader in the checkpoint `encoder`"
     recipe = Recipe(random_text=True)
     if name == 'buoy2022':
-        n = steps or 150*10_000//64
-        return Preset(Seq2SeqConfig(), TrainConfig(steps=n, batch_size=64, lr=1e-6, optimizer='adam', schedule='constant', warmup=0., clip=0., ema=0., stop_at=.01, eval_every=min(n, 10_000//64), channels_last=True), recipe)
-    better = dict(clip=5., ema=.999, label_smoothing=.05, channels_last=True)
-    if name == 'recommended': return Preset(Seq2SeqConfig(charset='khmer-latin', units='subscripts', ctc_weight=.3), TrainConfig(steps=steps or 20_000, lr=1e-3, warmup=.1, **better), recipe)
-    if name != 'joint': raise KhmerOCRError(f'Unknown preset {name!r}{suggest(name, ["buoy2022", "recommended", "joint"])}: choose buoy2022, recommended or joint')
-    if encoder is None: raise KhmerOCRError('Preset joint wants a CTC reader to build on: give encoder=<checkpoint>')
-    small = dict(hidden=256, attention=128, embedding=64, location=41, dropout=.1, ctc_weight=.3, guide=.5)
-    return Preset(Seq2SeqConfig(encoder='ctc', ctc=load_ctc(encoder)[0].config, **small), TrainConfig(steps=steps or 5000, lr=2e-3, warmup=.1, freeze=('encoder',), **better), recipe)
+        n = steps or 150 * 10_000 // 64
+        return Preset(
+            Seq2SeqConfig(),
+            TrainConfig(
+                steps=n,
+                batch_size=64,
+                lr=1e-6,
+                optimizer='adam',
+                schedule='constant',
+                warmup=0.0,
+                clip=0.0,
+                ema=0.0,
+                stop_at=0.01,
+                eval_every=min(n, 10_000 // 64),
+                channels_last=True,
+            ),
+            recipe,
+        )
+    better = dict(clip=5.0, ema=0.999, label_smoothing=0.05, channels_last=True)
+    if name == 'recommended':
+        return Preset(
+            Seq2SeqConfig(charset='khmer-latin', units='subscripts', ctc_weight=0.3),
+            TrainConfig(steps=steps or 20_000, lr=1e-3, warmup=0.1, **better),
+            recipe,
+        )
+    if name != 'joint':
+        raise KhmerOCRError(
+            f'Unknown preset {name!r}{suggest(name, ["buoy2022", "recommended", "joint"])}: choose buoy2022, recommended or joint'
+        )
+    if encoder is None:
+        raise KhmerOCRError('Preset joint wants a CTC reader to build on: give encoder=<checkpoint>')
+    small = dict(hidden=256, attention=128, embedding=64, location=41, dropout=0.1, ctc_weight=0.3, guide=0.5)
+    return Preset(
+        Seq2SeqConfig(encoder='ctc', ctc=load_ctc(encoder)[0].config, **small),
+        TrainConfig(steps=steps or 5000, lr=2e-3, warmup=0.1, freeze=('encoder',), **better),
+        recipe,
+    )
 
 # %% ../../nbs/06_models/07_attention_training.ipynb #f5874350
 def train_seq2seq(
@@ -170,15 +249,35 @@ def train_seq2seq(
     texts=None,  # lines in place of the corpus
     pool=POOL,  # batches a pool (see `data.Pools`)
     callbacks=(),
-    verbose=True
+    verbose=True,
 ) -> Learner:
     "Train a seq2seq reader"
     torch.manual_seed(train.seed)
-    units = make_units(config); net = Seq2Seq(len(units), config)
-    if init: start_from(net, init)
-    if data == 'onthefly': texts = texts or known_lines(recipe, units)
+    units = make_units(config)
+    net = Seq2Seq(len(units), config)
+    if init:
+        start_from(net, init)
+    if data == 'onthefly':
+        texts = texts or known_lines(recipe, units)
     batches, val = training_batches(data, recipe, train, config.height, validation, workers, pool, texts)
-    about = header(config, units, model='seq2seq', recipe=asdict(recipe) | dict(data=str(getattr(data, 'path', data))), train=asdict(train), init=str(init) if init else None)
+    about = header(
+        config,
+        units,
+        model='seq2seq',
+        recipe=asdict(recipe) | dict(data=str(getattr(data, 'path', data))),
+        train=asdict(train),
+        init=str(init) if init else None,
+    )
     loss = Seq2SeqLoss(units, config, train.label_smoothing, train.seed)
-    learn = Learner(net, loss, batches, train, out_dir, [Padding(), Forcing(loss), *callbacks], (lambda m: evaluate_seq2seq(m, units, val)) if val else None, about, verbose=verbose)
+    learn = Learner(
+        net,
+        loss,
+        batches,
+        train,
+        out_dir,
+        [Padding(), Forcing(loss), *callbacks],
+        (lambda m: evaluate_seq2seq(m, units, val)) if val else None,
+        about,
+        verbose=verbose,
+    )
     return learn.fit(resume)

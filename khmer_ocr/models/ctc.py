@@ -17,49 +17,75 @@ from ..training.checkpoints import load_weights
 from ..text.khmer import Charset
 
 # %% ../../nbs/06_models/02_ctc.ipynb #0224c89e
-_range = dict(hidden=(1, 4096), layers=(0, 32), dropout=(0, .99))
+_range = dict(hidden=(1, 4096), layers=(0, 32), dropout=(0, 0.99))
+
 
 @dataclass(frozen=True)
 class CTCConfig:
     "Shape of the reader"
-    height: int = HEIGHT          # px; a multiple of 8
+
+    height: int = HEIGHT  # px; a multiple of 8
     channels: tuple[int, ...] = (32, 64, 96, 128, 224)
-    hidden: int = 160             # of each direction
-    layers: int = 2               # of the reading; 0: every frame for itself
-    dropout: float = .1
+    hidden: int = 160  # of each direction
+    layers: int = 2  # of the reading; 0: every frame for itself
+    dropout: float = 0.1
     charset: str = 'khmer-latin'
     blocks: tuple[int, ...] = (0, 0, 0)  # residual blocks behind each pair of convolutions, and before the reading
-    block: str = 'conv'           # conv | large
-    reading: str = 'lstm'         # lstm | attention | conv
-    stride: int = 4               # px a frame: 2, 4 or 8
+    block: str = 'conv'  # conv | large
+    reading: str = 'lstm'  # lstm | attention | conv
+    stride: int = 4  # px a frame: 2, 4 or 8
 
     def __post_init__(self):
-        if self.height % 8 or not 16 <= self.height <= 128: raise KhmerOCRError(f"Setting 'height' is {self.height!r}: it must be a multiple of 8 from 16 to 128")
-        if len(self.channels) != 5 or min(self.channels) < 1: raise KhmerOCRError(f"Setting 'channels' is {list(self.channels)!r}: it must be five numbers from 1 up")
-        if len(self.blocks) != 3 or min(self.blocks) < 0: raise KhmerOCRError(f"Setting 'blocks' is {list(self.blocks)!r}: it must be three numbers from 0 up")
+        if self.height % 8 or not 16 <= self.height <= 128:
+            raise KhmerOCRError(f"Setting 'height' is {self.height!r}: it must be a multiple of 8 from 16 to 128")
+        if len(self.channels) != 5 or min(self.channels) < 1:
+            raise KhmerOCRError(f"Setting 'channels' is {list(self.channels)!r}: it must be five numbers from 1 up")
+        if len(self.blocks) != 3 or min(self.blocks) < 0:
+            raise KhmerOCRError(f"Setting 'blocks' is {list(self.blocks)!r}: it must be three numbers from 0 up")
         for k, (a, b) in _range.items():
-            if not a <= getattr(self, k) <= b: raise KhmerOCRError(f"Setting '{k}' is {getattr(self, k)!r}: it must be from {a} to {b}")
+            if not a <= getattr(self, k) <= b:
+                raise KhmerOCRError(f"Setting '{k}' is {getattr(self, k)!r}: it must be from {a} to {b}")
         for k, ok in dict(block=('conv', 'large'), reading=('lstm', 'attention', 'conv'), stride=(2, 4, 8)).items():
-            if getattr(self, k) not in ok: raise KhmerOCRError(f"Setting '{k}' is {getattr(self, k)!r}: it must be one of {', '.join(map(str, ok))}")
+            if getattr(self, k) not in ok:
+                raise KhmerOCRError(
+                    f"Setting '{k}' is {getattr(self, k)!r}: it must be one of {', '.join(map(str, ok))}"
+                )
 
-        if self.reading == 'attention' and self.hidden % 2: raise KhmerOCRError(f"Setting 'hidden' is {self.hidden!r}: with attention it must be even, for its four heads")
+        if self.reading == 'attention' and self.hidden % 2:
+            raise KhmerOCRError(
+                f"Setting 'hidden' is {self.hidden!r}: with attention it must be even, for its four heads"
+            )
 
-STRIDE = 4          # px a frame, of the readers that ship
+
+STRIDE = 4  # px a frame, of the readers that ship
+
 
 def n_frames(widths, stride=STRIDE):
     "Frames of images of `widths` px; numbers or tensors"
-    return (widths + stride - 1)//stride
+    return (widths + stride - 1) // stride
 
 # %% ../../nbs/06_models/02_ctc.ipynb #abbef013
 class CTCNet(nn.Module):
     "Line images (B, 1, height, W) float, ink 1, paper 0 -> logits (B, ceil(W/stride), n_units)"
+
     def __init__(self, n_units: int, config: CTCConfig = CTCConfig()):
         super().__init__()
-        c, d, self.config = config.channels, 2*config.hidden, config
+        c, d, self.config = config.channels, 2 * config.hidden, config
         narrow = {2: ((2, 1), (2, 1)), 4: (2, (2, 1)), 8: (2, 2)}[config.stride]
-        self.look = nn.Sequential(conv(1, c[0], stride=2), conv(c[0], c[1]), nn.MaxPool2d(narrow[0], ceil_mode=True), Pair(c[1], c[2]),
-            nn.MaxPool2d(narrow[1], ceil_mode=True), Pair(c[2], c[3]), nn.MaxPool2d((2, 1), ceil_mode=True), conv(c[3], c[4], (-(-config.height//16), 3), padding=(0, 1)))
-        self.more = nn.ModuleList(nn.Sequential(*(Block(c[i+2], config.block, flat=i == 2) for _ in range(n))) for i, n in enumerate(config.blocks))
+        self.look = nn.Sequential(
+            conv(1, c[0], stride=2),
+            conv(c[0], c[1]),
+            nn.MaxPool2d(narrow[0], ceil_mode=True),
+            Pair(c[1], c[2]),
+            nn.MaxPool2d(narrow[1], ceil_mode=True),
+            Pair(c[2], c[3]),
+            nn.MaxPool2d((2, 1), ceil_mode=True),
+            conv(c[3], c[4], (-(-config.height // 16), 3), padding=(0, 1)),
+        )
+        self.more = nn.ModuleList(
+            nn.Sequential(*(Block(c[i + 2], config.block, flat=i == 2) for _ in range(n)))
+            for i, n in enumerate(config.blocks)
+        )
         self.read = _reading_part(c[4], config)
         self.drop, self.name = nn.Dropout(config.dropout), nn.Linear(d, n_units)
 
@@ -67,7 +93,11 @@ class CTCNet(nn.Module):
         "What the reading makes of the line: (B, ceil(W/stride), 2*hidden)"
         f = self.more[1](self.look[4:6](self.more[0](self.look[:4](x))))
         f = self.more[2](self.look[6:](f)).squeeze(2).transpose(1, 2)
-        return self.read(f)[0] if isinstance(self.read, nn.LSTM) else self.read(f, widths if widths is None else self.lengths(widths))
+        return (
+            self.read(f)[0]
+            if isinstance(self.read, nn.LSTM)
+            else self.read(f, widths if widths is None else self.lengths(widths))
+        )
 
     def forward(self, x, widths=None):  # widths (B,) px: of the lines without their padding
         return self.name(self.drop(self.features(x, widths)))
@@ -79,28 +109,51 @@ class CTCNet(nn.Module):
 # %% ../../nbs/06_models/02_ctc.ipynb #b7d2dc70
 class Frames(nn.Module):
     "Reading without recurrence: a projection, then `layers` of attention or of convolutions along the line"
+
     def __init__(self, c, config):
         super().__init__()
-        d = 2*config.hidden
+        d = 2 * config.hidden
         self.enter, self.attends = nn.Linear(c, d), config.reading == 'attention'
-        self.layers = nn.ModuleList(Attend(d, dropout=config.dropout) if self.attends else Block(d, 'large', flat=True) for _ in range(config.layers))
+        self.layers = nn.ModuleList(
+            Attend(d, dropout=config.dropout) if self.attends else Block(d, 'large', flat=True)
+            for _ in range(config.layers)
+        )
+
     def forward(self, f, lengths=None):
-        f = self.enter(f); mask = None if lengths is None else torch.arange(f.shape[1], device=f.device)[None] < lengths.to(f.device)[:, None]
-        for layer in self.layers: f = layer(f, mask) if self.attends else layer(f.transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)
+        f = self.enter(f)
+        mask = (
+            None if lengths is None else torch.arange(f.shape[1], device=f.device)[None] < lengths.to(f.device)[:, None]
+        )
+        for layer in self.layers:
+            f = layer(f, mask) if self.attends else layer(f.transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)
         return f
 
+
 def _reading_part(c, config):
-    if config.reading != 'lstm' or not config.layers: return Frames(c, config)
-    return nn.LSTM(c, config.hidden, config.layers, batch_first=True, bidirectional=True, dropout=config.dropout if config.layers > 1 else 0)
+    if config.reading != 'lstm' or not config.layers:
+        return Frames(c, config)
+    return nn.LSTM(
+        c,
+        config.hidden,
+        config.layers,
+        batch_first=True,
+        bidirectional=True,
+        dropout=config.dropout if config.layers > 1 else 0,
+    )
 
 # %% ../../nbs/06_models/02_ctc.ipynb #98d6c3ef
 def _place(old, new, ins=None):
     "Write the tensor `old` into the first rows of `new`, columns `ins` (None: the first); nothing else leads into these rows"
-    rows = new[:len(old)]                                                       # a view
-    if old.ndim < 2: rows.copy_(old); return
-    rows.zero_(); rows[:, torch.arange(old.shape[1]) if ins is None else ins] = old
+    rows = new[: len(old)]  # a view
+    if old.ndim < 2:
+        rows.copy_(old)
+        return
+    rows.zero_()
+    rows[:, torch.arange(old.shape[1]) if ins is None else ins] = old
 
-def _both(h, H): return torch.cat([torch.arange(h), H+torch.arange(h)])      # where the two directions of an LSTM lie in a wider one
+
+def _both(h, H):
+    return torch.cat([torch.arange(h), H + torch.arange(h)])  # where the two directions of an LSTM lie in a wider one
 
 # %% ../../nbs/06_models/02_ctc.ipynb #5e76ee53
 def _grow_lstm(old: nn.LSTM, new: nn.LSTM):
@@ -108,52 +161,85 @@ def _grow_lstm(old: nn.LSTM, new: nn.LSTM):
     h, H = old.hidden_size, new.hidden_size
     for name, w in old.named_parameters():
         ins = None if w.ndim < 2 or 'hh' in name or '_l0' in name else _both(h, H)
-        for g in range(4): _place(w[g*h:(g+1)*h], new.get_parameter(name).data[g*H:(g+1)*H], ins)
+        for g in range(4):
+            _place(w[g * h : (g + 1) * h], new.get_parameter(name).data[g * H : (g + 1) * H], ins)
+
 
 @torch.no_grad()
 def grow(
     old: CTCNet,
-    config: CTCConfig  # no less of anything; height, stride, kinds of block and reading, and LSTM layers as they were
+    config: CTCConfig,  # no less of anything; height, stride, kinds of block and reading, and LSTM layers as they were
 ) -> CTCNet:  # reads exactly as `old` does, in eval mode
     "Put a trained reader into a larger one"
     a, n = old.config, old.name.out_features
     same = ('height', 'stride', 'charset', 'reading', 'layers') + (('block',) if any(a.blocks) else ())
-    if any(getattr(a, k) != getattr(config, k) for k in same) or any(x > y for x, y in zip((*a.channels, *a.blocks, a.hidden), (*config.channels, *config.blocks, config.hidden))) or a.reading != 'lstm' or not a.layers:
+    if (
+        any(getattr(a, k) != getattr(config, k) for k in same)
+        or any(
+            x > y for x, y in zip((*a.channels, *a.blocks, a.hidden), (*config.channels, *config.blocks, config.hidden))
+        )
+        or a.reading != 'lstm'
+        or not a.layers
+    ):
         raise KhmerOCRError(f'A reader can only grow: {config} is not a larger {a}')
-    new = CTCNet(n, config); own = dict(new.state_dict())
+    new = CTCNet(n, config)
+    own = dict(new.state_dict())
     for name, w in old.state_dict().items():
-        if name.startswith('read.'): continue
-        if name == 'name.weight': own[name].zero_(); own[name][:, _both(a.hidden, config.hidden)] = w
-        elif w.ndim: _place(w, own[name])
-        else: own[name].copy_(w)
+        if name.startswith('read.'):
+            continue
+        if name == 'name.weight':
+            own[name].zero_()
+            own[name][:, _both(a.hidden, config.hidden)] = w
+        elif w.ndim:
+            _place(w, own[name])
+        else:
+            own[name].copy_(w)
     _grow_lstm(old.read, new.read)
     return new.eval()
 
 # %% ../../nbs/06_models/02_ctc.ipynb #4b50cb84
 def header(config: CTCConfig, units: Units, **more) -> dict:
     "What a reader must know about a checkpoint, and what made it"
-    return dict(model='ctc', config=asdict(config), charset=list(units.charset.symbols), height=config.height, stride=config.stride,
-        preprocess='khmer_ocr.data.prepare/3: grey, dark on light, shadows out, stretched, trimmed to 75 % ink, height', normal_form='khmer_ocr.text.normalise/1') | more
+    return (
+        dict(
+            model='ctc',
+            config=asdict(config),
+            charset=list(units.charset.symbols),
+            height=config.height,
+            stride=config.stride,
+            preprocess='khmer_ocr.data.prepare/3: grey, dark on light, shadows out, stretched, trimmed to 75 % ink, height',
+            normal_form='khmer_ocr.text.normalise/1',
+        )
+        | more
+    )
+
 
 def load_ctc(path) -> tuple[CTCNet, Units, dict]:  # network in eval mode, its units, the header
     "Open a checkpoint of this model; KhmerOCRError if it is none"
     weights, head = load_weights(path)
-    if head.get('model') != 'ctc': raise KhmerOCRError(f'{path} holds a model of kind {head.get("model")!r}, not a CTC reader')
+    if head.get('model') != 'ctc':
+        raise KhmerOCRError(f'{path} holds a model of kind {head.get("model")!r}, not a CTC reader')
     units = Units(Charset(head['charset']))
     config = CTCConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in head['config'].items()})
     net = CTCNet(len(units), config)
-    try: net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
-    except RuntimeError: raise KhmerOCRError(f'{path} does not fit this version of the reader: fetch or train it again') from None
+    try:
+        net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+    except RuntimeError:
+        raise KhmerOCRError(f'{path} does not fit this version of the reader: fetch or train it again') from None
     return net.eval(), units, head
 
 # %% ../../nbs/06_models/02_ctc.ipynb #ebb07710
 def started(net: CTCNet, init, parts=()) -> CTCNet:
     "`net` with the weights of the checkpoint `init`, or with those of its `parts` alone"
     old = load_ctc(init)[0]
-    if not parts: return old if old.config == net.config else grow(old, net.config)
+    if not parts:
+        return old if old.config == net.config else grow(old, net.config)
     own = net.state_dict()
     some = {k: v for k, v in old.state_dict().items() if k.split('.')[0] in parts}
-    bad = [p for p in parts if not any(k.split('.')[0] == p for k in some)] or [k for k, v in some.items() if k not in own or own[k].shape != v.shape]
-    if bad: raise KhmerOCRError(f'{init} has no {bad[0]!r} that fits this network')
+    bad = [p for p in parts if not any(k.split('.')[0] == p for k in some)] or [
+        k for k, v in some.items() if k not in own or own[k].shape != v.shape
+    ]
+    if bad:
+        raise KhmerOCRError(f'{init} has no {bad[0]!r} that fits this network')
     net.load_state_dict(own | some)
     return net

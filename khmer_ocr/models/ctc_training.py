@@ -30,16 +30,22 @@ def smooth_ctc(
     amount: float,  # 0..1, `TrainConfig.label_smoothing`
 ) -> torch.Tensor:  # scalar: (1-amount)*loss + amount*KL(uniform || probabilities), mean over the frames, in nats
     "Label smoothing for CTC"
-    if not amount: return loss
+    if not amount:
+        return loss
     inside = torch.arange(len(log_probs), device=log_probs.device)[:, None] < frames.to(log_probs.device)
     distance = -log_probs.mean(-1) - math.log(log_probs.shape[-1])
-    return (1-amount)*loss + amount*distance[inside].mean()
+    return (1 - amount) * loss + amount * distance[inside].mean()
 
 # %% ../../nbs/06_models/06_ctc_training.ipynb #9163c9ad
 class CTCLoss:
     "loss(model, batch) of `collate`'s batches: mean CTC loss per unit (nats), in float32; `smoothing` as in `training.smooth_ctc`"
-    def __init__(self, units: Units, stride=STRIDE, smoothing=0.): self.units, self.stride, self.smoothing = units, stride, smoothing
-    def __call__(self, model, batch): return self.of(self.logits(model, batch), batch)
+
+    def __init__(self, units: Units, stride=STRIDE, smoothing=0.0):
+        self.units, self.stride, self.smoothing = units, stride, smoothing
+
+    def __call__(self, model, batch):
+        return self.of(self.logits(model, batch), batch)
+
     def logits(self, model, batch):
         "What the network says: float32 (B, T, n_units)"
         return model(as_input(batch['images']).contiguous(memory_format=torch.channels_last), batch['widths']).float()
@@ -51,63 +57,93 @@ class CTCLoss:
         targets = torch.tensor([i for s in ids for i in s], device=logits.device)
         frames = n_frames(batch['widths'], self.stride).clamp(max=logits.shape[1])
         log_probs = logits.log_softmax(-1).transpose(0, 1)
-        return smooth_ctc(F.ctc_loss(log_probs, targets, frames.cpu(), lengths, zero_infinity=True), log_probs, frames, self.smoothing)
+        return smooth_ctc(
+            F.ctc_loss(log_probs, targets, frames.cpu(), lengths, zero_infinity=True), log_probs, frames, self.smoothing
+        )
 
 # %% ../../nbs/06_models/06_ctc_training.ipynb #3afd6d9e
 def matched(
     p: torch.Tensor,  # probabilities (B, T, n) in the teacher's frames
     frames: int,  # of the pupil
-    ratio: float  # teacher's frames in one of the pupil's
+    ratio: float,  # teacher's frames in one of the pupil's
 ) -> torch.Tensor:  # (B, frames, n)
     "Probabilities in the pupil's frames: of the teacher's frames that fall into one, that with the least blank"
-    edges = (torch.arange(frames+1, device=p.device)*ratio).long().clamp(max=p.shape[1]-1)
-    start, end = edges[:-1], torch.maximum(edges[1:], edges[:-1]+1)
-    inside = torch.minimum(start[:, None]+torch.arange(int((end-start).max()), device=p.device), end[:, None]-1).clamp(max=p.shape[1]-1)
-    some = p[:, inside]                                                   # (B, frames, candidates, n)
+    edges = (torch.arange(frames + 1, device=p.device) * ratio).long().clamp(max=p.shape[1] - 1)
+    start, end = edges[:-1], torch.maximum(edges[1:], edges[:-1] + 1)
+    inside = torch.minimum(
+        start[:, None] + torch.arange(int((end - start).max()), device=p.device), end[:, None] - 1
+    ).clamp(max=p.shape[1] - 1)
+    some = p[:, inside]  # (B, frames, candidates, n)
     return some.gather(2, some[..., :1].argmin(2, keepdim=True).expand(-1, -1, 1, p.shape[-1])).squeeze(2)
 
 # %% ../../nbs/06_models/06_ctc_training.ipynb #786b1228
 class TaughtLoss:
     "(1-share)*CTC + share*cross-entropy with the frames of a `teacher` of the same units; mean over the frames of the lines, in nats"
-    def __init__(self, loss: CTCLoss, teacher: CTCNet, share=.5): self.loss, self.teacher, self.share = loss, teacher.requires_grad_(False).eval(), share
+
+    def __init__(self, loss: CTCLoss, teacher: CTCNet, share=0.5):
+        self.loss, self.teacher, self.share = loss, teacher.requires_grad_(False).eval(), share
 
     def heard(self, batch, frames):
         "What the teacher says, in `frames` frames of the pupil: probabilities (B, frames, n)"
-        x, widths, c = as_input(batch['images']), batch['widths'], self.teacher.config; k = c.height/x.shape[2]
-        if k != 1: x, widths = F.interpolate(x, (c.height, round(x.shape[3]*k)), mode='area'), (widths*k).round().long().clamp(min=1)
-        with torch.no_grad(): p = self.teacher.to(x.device)(x.contiguous(memory_format=torch.channels_last), widths).float().softmax(-1)
-        return matched(p, frames, self.loss.stride*k/c.stride)
+        x, widths, c = as_input(batch['images']), batch['widths'], self.teacher.config
+        k = c.height / x.shape[2]
+        if k != 1:
+            x, widths = (
+                F.interpolate(x, (c.height, round(x.shape[3] * k)), mode='area'),
+                (widths * k).round().long().clamp(min=1),
+            )
+        with torch.no_grad():
+            p = self.teacher.to(x.device)(x.contiguous(memory_format=torch.channels_last), widths).float().softmax(-1)
+        return matched(p, frames, self.loss.stride * k / c.stride)
 
     def __call__(self, model, batch):
-        logits = self.loss.logits(model, batch); p = self.heard(batch, logits.shape[1])
-        inside = torch.arange(p.shape[1], device=p.device)[None] < n_frames(batch['widths'], self.loss.stride).to(p.device)[:, None]
-        return (1-self.share)*self.loss.of(logits, batch) + self.share*-(p*logits.log_softmax(-1)).sum(-1)[inside].mean()
+        logits = self.loss.logits(model, batch)
+        p = self.heard(batch, logits.shape[1])
+        inside = (
+            torch.arange(p.shape[1], device=p.device)[None]
+            < n_frames(batch['widths'], self.loss.stride).to(p.device)[:, None]
+        )
+        return (1 - self.share) * self.loss.of(logits, batch) + self.share * -(p * logits.log_softmax(-1)).sum(-1)[
+            inside
+        ].mean()
 
 # %% ../../nbs/06_models/06_ctc_training.ipynb #c36aa2f7
 @torch.inference_mode()
 def read_batches(net, units: Units, batches) -> tuple[list[str], list[str]]:  # read, true
     "Greedy texts of the lines in `batches`, beside the labels"
-    net.eval(); device = next(net.parameters()).device; read, true = [], []
+    net.eval()
+    device = next(net.parameters()).device
+    read, true = [], []
     for b in batches:
         logits = net(as_input(b['images']).to(device).contiguous(memory_format=torch.channels_last), b['widths'])
-        read += [units.decode(ids) for ids, *_ in greedy(logits, net.lengths(b['widths']))]; true += b['texts']
+        read += [units.decode(ids) for ids, *_ in greedy(logits, net.lengths(b['widths']))]
+        true += b['texts']
     return read, true
+
 
 def evaluate_net(net, units, batches, name='') -> dict[str, float]:
     "cer (folded, without spaces), cer_raw and exact of the lines in `batches`"
     s = score(*read_batches(net, units, batches), extras=False)
-    return {name+'cer': s['cer_folded'], name+'cer_raw': s['cer'], name+'exact': s['exact']}
+    return {name + 'cer': s['cer_folded'], name + 'cer_raw': s['cer'], name + 'exact': s['exact']}
 
 # %% ../../nbs/06_models/06_ctc_training.ipynb #f2695fff
 class Padding(Callback):
     "`learn.shown['padding']`: share of the pixels that was padding so far"
-    def __init__(self): self.used = self.total = 0
-    def state(self): return dict(used=self.used, total=self.total)
-    def load_state(self, state): self.used, self.total = state.get('used', 0), state.get('total', 0)
+
+    def __init__(self):
+        self.used = self.total = 0
+
+    def state(self):
+        return dict(used=self.used, total=self.total)
+
+    def load_state(self, state):
+        self.used, self.total = state.get('used', 0), state.get('total', 0)
+
     def after_loss(self, learn):
         b = learn.batch
-        self.used += int(b['widths'].sum()); self.total += b['images'].shape[0]*b['images'].shape[-1]
-        learn.shown['padding'] = 1-self.used/self.total
+        self.used += int(b['widths'].sum())
+        self.total += b['images'].shape[0] * b['images'].shape[-1]
+        learn.shown['padding'] = 1 - self.used / self.total
 
 # %% ../../nbs/06_models/06_ctc_training.ipynb #1a44a9f7
 def train_ctc(
@@ -126,15 +162,36 @@ def train_ctc(
     callbacks=(),
     verbose=True,
     teacher=None,  # checkpoint of a reader that shows the frames, see `TaughtLoss`; or what makes the loss out of the plain one, see `distil.Teaching`
-    share=.5  # of the teacher in the loss
+    share=0.5,  # of the teacher in the loss
 ) -> Learner:
     "Train a CTC reader"
     torch.manual_seed(train.seed)
-    units = Units(charset(config.charset)); net = CTCNet(len(units), config)
-    if init: net = started(net, init, parts)
+    units = Units(charset(config.charset))
+    net = CTCNet(len(units), config)
+    if init:
+        net = started(net, init, parts)
     batches, val = training_batches(data, recipe, train, config.height, validation, workers, pool, texts)
-    about = header(config, units, recipe=asdict(recipe) | dict(data=str(getattr(data, 'path', data))), train=asdict(train), init=str(init) if init else None, parts=list(parts), teacher=str(teacher) if teacher else None)
+    about = header(
+        config,
+        units,
+        recipe=asdict(recipe) | dict(data=str(getattr(data, 'path', data))),
+        train=asdict(train),
+        init=str(init) if init else None,
+        parts=list(parts),
+        teacher=str(teacher) if teacher else None,
+    )
     loss = CTCLoss(units, config.stride, train.label_smoothing)
-    if teacher: loss = teacher(loss) if callable(teacher) else TaughtLoss(loss, load_ctc(teacher)[0], share)
-    learn = Learner(net, loss, batches, train, out_dir, [Padding(), *callbacks], (lambda m: evaluate_net(m, units, val)) if val else None, about, verbose=verbose)
+    if teacher:
+        loss = teacher(loss) if callable(teacher) else TaughtLoss(loss, load_ctc(teacher)[0], share)
+    learn = Learner(
+        net,
+        loss,
+        batches,
+        train,
+        out_dir,
+        [Padding(), *callbacks],
+        (lambda m: evaluate_net(m, units, val)) if val else None,
+        about,
+        verbose=verbose,
+    )
     return learn.fit(resume)

@@ -22,27 +22,37 @@ from ..core.errors import KhmerOCRError
 # %% ../../nbs/06_models/05_decoding.ipynb #0a6a1535
 def greedy(
     logits: torch.Tensor,  # (B, T, n_units), any float type
-    lengths  # frames of each line
-) -> list[tuple[list[int], list[float], list[int]]]:  # for each line: unit ids, their confidences (0..1), the frame where each is surest
+    lengths,  # frames of each line
+) -> list[
+    tuple[list[int], list[float], list[int]]
+]:  # for each line: unit ids, their confidences (0..1), the frame where each is surest
     "Best unit of each frame, repeats and blanks dropped"
     p, best = logits.float().softmax(-1).max(-1)
-    return [_greedy_line(b[:n], q[:n]) for b, q, n in zip(best.cpu().numpy(), p.cpu().numpy(), [int(n) for n in lengths])]
+    return [
+        _greedy_line(b[:n], q[:n]) for b, q, n in zip(best.cpu().numpy(), p.cpu().numpy(), [int(n) for n in lengths])
+    ]
+
 
 def _greedy_line(best, p):
     "One line: arrays of the best unit and its probability in each frame"
-    if not len(best): return [], [], []
-    starts = np.flatnonzero(np.r_[True, best[1:] != best[:-1]]); ends = np.r_[starts[1:], len(best)]
+    if not len(best):
+        return [], [], []
+    starts = np.flatnonzero(np.r_[True, best[1:] != best[:-1]])
+    ends = np.r_[starts[1:], len(best)]
     keep = [(a, b) for a, b in zip(starts, ends) if best[a]]
-    peak = [a+int(p[a:b].argmax()) for a, b in keep]
+    peak = [a + int(p[a:b].argmax()) for a, b in keep]
     return [int(best[i]) for i in peak], [float(p[i]) for i in peak], peak
 
 # %% ../../nbs/06_models/05_decoding.ipynb #449de3c9
-_none = -1e10        # log of a probability of nothing
+_none = -1e10  # log of a probability of nothing
+
 
 def ctc_frames(logits, lengths) -> torch.Tensor:
     "Log probabilities (B, T, n_units) float64 of CTC's logits; frames behind the line's end are sure to be blank"
-    p = logits.double().log_softmax(-1); behind = ~visible(p.shape[1], lengths.to(p.device))
-    sure = torch.full_like(p[0, 0], -1e4); sure[0] = 0
+    p = logits.double().log_softmax(-1)
+    behind = ~visible(p.shape[1], lengths.to(p.device))
+    sure = torch.full_like(p[0, 0], -1e4)
+    sure[0] = 0
     return torch.where(behind[..., None], sure, p)
 
 # %% ../../nbs/06_models/05_decoding.ipynb #5d7eaac4
@@ -53,47 +63,62 @@ def _viterbi(y, jump, last):
     for t in range(1, y.shape[1]):
         two = torch.cat([none, a[:, :-2]], 1).masked_fill(~jump, _none)
         a, came = torch.stack([a, torch.cat([none[:, :1], a[:, :-1]], 1), two]).max(0)
-        a = a + y[:, t]; back.append(came)
-    ends = a.gather(1, torch.stack([last, (last-1).clamp(min=0)], 1)); path = [last - ends.argmax(1)]
-    for came in back[::-1]: path.append(path[-1] - came.gather(1, path[-1][:, None])[:, 0])
+        a = a + y[:, t]
+        back.append(came)
+    ends = a.gather(1, torch.stack([last, (last - 1).clamp(min=0)], 1))
+    path = [last - ends.argmax(1)]
+    for came in back[::-1]:
+        path.append(path[-1] - came.gather(1, path[-1][:, None])[:, 0])
     return torch.stack(path[::-1], 1)
+
 
 @torch.no_grad()
 def ctc_align(
     logp,  # (B, T, n_units) float64, of `ctc_frames`
-    ids,   # true units (B, U), filled up with anything
-    n      # how many of them each line has (B,)
+    ids,  # true units (B, U), filled up with anything
+    n,  # how many of them each line has (B,)
 ) -> torch.Tensor:  # int64 (B, U)
     "The frame in which CTC hears each unit best, on the best path of the true text (Viterbi); frame 0 for what is filled up"
-    B, U = ids.shape; states = ids.new_zeros(B, 2*U+1); states[:, 1::2] = ids
-    jump = (states != 0) & (states != F.pad(states, (2, 0))[:, :-2]); jump[:, :2] = False
-    y = logp.gather(2, states[:, None].expand(-1, logp.shape[1], -1)); path = _viterbi(y, jump, 2*n)
-    said = path[:, None] == 2*torch.arange(U, device=ids.device)[:, None] + 1
+    B, U = ids.shape
+    states = ids.new_zeros(B, 2 * U + 1)
+    states[:, 1::2] = ids
+    jump = (states != 0) & (states != F.pad(states, (2, 0))[:, :-2])
+    jump[:, :2] = False
+    y = logp.gather(2, states[:, None].expand(-1, logp.shape[1], -1))
+    path = _viterbi(y, jump, 2 * n)
+    said = path[:, None] == 2 * torch.arange(U, device=ids.device)[:, None] + 1
     return torch.where(said, y[..., 1::2].transpose(1, 2), -math.inf).argmax(-1)
 
 # %% ../../nbs/06_models/05_decoding.ipynb #ffc3b34a
 class Written(NamedTuple):
     "A text as the decoder wrote it"
-    ids: list       # of the units, without the end
-    probs: list     # of each unit, and of the end, 0..1
-    looks: torch.Tensor|None   # shares of the frames for each of them (len(probs), T)
+
+    ids: list  # of the units, without the end
+    probs: list  # of each unit, and of the end, 0..1
+    looks: torch.Tensor | None  # shares of the frames for each of them (len(probs), T)
+
 
 def _cut(ids, probs, looks, eos, frames) -> Written:
     "One line up to its end, or to the limit (the last step is for the end alone)"
-    n = ids.index(eos) if eos in ids else len(ids)-1
-    return Written(ids[:n], probs[:n+1], looks[:n+1, :frames])
+    n = ids.index(eos) if eos in ids else len(ids) - 1
+    return Written(ids[:n], probs[: n + 1], looks[: n + 1, :frames])
+
 
 @torch.inference_mode()
 def write_greedy(net: Seq2Seq, memory: Memory, eos: int, limit=None) -> list[Written]:
     "Each line's text, always taking the likeliest unit; at most `limit` units (None: one for each frame, and ten)"
     state, ids, probs, looks = net.begin(memory), [], [], []
     done = torch.zeros(len(memory.values), dtype=torch.bool, device=memory.mask.device)
-    for _ in range(1 + (limit or memory.mask.shape[1]+10)):
+    for _ in range(1 + (limit or memory.mask.shape[1] + 10)):
         state, out = net.step(memory, state)
         p, best = net.name(out).float().softmax(-1).max(-1)
-        state = state._replace(prev=best); ids.append(best); probs.append(p); looks.append(state.look)
+        state = state._replace(prev=best)
+        ids.append(best)
+        probs.append(p)
+        looks.append(state.look)
         done |= best[:, 0] == eos
-        if done.all(): break
+        if done.all():
+            break
     i, p, a = torch.cat(ids, 1).tolist(), torch.cat(probs, 1).tolist(), torch.cat(looks, 1).float()
     return [_cut(i[b], p[b], a[b], eos, int(n)) for b, n in enumerate(memory.lengths)]
 
@@ -103,35 +128,39 @@ def ctc_begin(logp) -> torch.Tensor:
     blank = logp[:, None, :, 0].cumsum(-1)
     return torch.stack([torch.full_like(blank, _none), blank], -1)
 
+
 def _of(logp, ids):
     "Log probabilities of units `ids` (B, K, C) in each frame: (B, K, C, T)"
     B, K, C = ids.shape
-    return logp.gather(2, ids.view(B, 1, K*C).expand(-1, logp.shape[1], -1)).transpose(1, 2).view(B, K, C, -1)
+    return logp.gather(2, ids.view(B, 1, K * C).expand(-1, logp.shape[1], -1)).transpose(1, 2).view(B, K, C, -1)
+
 
 def _before(logp, r, last, ids):
     "Log probability that all but the new unit was said before frame t: (B, K, C, T); a unit said twice needs a blank between"
     unit, blank = r[:, :, None, :, 0], r[:, :, None, :, 1]
     phi = torch.where((last[..., None] == ids)[..., None], blank, torch.logaddexp(unit, blank))
-    first = torch.where(last == 0, 0., _none).to(phi.dtype)[..., None, None].expand(*phi.shape[:3], 1)
+    first = torch.where(last == 0, 0.0, _none).to(phi.dtype)[..., None, None].expand(*phi.shape[:3], 1)
     return torch.cat([first, phi[..., :-1]], -1)
 
 # %% ../../nbs/06_models/05_decoding.ipynb #c9244636
 def ctc_prefix_scores(
     logp,  # (B, T, n_units) float64, of `ctc_frames`
-    r,     # states (B, K, T, 2) of K texts
+    r,  # states (B, K, T, 2) of K texts
     last,  # last unit of each (B, K); 0: the text is empty
-    ids    # units that may come next (B, K, C)
+    ids,  # units that may come next (B, K, C)
 ) -> torch.Tensor:  # (B, K, C)
     "Log probability that a line's text begins with the text and the unit, over all alignments (Watanabe et al. 2017, algorithm 2)"
     return torch.logsumexp(_before(logp, r, last, ids) + _of(logp, ids), -1)
+
 
 def ctc_extend(logp, r, last, ids) -> torch.Tensor:  # (B, K, T, 2)
     "States of the texts with the unit `ids` (B, K) put behind each"
     y, blank = _of(logp, ids[..., None])[:, :, 0], logp[:, None, :, 0]
     Y, Z = y.cumsum(-1), blank.cumsum(-1)
-    unit = Y + torch.logcumsumexp(_before(logp, r, last, ids[..., None])[:, :, 0] - (Y-y), -1)
+    unit = Y + torch.logcumsumexp(_before(logp, r, last, ids[..., None])[:, :, 0] - (Y - y), -1)
     late = torch.cat([torch.full_like(unit[..., :1], _none), unit[..., :-1]], -1)
-    return torch.stack([unit, Z + torch.logcumsumexp(late - (Z-blank), -1)], -1)
+    return torch.stack([unit, Z + torch.logcumsumexp(late - (Z - blank), -1)], -1)
+
 
 def ctc_whole(r) -> torch.Tensor:
     "Log probability (B, K) of exactly these texts"
@@ -140,70 +169,97 @@ def ctc_whole(r) -> torch.Tensor:
 # %% ../../nbs/06_models/05_decoding.ipynb #d8be016d
 def length_penalty(n, alpha):
     "((5+n)/6)**alpha (Wu et al. 2016): a text of n units is judged by its log probability over this; alpha 0: no normalisation"
-    return ((5+n)/6)**alpha
+    return ((5 + n) / 6) ** alpha
 
 # %% ../../nbs/06_models/05_decoding.ipynb #cfe5a49a
 @dataclass
 class _Beam:
     "K texts of each line, best first"
-    state: State
-    att: torch.Tensor         # log probability by the decoder (B, K)
-    ids: torch.Tensor         # (B, K, u)
-    probs: torch.Tensor       # log probabilities of the units (B, K, u)
-    r: torch.Tensor|None = None   # state of CTC (B, K, T, 2)
-    joint: torch.Tensor|None = None
 
-def _pick(x, k): return x.gather(1, k.view(*k.shape, *[1]*(x.ndim-2)).expand(-1, -1, *x.shape[2:]))
+    state: State
+    att: torch.Tensor  # log probability by the decoder (B, K)
+    ids: torch.Tensor  # (B, K, u)
+    probs: torch.Tensor  # log probabilities of the units (B, K, u)
+    r: torch.Tensor | None = None  # state of CTC (B, K, T, 2)
+    joint: torch.Tensor | None = None
+
+
+def _pick(x, k):
+    return x.gather(1, k.view(*k.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
+
 
 def _grow(beam, state, k, unit, logp, att, joint, ctc):
     "The beam after the chosen units: from text `k` (B, K), unit, its log probability, and the sums"
     last = _pick(beam.state.prev, k)
-    return _Beam(State(_pick(state.s, k), _pick(state.look, k), unit), att, torch.cat([_pick(beam.ids, k), unit[..., None]], -1),
-        torch.cat([_pick(beam.probs, k), logp[..., None]], -1), None if ctc is None else ctc_extend(ctc, _pick(beam.r, k), last, unit), joint)
+    return _Beam(
+        State(_pick(state.s, k), _pick(state.look, k), unit),
+        att,
+        torch.cat([_pick(beam.ids, k), unit[..., None]], -1),
+        torch.cat([_pick(beam.probs, k), logp[..., None]], -1),
+        None if ctc is None else ctc_extend(ctc, _pick(beam.r, k), last, unit),
+        joint,
+    )
 
 # %% ../../nbs/06_models/05_decoding.ipynb #8cdc62ab
 def _choices(net, memory, beam, eos, weight, ctc, wide):
     "One step of all texts: new state, best units and log probabilities (B, K, C), joint scores of them, and of ending here: (B, K) joint, log probability"
     state, out = net.step(memory, beam.state)
     logp = net.name(out).float().log_softmax(-1).double()
-    end = logp[..., eos].clone(); logp[..., 0] = logp[..., eos] = _none
-    p, ids = logp.topk(min(wide, logp.shape[-1]-1-(eos > 0)), -1)
-    joint, stop = beam.att[..., None]+p, beam.att+end
+    end = logp[..., eos].clone()
+    logp[..., 0] = logp[..., eos] = _none
+    p, ids = logp.topk(min(wide, logp.shape[-1] - 1 - (eos > 0)), -1)
+    joint, stop = beam.att[..., None] + p, beam.att + end
     if ctc is not None:
-        joint = (1-weight)*joint + weight*ctc_prefix_scores(ctc, beam.r, beam.state.prev, ids)
-        stop = (1-weight)*stop + weight*ctc_whole(beam.r)
+        joint = (1 - weight) * joint + weight * ctc_prefix_scores(ctc, beam.r, beam.state.prev, ids)
+        stop = (1 - weight) * stop + weight * ctc_whole(beam.r)
     return state, ids, p, joint, stop, end
 
 # %% ../../nbs/06_models/05_decoding.ipynb #b626594a
 @torch.inference_mode()
 def beam_search(
-    net: Seq2Seq, memory: Memory, eos: int,
-    beam=4,        # texts kept of each line
-    alpha=1.,      # of `length_penalty`
-    ctc=None,      # log probabilities of `ctc_frames`: CTC votes too
-    weight=.3,     # CTC's share of the vote
-    wide=8,        # units that the decoder proposes for each text
-    limit=None     # units at most; None: one for each frame, and ten
+    net: Seq2Seq,
+    memory: Memory,
+    eos: int,
+    beam=4,  # texts kept of each line
+    alpha=1.0,  # of `length_penalty`
+    ctc=None,  # log probabilities of `ctc_frames`: CTC votes too
+    weight=0.3,  # CTC's share of the vote
+    wide=8,  # units that the decoder proposes for each text
+    limit=None,  # units at most; None: one for each frame, and ten
 ) -> list[Written]:  # without looks
     "The best text of each line by the mean vote of decoder and CTC, over its length penalty"
-    limit = limit or memory.mask.shape[1]+10; state = net.begin(memory); B = len(memory.values)
-    zero = torch.zeros(B, 1, dtype=torch.float64, device=memory.mask.device); nothing = zero[..., None][..., :0]
-    now, best = _Beam(state, zero, nothing.long(), nothing, None if ctc is None else ctc_begin(ctc), zero), [(-math.inf, [], [0.])]*B
-    for n in range(limit+1):
+    limit = limit or memory.mask.shape[1] + 10
+    state = net.begin(memory)
+    B = len(memory.values)
+    zero = torch.zeros(B, 1, dtype=torch.float64, device=memory.mask.device)
+    nothing = zero[..., None][..., :0]
+    now, best = (
+        _Beam(state, zero, nothing.long(), nothing, None if ctc is None else ctc_begin(ctc), zero),
+        [(-math.inf, [], [0.0])] * B,
+    )
+    for n in range(limit + 1):
         state, ids, p, joint, stop, end = _choices(net, memory, now, eos, weight, ctc, wide)
-        stop = stop/length_penalty(n+1, alpha)
+        stop = stop / length_penalty(n + 1, alpha)
         for b, k in enumerate(stop.argmax(1).tolist()):
-            if stop[b, k] > best[b][0]: best[b] = (float(stop[b, k]), now.ids[b, k].tolist(), torch.cat([now.probs[b, k], end[b, k:k+1]]).exp().tolist())
-        score, at = joint.flatten(1).topk(min(beam, joint[0].numel()), 1); k = at//p.shape[-1]
+            if stop[b, k] > best[b][0]:
+                best[b] = (
+                    float(stop[b, k]),
+                    now.ids[b, k].tolist(),
+                    torch.cat([now.probs[b, k], end[b, k : k + 1]]).exp().tolist(),
+                )
+        score, at = joint.flatten(1).topk(min(beam, joint[0].numel()), 1)
+        k = at // p.shape[-1]
         unit, logp = ids.flatten(1).gather(1, at), p.flatten(1).gather(1, at)
-        now = _grow(now, state, k, unit, logp, _pick(now.att, k)+logp, score, ctc)
-        if all(b[0] >= s for b, s in zip(best, (score[:, 0]/length_penalty(limit, alpha)).tolist())): break
+        now = _grow(now, state, k, unit, logp, _pick(now.att, k) + logp, score, ctc)
+        if all(b[0] >= s for b, s in zip(best, (score[:, 0] / length_penalty(limit, alpha)).tolist())):
+            break
     return [Written(i, p, None) for _, i, p in best]
 
 # %% ../../nbs/06_models/05_decoding.ipynb #2ad9ddfe
 def slipped(written: str, heard: str, n=4) -> bool:
     "Did the decoder slip? True where its text, against CTC's, strays in length by `n` characters or has a run of so many dropped, repeated or put in"
-    return abs(len(written)-len(heard)) >= n or bool(lost_runs([written], [heard], n))
+    return abs(len(written) - len(heard)) >= n or bool(lost_runs([written], [heard], n))
+
 
 def guard(written: list, heard: list, n=4) -> list:
     "The decoder's readings (text, ...), and CTC's in the place of those that `slipped`"
@@ -212,9 +268,12 @@ def guard(written: list, heard: list, n=4) -> list:
 # %% ../../nbs/06_models/05_decoding.ipynb #f6dd6ce9
 def _steps(log_probs, least, top):
     "For each frame a list of (unit, log p) that are possible; neighbours that leave only the same one are joined"
-    T, n = log_probs.shape; rows, best = np.arange(T), log_probs.argmax(1)
-    keep = log_probs >= (math.log(least) if least else -math.inf); keep[rows, best] = True
-    if top < n: keep &= log_probs >= np.partition(log_probs, n-top, 1)[:, n-top, None]
+    T, n = log_probs.shape
+    rows, best = np.arange(T), log_probs.argmax(1)
+    keep = log_probs >= (math.log(least) if least else -math.inf)
+    keep[rows, best] = True
+    if top < n:
+        keep &= log_probs >= np.partition(log_probs, n - top, 1)[:, n - top, None]
     alone = keep.sum(1) == 1
     starts = np.flatnonzero(np.r_[True, ~(alone[1:] & alone[:-1] & (best[1:] == best[:-1]))])
     sums = np.add.reduceat(log_probs[rows, best].astype(np.float64), starts)
@@ -224,30 +283,42 @@ def _steps(log_probs, least, top):
 # %% ../../nbs/06_models/05_decoding.ipynb #686f85c0
 class _Tree:
     "Every beginning of the line that was thought of; node 0 is the empty one"
+
     def __init__(self, n, lm, alpha, beta):
         self.n, self.lm, self.alpha, self.beta, self.kids = n, lm, alpha, beta, {}
-        self.parent, self.unit, self.bonus, self.history = [-1], [-1], [0.], [(0,)]
+        self.parent, self.unit, self.bonus, self.history = [-1], [-1], [0.0], [(0,)]
 
     def child(self, node, u):
         "The node of `u` behind `node`"
-        k = self.kids.get(node*self.n + u)
-        if k is not None: return k
-        k = self.kids[node*self.n + u] = len(self.unit); h, said = self.history[node], 0.
-        if self.lm is not None: said = self.alpha*math.log(self.lm.p(h)[u]); h = self.lm.shorten(h + (u,))
-        self.parent.append(node); self.unit.append(u); self.bonus.append(self.bonus[node] + said + self.beta); self.history.append(h)
+        k = self.kids.get(node * self.n + u)
+        if k is not None:
+            return k
+        k = self.kids[node * self.n + u] = len(self.unit)
+        h, said = self.history[node], 0.0
+        if self.lm is not None:
+            said = self.alpha * math.log(self.lm.p(h)[u])
+            h = self.lm.shorten(h + (u,))
+        self.parent.append(node)
+        self.unit.append(u)
+        self.bonus.append(self.bonus[node] + said + self.beta)
+        self.history.append(h)
         return k
 
     def ids(self, node):
         "The text of a node"
         out = []
-        while node: out.append(self.unit[node]); node = self.parent[node]
+        while node:
+            out.append(self.unit[node])
+            node = self.parent[node]
         return out[::-1]
 
 # %% ../../nbs/06_models/05_decoding.ipynb #cc1deced
 def _logadd(a, b):
     "log(exp(a) + exp(b))"
-    if a < b: a, b = b, a
-    return a if b == -math.inf else a + math.log1p(math.exp(b-a))
+    if a < b:
+        a, b = b, a
+    return a if b == -math.inf else a + math.log1p(math.exp(b - a))
+
 
 def _advance(live, step, tree):
     "live: list of (node, log p of the paths that end in a blank, of those that end in its unit); the same after one frame"
@@ -255,84 +326,105 @@ def _advance(live, step, tree):
     for node, b, u in live:
         both, last = _logadd(b, u), tree.unit[node]
         for k, l in step:
-            if not k: blank[node] = both + l; continue
-            if k == last: unit[node] = _logadd(unit.get(node, none), u + l)
-            before = b if k == last else both                    # a unit is doubled only after a blank
-            if before == none: continue
-            new = tree.child(node, k); unit[new] = _logadd(unit.get(new, none), before + l)
+            if not k:
+                blank[node] = both + l
+                continue
+            if k == last:
+                unit[node] = _logadd(unit.get(node, none), u + l)
+            before = b if k == last else both  # a unit is doubled only after a blank
+            if before == none:
+                continue
+            new = tree.child(node, k)
+            unit[new] = _logadd(unit.get(new, none), before + l)
     return [(k, blank.get(k, none), unit.get(k, none)) for k in blank | unit]
 
 # %% ../../nbs/06_models/05_decoding.ipynb #6539305f
-ALPHA, BETA = .4, 1.      # chosen by the run `language_model`
+ALPHA, BETA = 0.4, 1.0  # chosen by the run `language_model`
+
 
 def beams(
     log_probs: np.ndarray,  # float (T, n units): of each frame, nats
     beam: int = 8,  # beginnings that are kept
-    lm: NGram|None = None,
+    lm: NGram | None = None,
     alpha: float = ALPHA,  # weight of the language model
-    beta: float|None = None,  # bonus for each unit, nats; None: `BETA` with a language model, 0 without
+    beta: float | None = None,  # bonus for each unit, nats; None: `BETA` with a language model, 0 without
     least: float = 1e-3,  # in each frame, less probable units do not count
-    top: int = 8  # nor do more than so many
+    top: int = 8,  # nor do more than so many
 ) -> list[tuple[list[int], float]]:  # (ids, score), best first
     "CTC prefix beam search (Graves 2012; Hannun et al. 2014): the readings that were left at the end of the line"
-    if beam < 1 or top < 1: raise KhmerOCRError(f'beam is {beam} and top is {top}: both must be at least 1')
-    if lm is not None and lm.n != log_probs.shape[1]: raise KhmerOCRError(f'The language model knows {lm.n} units and the reader {log_probs.shape[1]}: train one for this charset')
-    tree = _Tree(log_probs.shape[1], lm, alpha, (BETA if lm is not None else 0.) if beta is None else beta)
+    if beam < 1 or top < 1:
+        raise KhmerOCRError(f'beam is {beam} and top is {top}: both must be at least 1')
+    if lm is not None and lm.n != log_probs.shape[1]:
+        raise KhmerOCRError(
+            f'The language model knows {lm.n} units and the reader {log_probs.shape[1]}: train one for this charset'
+        )
+    tree = _Tree(log_probs.shape[1], lm, alpha, (BETA if lm is not None else 0.0) if beta is None else beta)
     value = lambda o: -(_logadd(o[1], o[2]) + tree.bonus[o[0]])
-    live = [(0, 0., -math.inf)]
+    live = [(0, 0.0, -math.inf)]
     for step in _steps(log_probs, least, top) if len(log_probs) else []:
         live = _advance(live, step, tree)
-        if len(live) > beam: live = sorted(live, key=value)[:beam]
+        if len(live) > beam:
+            live = sorted(live, key=value)[:beam]
     return [(tree.ids(o[0]), -value(o)) for o in sorted(live, key=value)]
 
 # %% ../../nbs/06_models/05_decoding.ipynb #7645be1d
 def _path(log_probs, ids):
     "State of each frame on the best path of `ids`: 2i+1 is unit i, 2i the blank before it; int (T,)"
-    ext = np.zeros(2*len(ids)+1, int); ext[1::2] = ids; n = len(ext)
+    ext = np.zeros(2 * len(ids) + 1, int)
+    ext[1::2] = ids
+    n = len(ext)
     p, back, none = log_probs[:, ext], np.zeros((len(log_probs), n), np.int8), -np.inf
-    jump = np.r_[[False]*min(n, 2), (ext[2:] != ext[:-2]) & (ext[2:] > 0)]
+    jump = np.r_[[False] * min(n, 2), (ext[2:] != ext[:-2]) & (ext[2:] > 0)]
     v = np.where(np.arange(n) < 2, p[0], none)
     for t in range(1, len(p)):
         ways = np.stack([v, np.r_[none, v[:-1]], np.where(jump, np.r_[none, none, v[:-2]][:n], none)])
-        back[t] = ways.argmax(0); v = ways.max(0) + p[t]
-    s = n-1 if n == 1 or v[-1] >= v[-2] else n-2
-    if v[s] == none: raise KhmerOCRError(f'{len(ids)} units do not fit on {len(log_probs)} frames')
+        back[t] = ways.argmax(0)
+        v = ways.max(0) + p[t]
+    s = n - 1 if n == 1 or v[-1] >= v[-2] else n - 2
+    if v[s] == none:
+        raise KhmerOCRError(f'{len(ids)} units do not fit on {len(log_probs)} frames')
     out = [s]
-    for t in range(len(p)-1, 0, -1): out.append(s := s - int(back[t, s]))
+    for t in range(len(p) - 1, 0, -1):
+        out.append(s := s - int(back[t, s]))
     return np.array(out[::-1])
+
 
 def align_frames(
     log_probs: np.ndarray,  # float (T, n units), nats
-    ids  # what the line says
+    ids,  # what the line says
 ) -> list[int]:  # for each unit, the frame of its stretch where it is surest
     "Where the units of a known text stand"
-    if not len(ids): return []
-    path = _path(log_probs, list(ids)); stretches = [np.flatnonzero(path == 2*i+1) for i in range(len(ids))]
+    if not len(ids):
+        return []
+    path = _path(log_probs, list(ids))
+    stretches = [np.flatnonzero(path == 2 * i + 1) for i in range(len(ids))]
     return [int(s[log_probs[s, u].argmax()]) for s, u in zip(stretches, ids)]
 
 # %% ../../nbs/06_models/05_decoding.ipynb #85e9c4db
 def prefix_beam(
     log_probs: np.ndarray,  # float (T, n units), nats
     beam: int = 8,
-    lm: NGram|None = None,
+    lm: NGram | None = None,
     alpha: float = ALPHA,
-    beta: float|None = None,
-    **kwargs  # least, top: see `beams`
+    beta: float | None = None,
+    **kwargs,  # least, top: see `beams`
 ) -> tuple[list[int], float, list[int]]:  # ids, score, frames
     "The best text by prefix beam search, its score, and the frame of each unit"
     ids, value = beams(log_probs, beam, lm, alpha, beta, **kwargs)[0]
     return ids, value, align_frames(log_probs, ids)
 
+
 def beam_line(
     log_probs: np.ndarray,  # float (T, n units): log-softmax of one line's logits, without its padding
     beam: int = 8,
-    lm: NGram|None = None,
-    **kwargs  # alpha, beta, least, top: see `beams`
+    lm: NGram | None = None,
+    **kwargs,  # alpha, beta, least, top: see `beams`
 ) -> tuple[list[int], list[float], list[int]]:  # unit ids, their confidences (0..1), the frame where each is surest
     "One line by prefix beam search, in the form of the greedy reading (see `ctc.greedy`)"
     best = log_probs.argmax(1) if len(log_probs) else np.zeros(0, int)
     greedy = _greedy_line(best, np.exp(log_probs[np.arange(len(best)), best]))
     ids = beams(log_probs, beam, lm, **kwargs)[0][0]
-    if ids == greedy[0]: return greedy
+    if ids == greedy[0]:
+        return greedy
     frames = align_frames(log_probs, ids)
     return ids, [float(np.exp(log_probs[t, u])) for t, u in zip(frames, ids)], frames

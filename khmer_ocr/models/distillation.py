@@ -24,43 +24,65 @@ def columns(theirs, mine) -> torch.Tensor:  # int64 (len(mine),)
     "Where each of my units stands among theirs; KhmerOCRError for those that they lack"
     at = {u: i for i, u in reversed(list(enumerate(theirs.units)))}
     missing = [u for u in mine.units if u not in at]
-    if missing: raise KhmerOCRError(f'These readers cannot work together: one has no unit for {", ".join(missing[:5])}' + (f' and {len(missing)-5} more' if len(missing) > 5 else '') + ': take readers of one charset')
+    if missing:
+        raise KhmerOCRError(
+            f'These readers cannot work together: one has no unit for {", ".join(missing[:5])}'
+            + (f' and {len(missing) - 5} more' if len(missing) > 5 else '')
+            + ': take readers of one charset'
+        )
     return torch.tensor([at[u] for u in mine.units])
+
 
 class Member(nn.Module):
     "A reader with CTC as a network of other units: images (B, 1, H, W) float, ink 1, and widths (B,) px -> logits (B, T, len(units)) float32"
+
     def __init__(self, reader: Reader, units: Units):
         super().__init__()
-        if not isinstance(reader.net, CTCNet) and not getattr(reader.net, 'hears', True): raise KhmerOCRError('A reader without a CTC head can neither teach frames nor join a mean: let it vote on texts (Rover)')
+        if not isinstance(reader.net, CTCNet) and not getattr(reader.net, 'hears', True):
+            raise KhmerOCRError(
+                'A reader without a CTC head can neither teach frames nor join a mean: let it vote on texts (Rover)'
+            )
         self.net, self.dtype, self.config = reader.net, reader.dtype, reader.net.config
         self.register_buffer('columns', columns(reader.units, units))
+
     def forward(self, x, widths=None):
-        if widths is None: widths = torch.full((len(x),), x.shape[3])
+        if widths is None:
+            widths = torch.full((len(x),), x.shape[3])
         return _scores(self.net, x.to(self.dtype), widths)[0][..., self.columns]
 
 # %% ../../nbs/06_models/13_distillation.ipynb #c6554a4d
 class Council(CTCNet):
     "Readers as one CTC network: the logarithm of the mean of their probabilities, in the frames of the first"
+
     def __init__(self, members: list[Member], weights=None):  # weights: of the members; None: all alike
         nn.Module.__init__(self)
         w = torch.ones(len(members)) if weights is None else torch.tensor(weights, dtype=torch.float32)
-        if len(w) != len(members) or w.min() < 0 or not w.sum() > 0: raise KhmerOCRError(f'The weights of {len(members)} readers are {weights}: give as many numbers from 0 up')
-        self.members, self.config, self.weights = nn.ModuleList(members), members[0].config, (w/w.sum()).tolist()
+        if len(w) != len(members) or w.min() < 0 or not w.sum() > 0:
+            raise KhmerOCRError(f'The weights of {len(members)} readers are {weights}: give as many numbers from 0 up')
+        self.members, self.config, self.weights = nn.ModuleList(members), members[0].config, (w / w.sum()).tolist()
 
     def forward(self, x, widths=None):
-        total = 0.
+        total = 0.0
         for m, w in zip(self.members, self.weights):
-            k, a, b = m.config.height/x.shape[2], x, widths
-            if k != 1: a, b = F.interpolate(x.float(), (m.config.height, round(x.shape[3]*k)), mode='area'), None if widths is None else (widths*k).round().long().clamp(min=1)
+            k, a, b = m.config.height / x.shape[2], x, widths
+            if k != 1:
+                a, b = (
+                    F.interpolate(x.float(), (m.config.height, round(x.shape[3] * k)), mode='area'),
+                    None if widths is None else (widths * k).round().long().clamp(min=1),
+                )
             p = m(a.contiguous(memory_format=torch.channels_last), b).softmax(-1)
-            total = total + w*(p if m is self.members[0] else matched(p, self.lengths(x.shape[3]), self.config.stride*k/m.config.stride))
+            total = total + w * (
+                p
+                if m is self.members[0]
+                else matched(p, self.lengths(x.shape[3]), self.config.stride * k / m.config.stride)
+            )
         return total.clamp(min=1e-12).log()
 
 # %% ../../nbs/06_models/13_distillation.ipynb #e5f5ded6
 def open_teacher(
     name_or_path,  # of a reader with a CTC head
     pupil: Units,
-    **kwargs  # of `Reader.load`
+    **kwargs,  # of `Reader.load`
 ) -> Member:
     "A teacher for a pupil of these units; KhmerOCRError if it has no CTC head, or lacks some of them"
     return Member(Reader.load(name_or_path, **kwargs), pupil)
@@ -68,58 +90,79 @@ def open_teacher(
 # %% ../../nbs/06_models/13_distillation.ipynb #a54bfcb1
 def soften(
     p: torch.Tensor,  # probabilities (..., n)
-    temperature: float  # above 1: flatter; below: sharper
+    temperature: float,  # above 1: flatter; below: sharper
 ) -> torch.Tensor:  # probabilities (..., n)
     "softmax(logits/temperature), from the softmax of the logits"
-    if temperature == 1: return p
-    q = p.clamp(min=1e-12)**(1/temperature)
-    return q/q.sum(-1, keepdim=True)
+    if temperature == 1:
+        return p
+    q = p.clamp(min=1e-12) ** (1 / temperature)
+    return q / q.sum(-1, keepdim=True)
 
 # %% ../../nbs/06_models/13_distillation.ipynb #0e9316a1
 class DistilLoss(TaughtLoss):
     "loss(model, batch): share*T²*KL(teachers || pupil) + (1-share)*CTC, in nats a unit. Hinton et al. 2015; of the labels in CTC, the share `words` are the teachers' own texts (Kim and Rush 2016)"
-    def __init__(self, loss: CTCLoss, teachers: list[Member], share=.5, temperature=1., words=0.):
+
+    def __init__(self, loss: CTCLoss, teachers: list[Member], share=0.5, temperature=1.0, words=0.0):
         super().__init__(loss, Council(teachers), share)
         self.temperature, self.words = temperature, words
 
     def wrote(self, p, batch):
         "The unit ids of each line by probabilities (B, frames, n)"
         sure, best = (v.cpu().numpy() for v in p.max(-1))
-        return [_greedy_line(b[:n], s[:n])[0] for b, s, n in zip(best, sure, n_frames(batch['widths'], self.loss.stride).tolist())]
+        return [
+            _greedy_line(b[:n], s[:n])[0]
+            for b, s, n in zip(best, sure, n_frames(batch['widths'], self.loss.stride).tolist())
+        ]
 
     def apart(self, logits, p, batch, units):
         "The divergence, in nats for each of `units` units"
-        t = self.temperature; q, p = (logits/t).log_softmax(-1), soften(p, t)
-        inside = torch.arange(p.shape[1], device=p.device)[None] < n_frames(batch['widths'], self.loss.stride).to(p.device)[:, None]
-        return t*t*(torch.xlogy(p, p)-p*q).sum(-1)[inside].sum()/max(1, units)
+        t = self.temperature
+        q, p = (logits / t).log_softmax(-1), soften(p, t)
+        inside = (
+            torch.arange(p.shape[1], device=p.device)[None]
+            < n_frames(batch['widths'], self.loss.stride).to(p.device)[:, None]
+        )
+        return t * t * (torch.xlogy(p, p) - p * q).sum(-1)[inside].sum() / max(1, units)
 
     def __call__(self, model, batch):
-        logits = self.loss.logits(model, batch); p = self.heard(batch, logits.shape[1]); ids = self.wrote(p, batch)
-        out = self.share*self.apart(logits, p, batch, sum(map(len, ids)))
-        for part, texts in ((1-self.words, batch['texts']), (self.words, map(self.loss.units.decode, ids))):
-            if part and self.share < 1: out = out + (1-self.share)*part*self.loss.of(logits, batch | dict(texts=list(texts)))
+        logits = self.loss.logits(model, batch)
+        p = self.heard(batch, logits.shape[1])
+        ids = self.wrote(p, batch)
+        out = self.share * self.apart(logits, p, batch, sum(map(len, ids)))
+        for part, texts in ((1 - self.words, batch['texts']), (self.words, map(self.loss.units.decode, ids))):
+            if part and self.share < 1:
+                out = out + (1 - self.share) * part * self.loss.of(logits, batch | dict(texts=list(texts)))
         return out
 
 # %% ../../nbs/06_models/13_distillation.ipynb #6a94c9e8
 @dataclass(frozen=True)
 class Teaching:
     "Who teaches, and how: make it the `teacher` of `train_ctc`"
-    teachers: tuple = ('best',)   # names or checkpoints of readers with a CTC head
-    share: float = .5             # of the teachers' frames in the loss, 0..1
-    temperature: float = 1.       # of the teachers and the pupil in the comparison, .1..20
-    words: float = 0.             # share of the teachers' texts among the labels, 0..1
+
+    teachers: tuple = ('best',)  # names or checkpoints of readers with a CTC head
+    share: float = 0.5  # of the teachers' frames in the loss, 0..1
+    temperature: float = 1.0  # of the teachers and the pupil in the comparison, .1..20
+    words: float = 0.0  # share of the teachers' texts among the labels, 0..1
 
     def __post_init__(self):
         object.__setattr__(self, 'teachers', tuple(self.teachers))
-        if not self.teachers or not all(isinstance(t, str) and t for t in self.teachers): raise KhmerOCRError(f"Setting 'teachers' is {list(self.teachers)!r}: it must be a list of model names or paths, such as ['best']")
-        for k, (a, b) in dict(share=(0, 1), temperature=(.1, 20), words=(0, 1)).items():
-            if not a <= getattr(self, k) <= b: raise KhmerOCRError(f"Setting '{k}' is {getattr(self, k)!r}: it must be from {a} to {b}")
+        if not self.teachers or not all(isinstance(t, str) and t for t in self.teachers):
+            raise KhmerOCRError(
+                f"Setting 'teachers' is {list(self.teachers)!r}: it must be a list of model names or paths, such as ['best']"
+            )
+        for k, (a, b) in dict(share=(0, 1), temperature=(0.1, 20), words=(0, 1)).items():
+            if not a <= getattr(self, k) <= b:
+                raise KhmerOCRError(f"Setting '{k}' is {getattr(self, k)!r}: it must be from {a} to {b}")
 
-    def __str__(self): return f'{", ".join("/".join(Path(t).parts[-2:]) for t in self.teachers)}: share {self.share:g}, temperature {self.temperature:g}, words {self.words:g}'
+    def __str__(self):
+        return f'{", ".join("/".join(Path(t).parts[-2:]) for t in self.teachers)}: share {self.share:g}, temperature {self.temperature:g}, words {self.words:g}'
 
     def __call__(self, loss: CTCLoss) -> DistilLoss:
         "The plain loss, taught"
-        return DistilLoss(loss, [open_teacher(t, loss.units) for t in self.teachers], self.share, self.temperature, self.words)
+        return DistilLoss(
+            loss, [open_teacher(t, loss.units) for t in self.teachers], self.share, self.temperature, self.words
+        )
+
 
 def read_teaching(table: dict) -> Teaching:
     "The table [distil] of a settings file; KhmerOCRError for unknown names and impossible values"

@@ -37,104 +37,184 @@ EXAMPLE = '''{
 @dataclass(frozen=True)
 class I2TConfig:
     "The settings of founding document 003, under its names"
-    mixed_precision: bool = True         # False: 32 bits throughout
+
+    mixed_precision: bool = True  # False: 32 bits throughout
     gradient_accumulation_steps: int = 4
-    micro_batch_size: int = 8            # pictures in a batch; a step takes this many times the above
-    max_grad_norm: float = 1.            # 0: no limit
-    image_size: int = 48                 # px, height; above 96: square patches, no CTC (see `network`)
-    early_stopping_patience: int = 7     # evaluations; 0: never
+    micro_batch_size: int = 8  # pictures in a batch; a step takes this many times the above
+    max_grad_norm: float = 1.0  # 0: no limit
+    image_size: int = 48  # px, height; above 96: square patches, no CTC (see `network`)
+    early_stopping_patience: int = 7  # evaluations; 0: never
     warmup_steps: int = 8000
-    label_smoothing: float = .1
-    dropout: float = .1
-    d_model: int = 256                   # a multiple of 16
-    size: str = 'small'                  # tiny | small | base: number of layers
-    scheduler: str = 'cosine'            # behind the warm-up: cosine | noam
-    learning_rate: float = 0.            # the highest; 0: by width and warm-up, see `peak_rate`
-    gradient_checkpointing: bool = False # less memory, more time
+    label_smoothing: float = 0.1
+    dropout: float = 0.1
+    d_model: int = 256  # a multiple of 16
+    size: str = 'small'  # tiny | small | base: number of layers
+    scheduler: str = 'cosine'  # behind the warm-up: cosine | noam
+    learning_rate: float = 0.0  # the highest; 0: by width and warm-up, see `peak_rate`
+    gradient_checkpointing: bool = False  # less memory, more time
     selective_cross_attention: bool = True  # False: all layers of the decoder look at the picture
-    gated_fusion: bool = True            # False: what is heard and what is seen are added
-    num_epochs: int = 0                  # 0: as the command says
-    num_workers: int = 0                 # processes that load pictures
+    gated_fusion: bool = True  # False: what is heard and what is seen are added
+    num_epochs: int = 0  # 0: as the command says
+    num_workers: int = 0  # processes that load pictures
     seed: int = 42
 
-    def __post_init__(self): _check(self)
+    def __post_init__(self):
+        _check(self)
+
 
 def read_i2t_config(
-    given  # path of a JSON file in which // comments are allowed (or TOML), or a dict
+    given,  # path of a JSON file in which // comments are allowed (or TOML), or a dict
 ) -> I2TConfig:
     "Settings of the document's kind; an unknown name or a wrong type raises `KhmerOCRError`"
     return configure(I2TConfig, given if isinstance(given, dict) else read_settings(given))
 
 # %% ../../nbs/06_models/10_i2t_training.ipynb #701f6ba4
-_at_least = dict(gradient_accumulation_steps=1, micro_batch_size=1, max_grad_norm=0, image_size=16, early_stopping_patience=0, warmup_steps=0, label_smoothing=0, dropout=0, d_model=16,
-    learning_rate=0, num_epochs=0, num_workers=0, seed=0)
+_at_least = dict(
+    gradient_accumulation_steps=1,
+    micro_batch_size=1,
+    max_grad_norm=0,
+    image_size=16,
+    early_stopping_patience=0,
+    warmup_steps=0,
+    label_smoothing=0,
+    dropout=0,
+    d_model=16,
+    learning_rate=0,
+    num_epochs=0,
+    num_workers=0,
+    seed=0,
+)
 _choices = dict(size=('tiny', 'small', 'base'), scheduler=('cosine', 'noam'))
 
-def _wrong(c, name, rule): raise KhmerOCRError(f"Setting '{name}' is {getattr(c, name)!r}: it must be {rule}")
+
+def _wrong(c, name, rule):
+    raise KhmerOCRError(f"Setting '{name}' is {getattr(c, name)!r}: it must be {rule}")
+
 
 def _check(c: I2TConfig):
     "Refuse what makes no sense, by the name that the file has for it"
-    for k, low in _at_least.items(): getattr(c, k) >= low or _wrong(c, k, f'at least {low}')
-    for k, names in _choices.items(): getattr(c, k) in names or _wrong(c, k, f'one of {", ".join(names)}')
-    for k in ('label_smoothing', 'dropout'): getattr(c, k) < 1 or _wrong(c, k, 'below 1')
-    for k in ('image_size', 'd_model'): getattr(c, k) % 16 and _wrong(c, k, 'a multiple of 16')
+    for k, low in _at_least.items():
+        getattr(c, k) >= low or _wrong(c, k, f'at least {low}')
+    for k, names in _choices.items():
+        getattr(c, k) in names or _wrong(c, k, f'one of {", ".join(names)}')
+    for k in ('label_smoothing', 'dropout'):
+        getattr(c, k) < 1 or _wrong(c, k, 'below 1')
+    for k in ('image_size', 'd_model'):
+        getattr(c, k) % 16 and _wrong(c, k, 'a multiple of 16')
 
 # %% ../../nbs/06_models/10_i2t_training.ipynb #81f67bba
 def peak_rate(c: I2TConfig) -> float:
     "The highest learning rate: as given, or that of Vaswani et al. (2017)"
-    return c.learning_rate or (c.d_model*max(1, c.warmup_steps))**-.5
+    return c.learning_rate or (c.d_model * max(1, c.warmup_steps)) ** -0.5
+
 
 def warmup_share(c: I2TConfig, steps: int) -> float:
     "The warm-up as a share of a run of `steps` steps, 0..1"
-    if c.warmup_steps >= steps: raise KhmerOCRError(f"Setting 'warmup_steps' is {c.warmup_steps}, but the whole run has {steps} steps: set it to {steps//10}, say, or train longer")
-    return c.warmup_steps/steps
+    if c.warmup_steps >= steps:
+        raise KhmerOCRError(
+            f"Setting 'warmup_steps' is {c.warmup_steps}, but the whole run has {steps} steps: set it to {steps // 10}, say, or train longer"
+        )
+    return c.warmup_steps / steps
 
-def loop_settings(c: I2TConfig, steps: int|None = None) -> dict:  # for `TrainConfig`
+
+def loop_settings(c: I2TConfig, steps: int | None = None) -> dict:  # for `TrainConfig`
     "The settings of the loop, for a run of `steps` steps; without that number, those that do not depend on it"
-    rate = dict(schedule='noam', lr=c.learning_rate or 1., d_model=c.d_model) if c.scheduler == 'noam' else dict(schedule='cosine', lr=peak_rate(c))
+    rate = (
+        dict(schedule='noam', lr=c.learning_rate or 1.0, d_model=c.d_model)
+        if c.scheduler == 'noam'
+        else dict(schedule='cosine', lr=peak_rate(c))
+    )
     length = dict(steps=steps, warmup=warmup_share(c, steps)) if steps else {}
-    return dict(batch_size=c.micro_batch_size, accumulate=c.gradient_accumulation_steps, clip=c.max_grad_norm, label_smoothing=c.label_smoothing, patience=c.early_stopping_patience,
-        precision='auto' if c.mixed_precision else '32-true', seed=c.seed, channels_last=True, **rate, **length)
+    return dict(
+        batch_size=c.micro_batch_size,
+        accumulate=c.gradient_accumulation_steps,
+        clip=c.max_grad_norm,
+        label_smoothing=c.label_smoothing,
+        patience=c.early_stopping_patience,
+        precision='auto' if c.mixed_precision else '32-true',
+        seed=c.seed,
+        channels_last=True,
+        **rate,
+        **length,
+    )
 
 # %% ../../nbs/06_models/10_i2t_training.ipynb #56ec85eb
 def network(c: I2TConfig) -> VisionTextConfig:
     "The settings of the network"
-    p = vision_text_preset(c.size).config; depth = p.decoder_depth
-    block = dict(stem='patches', patch=(16, 16), ctc_weight=0., guide=0.) if c.image_size > 96 else {}
-    return configure(VisionTextConfig, asdict(p) | dict(height=c.image_size, encoder_width=c.d_model, decoder_width=c.d_model, dropout=c.dropout, gate=c.gated_fusion,
-        cross=p.cross if c.selective_cross_attention else tuple(range(depth)), checkpointing=c.gradient_checkpointing) | block)
+    p = vision_text_preset(c.size).config
+    depth = p.decoder_depth
+    block = dict(stem='patches', patch=(16, 16), ctc_weight=0.0, guide=0.0) if c.image_size > 96 else {}
+    return configure(
+        VisionTextConfig,
+        asdict(p)
+        | dict(
+            height=c.image_size,
+            encoder_width=c.d_model,
+            decoder_width=c.d_model,
+            dropout=c.dropout,
+            gate=c.gated_fusion,
+            cross=p.cross if c.selective_cross_attention else tuple(range(depth)),
+            checkpointing=c.gradient_checkpointing,
+        )
+        | block,
+    )
 
 # %% ../../nbs/06_models/10_i2t_training.ipynb #1419690d
 def memory_line(device='cpu') -> str:
     "Memory in use, in GB of 2^30 bytes; of a GPU also how busy it is"
-    device = torch.device(device); gb = lambda n: f'{n/2**30:.2f}GB'
-    if device.type == 'cuda': return f'GPU Memory: {gb(torch.cuda.memory_allocated(device))} allocated, {gb(torch.cuda.memory_reserved(device))} reserved{_busy(device)}'
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+    device = torch.device(device)
+    gb = lambda n: f'{n / 2**30:.2f}GB'
+    if device.type == 'cuda':
+        return f'GPU Memory: {gb(torch.cuda.memory_allocated(device))} allocated, {gb(torch.cuda.memory_reserved(device))} reserved{_busy(device)}'
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
     return f'Process Memory: {gb(psutil.Process().memory_info().rss)} in use, {gb(peak)} at its highest'
+
 
 def _busy(device) -> str:
     "What the driver says about the GPU's utilisation, where its library is installed"
-    try: return f', {torch.cuda.utilization(device)}% utilisation'
-    except (ModuleNotFoundError, RuntimeError): return ''
+    try:
+        return f', {torch.cuda.utilization(device)}% utilisation'
+    except (ModuleNotFoundError, RuntimeError):
+        return ''
 
 # %% ../../nbs/06_models/10_i2t_training.ipynb #d0c13d32
 class EpochSummary(Callback):
     "After each evaluation: the results in the words of founding document 003"
+
     order = 15
     rows = (('Val Accuracy', 'exact'), ('Val CER', 'cer'), ('Val WER', 'wer'), ('Val BLEU', 'bleu'))
-    def __init__(self, steps: int, say=tqdm.write): self.steps, self.say, self.total, self.n = steps, say, 0., 0      # `steps`: of an epoch
-    def state(self): return dict(total=self.total, n=self.n)
-    def load_state(self, state): self.total, self.n = state.get('total', 0.), state.get('n', 0)
+
+    def __init__(self, steps: int, say=tqdm.write):
+        self.steps, self.say, self.total, self.n = steps, say, 0.0, 0  # `steps`: of an epoch
+
+    def state(self):
+        return dict(total=self.total, n=self.n)
+
+    def load_state(self, state):
+        self.total, self.n = state.get('total', 0.0), state.get('n', 0)
+
     def after_step(self, learn):
-        if math.isfinite(learn.loss_value): self.total += learn.loss_value; self.n += 1
+        if math.isfinite(learn.loss_value):
+            self.total += learn.loss_value
+            self.n += 1
+
     def after_eval(self, learn):
-        lines = self.lines(learn); self.total, self.n = 0., 0
-        if learn.fabric.is_global_zero and learn.metrics: self.say('\n'.join(lines))
+        lines = self.lines(learn)
+        self.total, self.n = 0.0, 0
+        if learn.fabric.is_global_zero and learn.metrics:
+            self.say('\n'.join(lines))
 
     def lines(self, learn) -> list[str]:
         "The lines to print; a rate that the evaluation does not give is left out"
         m, waiting = learn.metrics, learn.speed.get('waiting')
-        shown = ([('Train Loss', self.total/self.n)] if self.n else []) + [(name, m[k]) for name, k in self.rows if k in m]
+        shown = ([('Train Loss', self.total / self.n)] if self.n else []) + [
+            (name, m[k]) for name, k in self.rows if k in m
+        ]
         best = [f'New best {learn.deciding()[0].upper()}: {learn.deciding()[1]:.3f}'] if learn.improved and m else []
-        return [f'Epoch {learn.step/self.steps:.3g} Results:', *(f'   {name}: {v:.3f}' for name, v in shown), f'   {memory_line(learn.fabric.device)}',
-            *([f'   Waiting for data: {waiting:.0%} of the time'] if waiting is not None else []), *best]
+        return [
+            f'Epoch {learn.step / self.steps:.3g} Results:',
+            *(f'   {name}: {v:.3f}' for name, v in shown),
+            f'   {memory_line(learn.fabric.device)}',
+            *([f'   Waiting for data: {waiting:.0%} of the time'] if waiting is not None else []),
+            *best,
+        ]

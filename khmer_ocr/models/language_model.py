@@ -19,22 +19,26 @@ from ..text.khmer import Charset
 # %% ../../nbs/06_models/04_language_model.ipynb #3a5948a4
 def stream(
     lines,  # texts in normal form; empty ones are left out
-    units: Units
+    units: Units,
 ) -> np.ndarray:  # int64 (N,): 0, ids of the first line, 0, ids of the second, 0, ...
     "The ids of all lines in one array"
     out = [0]
     for s in lines:
-        if s: out += units.encode(s); out.append(0)
+        if s:
+            out += units.encode(s)
+            out.append(0)
     return np.array(out, np.int64)
 
 # %% ../../nbs/06_models/04_language_model.ipynb #54ec4304
 def _windows(x, order, bits):
     "For k = 1..order: the different runs of k ids in the stream `x`, packed (int64, sorted), and how often each occurs"
     keys, inside, levels = x, np.ones(len(x), bool), []
-    for k in range(1, order+1):
-        if k > 1: keys, inside = keys[:-1] << bits | x[k-1:], inside[:-1]
-        if k > 2: inside = inside & (x[k-2:k-2+len(keys)] != 0)
-        levels.append(np.unique(keys[1:] if k == 1 else keys[inside], return_counts=True))   # the first 0 ends no line
+    for k in range(1, order + 1):
+        if k > 1:
+            keys, inside = keys[:-1] << bits | x[k - 1 :], inside[:-1]
+        if k > 2:
+            inside = inside & (x[k - 2 : k - 2 + len(keys)] != 0)
+        levels.append(np.unique(keys[1:] if k == 1 else keys[inside], return_counts=True))  # the first 0 ends no line
     return levels
 
 # %% ../../nbs/06_models/04_language_model.ipynb #6fa313a3
@@ -42,47 +46,55 @@ def _adjusted(levels, bits):
     "Counts of the longest runs; for shorter ones the number of different units before them"
     counts = [c.copy() for _, c in levels]
     for k in range(1, len(levels)):
-        tail, n = np.unique(levels[k][0] & (1 << k*bits)-1, return_counts=True)
-        counts[k-1][levels[k-1][0].searchsorted(tail)] = n
+        tail, n = np.unique(levels[k][0] & (1 << k * bits) - 1, return_counts=True)
+        counts[k - 1][levels[k - 1][0].searchsorted(tail)] = n
     return counts
 
 # %% ../../nbs/06_models/04_language_model.ipynb #9560c420
 def _discounts(counts):
     "What to take from counts 0, 1, 2 and from 3 up (Chen and Goodman 1999, eq. 26); float64 (4,)"
     n1, n2, n3, n4 = (int((counts == i).sum()) for i in (1, 2, 3, 4))
-    if not n1*n2*n3*n4: return np.array([0, .5, 1, 1.5])
-    y = n1/(n1 + 2*n2)
-    d = np.array([0, 1 - 2*y*n2/n1, 2 - 3*y*n3/n2, 3 - 4*y*n4/n3])
-    return d if (d >= 0).all() else np.array([0, .5, 1, 1.5])
+    if not n1 * n2 * n3 * n4:
+        return np.array([0, 0.5, 1, 1.5])
+    y = n1 / (n1 + 2 * n2)
+    d = np.array([0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
+    return d if (d >= 0).all() else np.array([0, 0.5, 1, 1.5])
 
 # %% ../../nbs/06_models/04_language_model.ipynb #fc31c5ba
-_step = 1/16                                                     # nats between two shares
-_share = np.append(np.exp(-_step*np.arange(255)), 0.)            # the last stands for nothing
+_step = 1 / 16  # nats between two shares
+_share = np.append(np.exp(-_step * np.arange(255)), 0.0)  # the last stands for nothing
+
 
 def _codes(keys, counts, bits):
     "Index into `_share` of each run's share after its history, rounded down; uint8"
     starts = np.flatnonzero(np.r_[True, keys[1:] >> bits != keys[:-1] >> bits])
     total = np.repeat(np.add.reduceat(counts, starts), np.diff(np.r_[starts, len(keys)]))
-    share = (counts - _discounts(counts)[np.minimum(counts, 3)])/total
-    return np.minimum(np.ceil(-np.log(np.maximum(share, 1e-30))/_step), 255).astype(np.uint8)
+    share = (counts - _discounts(counts)[np.minimum(counts, 3)]) / total
+    return np.minimum(np.ceil(-np.log(np.maximum(share, 1e-30)) / _step), 255).astype(np.uint8)
 
 # %% ../../nbs/06_models/04_language_model.ipynb #8e761c2b
 class NGram:
     "Probabilities of the next unit after up to `order`-1 units; id 0 is the end of the line, and, in a history, its beginning"
-    def __init__(self, units: Units, levels, about: dict|None = None):  # levels: for k = 1.. arrays (last unit, code of the share, number of runs that begin with this one)
+
+    def __init__(
+        self, units: Units, levels, about: dict | None = None
+    ):  # levels: for k = 1.. arrays (last unit, code of the share, number of runs that begin with this one)
         self.units, self.levels, self.order, self.about = units, levels, len(levels), about or {}
-        self.n, self.bits, self._known = len(units), (len(units)-1).bit_length(), {}
+        self.n, self.bits, self._known = len(units), (len(units) - 1).bit_length(), {}
         self.keys, self.share, self.left, self.range, histories = [], [], [], [], np.zeros(1, np.int64)
         for k, (last, code, _) in enumerate(levels):
-            n = levels[k-1][2].astype(np.int64) if k else np.array([len(last)])
-            of = np.repeat(np.arange(len(n)), n); share = _share[code]
-            self.left.append(1 - np.bincount(of, share, len(n))); self.range.append(np.r_[0, np.cumsum(n)])
+            n = levels[k - 1][2].astype(np.int64) if k else np.array([len(last)])
+            of = np.repeat(np.arange(len(n)), n)
+            share = _share[code]
+            self.left.append(1 - np.bincount(of, share, len(n)))
+            self.range.append(np.r_[0, np.cumsum(n)])
             histories = histories[of] << self.bits | last.astype(np.int64)
-            self.keys.append(histories); self.share.append(share)
+            self.keys.append(histories)
+            self.share.append(share)
 
     def shorten(self, history: tuple) -> tuple:
         "What the model looks at"
-        return history[max(0, len(history)-self.order+1):]
+        return history[max(0, len(history) - self.order + 1) :]
 
     def forget(self):
         "Drop the answers that were kept"
@@ -92,27 +104,36 @@ class NGram:
 @patch
 def _where(self: NGram, history):
     "Number of a history (a tuple of ids) among the runs of its length; -1: never seen"
-    if not history: return 0
-    key, keys = 0, self.keys[len(history)-1]
-    for u in history: key = key << self.bits | u
+    if not history:
+        return 0
+    key, keys = 0, self.keys[len(history) - 1]
+    for u in history:
+        key = key << self.bits | u
     i = int(keys.searchsorted(key))
     return i if i < len(keys) and keys[i] == key else -1
+
 
 @patch
 def p(self: NGram, history: tuple) -> np.ndarray:  # float64 (n units,); not to be written to
     "Probability of every unit after the last units of `history`"
     history = self.shorten(history)
-    if (got := self._known.get(history)) is not None: return got
-    p, k, i = self.p(history[1:]) if history else np.full(self.n, 1/self.n), len(history), self._where(history)
-    a, b = self.range[k][i:i+2] if i >= 0 else (0, 0)
-    if b > a: p = self.left[k][i]*p; p[self.levels[k][0][a:b]] += self.share[k][a:b]
-    if len(self._known) > 16384: self.forget()             # 30 MB
+    if (got := self._known.get(history)) is not None:
+        return got
+    p, k, i = self.p(history[1:]) if history else np.full(self.n, 1 / self.n), len(history), self._where(history)
+    a, b = self.range[k][i : i + 2] if i >= 0 else (0, 0)
+    if b > a:
+        p = self.left[k][i] * p
+        p[self.levels[k][0][a:b]] += self.share[k][a:b]
+    if len(self._known) > 16384:
+        self.forget()  # 30 MB
     self._known[history] = p
     return p
 
+
 @patch
-def logp(self: NGram,
-    history  # ids so far; begins with 0 where the beginning of the line is known
+def logp(
+    self: NGram,
+    history,  # ids so far; begins with 0 where the beginning of the line is known
 ) -> np.ndarray:  # float64 (n units,), nats
     "Log-probability of every unit, and at 0 of the end of the line"
     return np.log(self.p(tuple(int(u) for u in history)))
@@ -120,77 +141,114 @@ def logp(self: NGram,
 # %% ../../nbs/06_models/04_language_model.ipynb #fb61fd06
 CUTS = (1, 1, 2, 4, 6, 6)
 
+
 def _table(levels, cuts, bits):
     "The levels of an `NGram` from counted runs"
     keep = [c >= cut for (_, c), cut in zip(levels, cuts)]
     keys = [k[m] for (k, _), m in zip(levels, keep)]
     codes = [_codes(k, c, bits)[m] for (k, _), c, m in zip(levels, _adjusted(levels, bits), keep)]
     kind = np.uint8 if bits <= 8 else np.int32
-    ends = [np.diff(np.r_[0, (after >> bits).searchsorted(k, 'right')]) for k, after in zip(keys, keys[1:])] + [np.zeros(0, int)]
-    return [((k & (1 << bits)-1).astype(kind), c, n.astype(kind)) for k, c, n in zip(keys, codes, ends)]
+    ends = [np.diff(np.r_[0, (after >> bits).searchsorted(k, 'right')]) for k, after in zip(keys, keys[1:])] + [
+        np.zeros(0, int)
+    ]
+    return [((k & (1 << bits) - 1).astype(kind), c, n.astype(kind)) for k, c, n in zip(keys, codes, ends)]
+
 
 @patch(cls_method=True)
-def train(cls: NGram,
+def train(
+    cls: NGram,
     lines,  # texts in normal form
     units: Units,
     order: int = 6,  # length of the longest runs
     cuts=CUTS,  # for each length, how often a run must occur; the last number holds for all longer ones
-    **about  # joins the header
+    **about,  # joins the header
 ):
     "Interpolated modified Kneser-Ney (Chen and Goodman 1999), rare runs dropped; about ten seconds for the corpus"
-    bits = (len(units)-1).bit_length(); cuts = (tuple(cuts) + order*tuple(cuts)[-1:])[:order]
-    if not 1 <= order <= 63//bits: raise KhmerOCRError(f'order is {order}: with {len(units)} units it must be from 1 to {63//bits}')
-    if len(cuts) < order or cuts[0] < 1 or sorted(cuts) != list(cuts): raise KhmerOCRError(f'cuts are {list(cuts)}: give numbers from 1 up, none smaller than the one before')
+    bits = (len(units) - 1).bit_length()
+    cuts = (tuple(cuts) + order * tuple(cuts)[-1:])[:order]
+    if not 1 <= order <= 63 // bits:
+        raise KhmerOCRError(f'order is {order}: with {len(units)} units it must be from 1 to {63 // bits}')
+    if len(cuts) < order or cuts[0] < 1 or sorted(cuts) != list(cuts):
+        raise KhmerOCRError(f'cuts are {list(cuts)}: give numbers from 1 up, none smaller than the one before')
     x = stream(lines, units)
-    if len(x) < 2: raise KhmerOCRError('A language model needs text: give it at least one line')
-    return cls(units, _table(_windows(x, order, bits), cuts, bits), dict(cuts=list(cuts), trained_on=int(len(x)-1)) | about)
+    if len(x) < 2:
+        raise KhmerOCRError('A language model needs text: give it at least one line')
+    return cls(
+        units, _table(_windows(x, order, bits), cuts, bits), dict(cuts=list(cuts), trained_on=int(len(x) - 1)) | about
+    )
 
 # %% ../../nbs/06_models/04_language_model.ipynb #e142a98a
 def _shipped():
     "The model that came with the package; may not exist"
-    return Path(khmer_ocr.__path__[0])/'language_model/ngram.safetensors'
+    return Path(khmer_ocr.__path__[0]) / 'language_model/ngram.safetensors'
+
 
 @patch
 def save(self: NGram, path) -> int:  # bytes written
     "Write the model; the same model gives the same bytes"
     names = ('last', 'code', 'next')
-    tensors = {f'{name}{k}': torch.from_numpy(a) for k, level in enumerate(self.levels, 1) for name, a in zip(names, level) if len(a)}
-    save_checkpoint(path, tensors, dict(self.about, model='ngram', charset=list(self.units.charset.symbols), order=self.order))
+    tensors = {
+        f'{name}{k}': torch.from_numpy(a)
+        for k, level in enumerate(self.levels, 1)
+        for name, a in zip(names, level)
+        if len(a)
+    }
+    save_checkpoint(
+        path, tensors, dict(self.about, model='ngram', charset=list(self.units.charset.symbols), order=self.order)
+    )
     return Path(path).stat().st_size
 
+
 @patch(cls_method=True)
-def load(cls: NGram,
+def load(
+    cls: NGram,
     path=None,  # None: the model that ships with the package
-    units: Units|None = None  # of the reader that it will advise; None: any
+    units: Units | None = None,  # of the reader that it will advise; None: any
 ):
     "Open a model; `KhmerOCRError` if it is none, or one for other units"
     tensors, head = load_checkpoint(path or _shipped())
-    if head.get('model') != 'ngram': raise KhmerOCRError(f'{path} holds a model of kind {head.get("model")!r}, not a language model')
+    if head.get('model') != 'ngram':
+        raise KhmerOCRError(f'{path} holds a model of kind {head.get("model")!r}, not a language model')
     own, none = Units(Charset(head.pop('charset'))), torch.zeros(0, dtype=torch.uint8)
-    if units is not None and own.units != units.units: raise KhmerOCRError(f'{path or _shipped()} was trained for {len(own)} units, not for the {len(units)} of this reader: train one with `khmer-ocr run language_model`')
-    levels = [tuple(tensors.get(f'{name}{k}', none).numpy() for name in ('last', 'code', 'next')) for k in range(1, head.pop('order')+1)]
+    if units is not None and own.units != units.units:
+        raise KhmerOCRError(
+            f'{path or _shipped()} was trained for {len(own)} units, not for the {len(units)} of this reader: train one with `khmer-ocr run language_model`'
+        )
+    levels = [
+        tuple(tensors.get(f'{name}{k}', none).numpy() for name in ('last', 'code', 'next'))
+        for k in range(1, head.pop('order') + 1)
+    ]
     return cls(own, levels, {k: v for k, v in head.items() if k not in ('model', 'format')})
 
 # %% ../../nbs/06_models/04_language_model.ipynb #20d44c95
 def _find(keys, wanted):
     "Place of each wanted key among the sorted `keys`, and whether it is there"
-    i = np.minimum(keys.searchsorted(wanted), max(0, len(keys)-1))
+    i = np.minimum(keys.searchsorted(wanted), max(0, len(keys) - 1))
     return i, keys[i] == wanted if len(keys) else np.zeros(len(wanted), bool)
+
 
 @patch
 def surprise(self: NGram, lines) -> np.ndarray:  # float64, nats; one for each unit and each end of a line
     "-log p of all units of the lines, each after what stands before it in its line"
-    x = stream(lines, self.units); at = np.arange(1, len(x))
-    p, history, i, seen = np.full(len(at), 1/self.n), np.zeros(len(at), np.int64), np.zeros(len(at), np.int64), np.ones(len(at), bool)
+    x = stream(lines, self.units)
+    at = np.arange(1, len(x))
+    p, history, i, seen = (
+        np.full(len(at), 1 / self.n),
+        np.zeros(len(at), np.int64),
+        np.zeros(len(at), np.int64),
+        np.ones(len(at), bool),
+    )
     for k in range(self.order):
         if k:
-            first = x[np.maximum(at-k, 0)]
-            seen &= (at >= k) & ((x[np.maximum(at-k+1, 0)] != 0) | (k == 1))          # not beyond the line's beginning
-            history |= first << (k-1)*self.bits
-            i, found = _find(self.keys[k-1], history); seen = seen & found
+            first = x[np.maximum(at - k, 0)]
+            seen &= (at >= k) & ((x[np.maximum(at - k + 1, 0)] != 0) | (k == 1))  # not beyond the line's beginning
+            history |= first << (k - 1) * self.bits
+            i, found = _find(self.keys[k - 1], history)
+            seen = seen & found
         j, there = _find(self.keys[k], history << self.bits | x[1:])
-        p = np.where(seen, self.left[k][i], 1)*p + np.where(seen & there, self.share[k][j], 0)
+        p = np.where(seen, self.left[k][i], 1) * p + np.where(seen & there, self.share[k][j], 0)
     return -np.log(p)
+
 
 @patch
 def perplexity(self: NGram, lines) -> float:

@@ -11,44 +11,66 @@ from torch import nn
 
 # %% ../../nbs/06_models/01_layers.ipynb #dc06047e
 def conv(
-    a, b,  # channels in and out
-    kernel=3, stride=1,  # px, or pairs of (rows, columns)
-    padding=None  # px; None: half the kernel, so that only `stride` changes the size
+    a,
+    b,  # channels in and out
+    kernel=3,
+    stride=1,  # px, or pairs of (rows, columns)
+    padding=None,  # px; None: half the kernel, so that only `stride` changes the size
 ) -> nn.Sequential:  # (B, a, H, W) -> (B, b, H', W')
     "Convolution, batch norm, ReLU"
-    pad = kernel//2 if padding is None else padding
+    pad = kernel // 2 if padding is None else padding
     return nn.Sequential(nn.Conv2d(a, b, kernel, stride, pad, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
+
 
 class Pair(nn.Module):
     "Two convolutions; the second is added to the first"
+
     def __init__(self, a, b):
         super().__init__()
         self.a, self.b = conv(a, b), conv(b, b)
-    def forward(self, x): x = self.a(x); return x + self.b(x)
+
+    def forward(self, x):
+        x = self.a(x)
+        return x + self.b(x)
 
 # %% ../../nbs/06_models/01_layers.ipynb #e56be539
 class Block(nn.Module):
     "x + correction of x; kind 'conv' or 'large'. (B, c, H, W) -> the same"
+
     def __init__(self, c, kind='conv', flat=False):
         super().__init__()
-        k = {'conv': 3, 'large': 7}[kind]; k, pad = ((1, 2*k+1), (0, k)) if flat else (k, k//2)      # along the line only, where one row is left
-        end = nn.BatchNorm2d(c); nn.init.zeros_(end.weight)
-        if kind == 'conv': self.f = nn.Sequential(*conv(c, c, k, padding=pad), nn.Conv2d(c, c, k, 1, pad, bias=False), end)
-        else: self.f = nn.Sequential(nn.Conv2d(c, c, k, 1, pad, groups=c, bias=False), nn.BatchNorm2d(c), nn.Conv2d(c, 2*c, 1), nn.GELU(), nn.Conv2d(2*c, c, 1, bias=False), end)
-    def forward(self, x): return x + self.f(x)
+        k = {'conv': 3, 'large': 7}[kind]
+        k, pad = ((1, 2 * k + 1), (0, k)) if flat else (k, k // 2)  # along the line only, where one row is left
+        end = nn.BatchNorm2d(c)
+        nn.init.zeros_(end.weight)
+        if kind == 'conv':
+            self.f = nn.Sequential(*conv(c, c, k, padding=pad), nn.Conv2d(c, c, k, 1, pad, bias=False), end)
+        else:
+            self.f = nn.Sequential(
+                nn.Conv2d(c, c, k, 1, pad, groups=c, bias=False),
+                nn.BatchNorm2d(c),
+                nn.Conv2d(c, 2 * c, 1),
+                nn.GELU(),
+                nn.Conv2d(2 * c, c, 1, bias=False),
+                end,
+            )
+
+    def forward(self, x):
+        return x + self.f(x)
 
 # %% ../../nbs/06_models/01_layers.ipynb #686d8578
 class Attend(nn.Module):
     "One transformer block over the frames of a line: neighbourhood, attention, mixing. (B, T, d) -> the same"
-    def __init__(self, d, heads=4, dropout=.1):
+
+    def __init__(self, d, heads=4, dropout=0.1):
         super().__init__()
         self.near = nn.Conv1d(d, d, 7, 1, 3, groups=d)
         self.norms = nn.ModuleList(nn.LayerNorm(d) for _ in range(3))
-        self.qkv, self.out, self.heads = nn.Linear(d, 3*d), nn.Linear(d, d), heads
-        self.mix, self.drop = nn.Sequential(nn.Linear(d, 2*d), nn.GELU(), nn.Linear(2*d, d)), nn.Dropout(dropout)
+        self.qkv, self.out, self.heads = nn.Linear(d, 3 * d), nn.Linear(d, d), heads
+        self.mix, self.drop = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d)), nn.Dropout(dropout)
 
     def forward(self, x, mask=None):  # mask: bool (B, T), True where a frame belongs to the line
-        x = x*mask.unsqueeze(-1) if mask is not None else x
+        x = x * mask.unsqueeze(-1) if mask is not None else x
         x = x + self.near(self.norms[0](x).transpose(1, 2)).transpose(1, 2)
         q, k, v = self.qkv(self.norms[1](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         a = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])

@@ -37,62 +37,89 @@ from .transformer_training import backbone_path, start_from
 def hide_spans(
     widths,  # int (B,), px of each line
     rng: np.random.Generator,
-    share=.4,  # of the columns, about
-    span=(8, 32)  # px, narrowest and widest
+    share=0.4,  # of the columns, about
+    span=(8, 32),  # px, narrowest and widest
 ) -> torch.Tensor:  # bool (B, widest)
     "Which columns of each line are hidden"
     out = np.zeros((len(widths), int(max(widths))), bool)
     for row, w in zip(out, [int(w) for w in widths]):
-        while row.sum() < share*w: n = int(rng.integers(span[0], span[1]+1)); a = int(rng.integers(-n+1, w)); row[max(0, a):min(w, a+n)] = True
+        while row.sum() < share * w:
+            n = int(rng.integers(span[0], span[1] + 1))
+            a = int(rng.integers(-n + 1, w))
+            row[max(0, a) : min(w, a + n)] = True
     return torch.from_numpy(out)
 
 # %% ../../nbs/06_models/11_pretraining.ipynb #f79c806c
 class Filler(nn.Module):
     "Covered line images (B, 1, height, W), widths (B,) -> guessed pixels (B, 1, height, columns*stride), ink 1, paper 0"
+
     def __init__(self, config: VisionTextConfig):
         super().__init__()
         self.config, self.encoder = config, ViT(config)
-        self.paint = nn.Linear(config.encoder_width, config.height//config.rows*config.stride)
+        self.paint = nn.Linear(config.encoder_width, config.height // config.rows * config.stride)
+
     def forward(self, x, widths):
-        c = self.config; tokens = self.paint(self.encoder(x, widths)[0])
-        p = tokens.unflatten(-1, (c.height//c.rows, c.stride)).unflatten(1, (c.rows, -1))      # (B, rows, columns, h, w)
+        c = self.config
+        tokens = self.paint(self.encoder(x, widths)[0])
+        p = tokens.unflatten(-1, (c.height // c.rows, c.stride)).unflatten(1, (c.rows, -1))  # (B, rows, columns, h, w)
         return p.permute(0, 1, 3, 2, 4).flatten(3, 4).flatten(1, 2).unsqueeze(1)
+
 
 class MaskedLoss:
     "loss(model, batch): mean squared error of the guessed pixels (ink 0..1), in the hidden columns alone"
-    def __init__(self, share=.4, seed=42): self.share, self.seed, self.step = share, seed, 0
+
+    def __init__(self, share=0.4, seed=42):
+        self.share, self.seed, self.step = share, seed, 0
+
     def hidden(self, batch):
         "bool (B, W)"
         rng = np.random.Generator(np.random.Philox(key=[self.seed, 13], counter=[0, 0, 0, self.step]))
         h = hide_spans(batch['widths'].tolist(), rng, self.share)
-        return F.pad(h, (0, batch['images'].shape[-1]-h.shape[1])).to(batch['images'].device)
+        return F.pad(h, (0, batch['images'].shape[-1] - h.shape[1])).to(batch['images'].device)
+
     def __call__(self, model, batch):
         x, h = as_input(batch['images']), self.hidden(batch)
-        guess = model(x.masked_fill(h[:, None, None], .5).contiguous(memory_format=torch.channels_last), batch['widths'])[..., :x.shape[-1]].float()
-        return (guess-x).square().mean((1, 2))[h].mean()
+        guess = model(
+            x.masked_fill(h[:, None, None], 0.5).contiguous(memory_format=torch.channels_last), batch['widths']
+        )[..., : x.shape[-1]].float()
+        return (guess - x).square().mean((1, 2))[h].mean()
 
 # %% ../../nbs/06_models/11_pretraining.ipynb #96efbbf1
 class Hearing(nn.Module):
     "The encoder with a CTC head: images, widths -> logits (B, columns, n_units)"
+
     def __init__(self, n_units, config: VisionTextConfig):
         super().__init__()
         self.config, self.encoder, self.head = config, ViT(config), nn.Linear(config.encoder_width, n_units)
-    def forward(self, x, widths): return self.head(self.encoder(x, widths)[0].unflatten(1, (self.config.rows, -1)).mean(1))
-    def lengths(self, widths): return n_frames(widths, self.config.stride)
+
+    def forward(self, x, widths):
+        return self.head(self.encoder(x, widths)[0].unflatten(1, (self.config.rows, -1)).mean(1))
+
+    def lengths(self, widths):
+        return n_frames(widths, self.config.stride)
+
 
 class _Step(Callback):
     "Tells the loss which step it is"
-    def __init__(self, loss): self.loss = loss
-    def before_batch(self, learn): self.loss.step = learn.step
+
+    def __init__(self, loss):
+        self.loss = loss
+
+    def before_batch(self, learn):
+        self.loss.step = learn.step
 
 # %% ../../nbs/06_models/11_pretraining.ipynb #3b71883d
 WAYS = ('masked', 'ctc')
 
+
 @torch.no_grad()
-def evaluate_filler(net, batches, share=.4) -> dict[str, float]:
+def evaluate_filler(net, batches, share=0.4) -> dict[str, float]:
     "`pixels`: mean squared error in the hidden columns of `batches`, 0..1; the same columns each time"
-    loss = MaskedLoss(share); net.eval(); device = next(net.parameters()).device
-    return dict(pixels=sum(float(loss(net, b | dict(images=b['images'].to(device)))) for b in batches)/len(batches))
+    loss = MaskedLoss(share)
+    net.eval()
+    device = next(net.parameters()).device
+    return dict(pixels=sum(float(loss(net, b | dict(images=b['images'].to(device)))) for b in batches) / len(batches))
+
 
 def pretrain(
     out_dir,  # checkpoints, history and logs
@@ -102,54 +129,120 @@ def pretrain(
     config: VisionTextConfig = VisionTextConfig(),  # only what concerns the encoder matters
     data='onthefly',  # or a folder of labelled lines or shards, or a source of `data`'s kinds
     validation=None,  # batches, or a folder of labelled lines; None: no evaluation
-    workers=0, resume=None,
-    share=.4,  # of the columns that are hidden (masked)
+    workers=0,
+    resume=None,
+    share=0.4,  # of the columns that are hidden (masked)
     init=None,  # a backbone to start from
-    texts=None, pool=POOL, callbacks=(), verbose=True
+    texts=None,
+    pool=POOL,
+    callbacks=(),
+    verbose=True,
 ) -> Learner:
     "Train an encoder by itself; `save_backbone` keeps it"
-    if way not in WAYS: raise KhmerOCRError(f'Unknown way of pretraining {way!r}: choose masked or ctc')
-    torch.manual_seed(train.seed); units = Units(charset(config.charset))
+    if way not in WAYS:
+        raise KhmerOCRError(f'Unknown way of pretraining {way!r}: choose masked or ctc')
+    torch.manual_seed(train.seed)
+    units = Units(charset(config.charset))
     net = Filler(config) if way == 'masked' else Hearing(len(units), config)
-    if init: start_encoder(net.encoder, init)
+    if init:
+        start_encoder(net.encoder, init)
     loss = MaskedLoss(share, train.seed) if way == 'masked' else CTCLoss(units, config.stride, train.label_smoothing)
     batches, val = training_batches(data, recipe, train, config.height, validation, workers, pool, texts)
     judge = (lambda m: evaluate_filler(m, val, share)) if way == 'masked' else (lambda m: evaluate_net(m, units, val))
-    about = header(config, units, model='pretraining', way=way, recipe=asdict(recipe) | dict(data=str(getattr(data, 'path', data))), train=asdict(train))
-    learn = Learner(net, loss, batches, train, out_dir, [Padding(), _Step(loss), *callbacks], judge if val else None, about, verbose=verbose)
+    about = header(
+        config,
+        units,
+        model='pretraining',
+        way=way,
+        recipe=asdict(recipe) | dict(data=str(getattr(data, 'path', data))),
+        train=asdict(train),
+    )
+    learn = Learner(
+        net,
+        loss,
+        batches,
+        train,
+        out_dir,
+        [Padding(), _Step(loss), *callbacks],
+        judge if val else None,
+        about,
+        verbose=verbose,
+    )
     return learn.fit(resume)
 
 # %% ../../nbs/06_models/11_pretraining.ipynb #9390bf02
 def save_backbone(
     checkpoint,  # of a run of `pretrain`, or of a vision_text reader
     name,  # a name, or the path of a .safetensors file
-    **about  # joins the header
+    **about,  # joins the header
 ) -> Path:  # the file
     "Keep the encoder of a checkpoint as a backbone"
-    weights, head = load_weights(checkpoint); own = {k[8:]: v for k, v in weights.items() if k.startswith('encoder.')}
-    if head.get('model') not in ('pretraining', 'vision_text'): raise KhmerOCRError(f'{checkpoint} holds a model of kind {head.get("model")!r}: a backbone is made from a run of pretrain or a vision_text reader')
-    return _keep(own, {k: v for k, v in head.items() if k in ('config', 'charset', 'height', 'stride', 'preprocess', 'normal_form', 'way', 'recipe', 'train', 'step')} | about, name)
+    weights, head = load_weights(checkpoint)
+    own = {k[8:]: v for k, v in weights.items() if k.startswith('encoder.')}
+    if head.get('model') not in ('pretraining', 'vision_text'):
+        raise KhmerOCRError(
+            f'{checkpoint} holds a model of kind {head.get("model")!r}: a backbone is made from a run of pretrain or a vision_text reader'
+        )
+    return _keep(
+        own,
+        {
+            k: v
+            for k, v in head.items()
+            if k
+            in ('config', 'charset', 'height', 'stride', 'preprocess', 'normal_form', 'way', 'recipe', 'train', 'step')
+        }
+        | about,
+        name,
+    )
+
 
 def _keep(weights, head, name) -> Path:
-    path = Path(name) if Path(name).suffix == '.safetensors' else Path('models/backbones')/f'{name}.safetensors'
+    path = Path(name) if Path(name).suffix == '.safetensors' else Path('models/backbones') / f'{name}.safetensors'
     save_checkpoint(path, weights, head | dict(model='backbone'))
     return path
 
+
 def load_backbone(name) -> tuple[ViT, dict]:  # encoder in eval mode, header
     "Open a backbone by name or path; KhmerOCRError if it is none"
-    path = backbone_path(name); weights, head = load_weights(path)
-    if head.get('model') != 'backbone': raise KhmerOCRError(f'{path} holds a model of kind {head.get("model")!r}, not a backbone: make one of it with save_backbone')
-    vit = ViT(VisionTextConfig(**head['config'])); _fill(vit, weights, path)
+    path = backbone_path(name)
+    weights, head = load_weights(path)
+    if head.get('model') != 'backbone':
+        raise KhmerOCRError(
+            f'{path} holds a model of kind {head.get("model")!r}, not a backbone: make one of it with save_backbone'
+        )
+    vit = ViT(VisionTextConfig(**head['config']))
+    _fill(vit, weights, path)
     return vit.eval(), head
 
-def _fill(vit, weights, path):
-    try: vit.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
-    except RuntimeError: raise KhmerOCRError(f'The backbone {path} does not fit these settings of the encoder: take its own, with_backbone(config, {str(path)!r})') from None
 
-def start_encoder(vit: ViT, name): _fill(vit, load_backbone(name)[0].state_dict(), name)
+def _fill(vit, weights, path):
+    try:
+        vit.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+    except RuntimeError:
+        raise KhmerOCRError(
+            f'The backbone {path} does not fit these settings of the encoder: take its own, with_backbone(config, {str(path)!r})'
+        ) from None
+
+
+def start_encoder(vit: ViT, name):
+    _fill(vit, load_backbone(name)[0].state_dict(), name)
 
 # %% ../../nbs/06_models/11_pretraining.ipynb #d1e1d99e
-_of_encoder = ('height', 'stem', 'channels', 'patch', 'ctc', 'positions', 'reach', 'encoder_depth', 'encoder_width', 'encoder_heads', 'mix', 'charset')
+_of_encoder = (
+    'height',
+    'stem',
+    'channels',
+    'patch',
+    'ctc',
+    'positions',
+    'reach',
+    'encoder_depth',
+    'encoder_width',
+    'encoder_heads',
+    'mix',
+    'charset',
+)
+
 
 def with_backbone(config: VisionTextConfig, name) -> VisionTextConfig:
     "The settings with the backbone `name`, and its encoder"
@@ -157,42 +250,83 @@ def with_backbone(config: VisionTextConfig, name) -> VisionTextConfig:
     return replace(config, **{k: theirs[k] for k in _of_encoder if k in theirs}, backbone=str(name))
 
 # %% ../../nbs/06_models/11_pretraining.ipynb #0b879a4c
-_parts = {'norm1': 'norms.0', 'norm2': 'norms.1', 'attn.qkv': 'qkv', 'attn.proj': 'out', 'mlp.fc1': 'mix.0', 'mlp.fc2': 'mix.3',                  # timm
-    'layernorm_before': 'norms.0', 'layernorm_after': 'norms.1', 'attention.output.dense': 'out', 'intermediate.dense': 'mix.0', 'output.dense': 'mix.3',   # Hugging Face
-    'attention.attention.query': 'q', 'attention.attention.key': 'k', 'attention.attention.value': 'v'}
-_whole = {'pos_embed': 'place', 'patch_embed.proj': 'look', 'norm': 'norm', 'embeddings.position_embeddings': 'place', 'embeddings.patch_embeddings.projection': 'look', 'layernorm': 'norm'}
-_unused = re.compile(r'(.*\.)?(cls_token|dist_token|mask_token|classifier|head|fc_norm|pre_logits|pooler|cls_classifier)(\..*)?$')
+_parts = {
+    'norm1': 'norms.0',
+    'norm2': 'norms.1',
+    'attn.qkv': 'qkv',
+    'attn.proj': 'out',
+    'mlp.fc1': 'mix.0',
+    'mlp.fc2': 'mix.3',  # timm
+    'layernorm_before': 'norms.0',
+    'layernorm_after': 'norms.1',
+    'attention.output.dense': 'out',
+    'intermediate.dense': 'mix.0',
+    'output.dense': 'mix.3',  # Hugging Face
+    'attention.attention.query': 'q',
+    'attention.attention.key': 'k',
+    'attention.attention.value': 'v',
+}
+_whole = {
+    'pos_embed': 'place',
+    'patch_embed.proj': 'look',
+    'norm': 'norm',
+    'embeddings.position_embeddings': 'place',
+    'embeddings.patch_embeddings.projection': 'look',
+    'layernorm': 'norm',
+}
+_unused = re.compile(
+    r'(.*\.)?(cls_token|dist_token|mask_token|classifier|head|fc_norm|pre_logits|pooler|cls_classifier)(\..*)?$'
+)
+
 
 def _our_name(key):
     "Our name of a tensor of either family; '' for what we have no use for, None for what is unknown"
-    if _unused.match(key): return ''
-    if m := re.search(r'(?:blocks|encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)$', key): part = _parts.get(m[2]); return part and f'layers.{m[1]}.{part}.{m[3]}'
-    bare = re.sub(r'^(vit|model|module|encoder|backbone)\.', '', key); stem, end = re.subn(r'\.(weight|bias)$', '', bare)
-    name = _whole.get(stem); return name and name + bare[len(stem):]
+    if _unused.match(key):
+        return ''
+    if m := re.search(r'(?:blocks|encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)$', key):
+        part = _parts.get(m[2])
+        return part and f'layers.{m[1]}.{part}.{m[3]}'
+    bare = re.sub(r'^(vit|model|module|encoder|backbone)\.', '', key)
+    stem, end = re.subn(r'\.(weight|bias)$', '', bare)
+    name = _whole.get(stem)
+    return name and name + bare[len(stem) :]
+
 
 def vit_tensors(
-    path  # a .safetensors file
+    path,  # a .safetensors file
 ) -> dict:  # name -> tensor, float32
     "The tensors of a vision transformer under our names, query, key and value as one; KhmerOCRError for another kind of file"
-    try: raw = load_file(path)
-    except (OSError, SafetensorError) as e: raise KhmerOCRError(f'{path} cannot be read as a safetensors file: {str(e).splitlines()[0]}') from None
-    named = {k: _our_name(k) for k in raw}; strange = [k for k, n in named.items() if n is None]
-    if strange or not any(n == 'look.weight' for n in named.values()): raise KhmerOCRError(f'{path} is no plain vision transformer: {f"{strange[0]} has no counterpart here" if strange else "it has no patch embedding"}')
+    try:
+        raw = load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise KhmerOCRError(f'{path} cannot be read as a safetensors file: {str(e).splitlines()[0]}') from None
+    named = {k: _our_name(k) for k in raw}
+    strange = [k for k, n in named.items() if n is None]
+    if strange or not any(n == 'look.weight' for n in named.values()):
+        raise KhmerOCRError(
+            f'{path} is no plain vision transformer: {f"{strange[0]} has no counterpart here" if strange else "it has no patch embedding"}'
+        )
     out = {n: raw[k].float() for k, n in named.items() if n}
     for i in {n.split('.')[1] for n in out if n.endswith(('.q.weight', '.k.weight', '.v.weight'))}:
-        for end in ('weight', 'bias'): out[f'layers.{i}.qkv.{end}'] = torch.cat([out.pop(f'layers.{i}.{p}.{end}') for p in 'qkv'])
+        for end in ('weight', 'bias'):
+            out[f'layers.{i}.qkv.{end}'] = torch.cat([out.pop(f'layers.{i}.{p}.{end}') for p in 'qkv'])
     return out
 
 # %% ../../nbs/06_models/11_pretraining.ipynb #e53f062d
-def grey_patches(weight, bias, mean=.5, std=.5):
+def grey_patches(weight, bias, mean=0.5, std=0.5):
     "Kernels for colours (d, 3, p, q), normalised by `mean` and `std`, as kernels for ink (d, 1, p, q), and the bias: the same numbers for a grey picture"
-    return -weight.sum(1, keepdim=True)/std, bias + weight.flatten(1).sum(1)*(1-mean)/std
+    return -weight.sum(1, keepdim=True) / std, bias + weight.flatten(1).sum(1) * (1 - mean) / std
+
 
 def stretch_places(places, rows, columns):
     "Learned places (1, n or 1+n, d) of a square grid of n cells, interpolated (bicubic) to another: (rows, columns, d)"
-    side = math.isqrt(places.shape[1]); cells = places[0, places.shape[1]-side*side:]
-    if side < 1: raise KhmerOCRError('The places of this vision transformer are not those of a square grid')
-    return F.interpolate(cells.T.unflatten(1, (side, side))[None], (rows, columns), mode='bicubic', align_corners=False)[0].permute(1, 2, 0)
+    side = math.isqrt(places.shape[1])
+    cells = places[0, places.shape[1] - side * side :]
+    if side < 1:
+        raise KhmerOCRError('The places of this vision transformer are not those of a square grid')
+    return F.interpolate(
+        cells.T.unflatten(1, (side, side))[None], (rows, columns), mode='bicubic', align_corners=False
+    )[0].permute(1, 2, 0)
 
 # %% ../../nbs/06_models/11_pretraining.ipynb #cbfc6980
 def import_vit(
@@ -201,14 +335,37 @@ def import_vit(
     heads=None,  # of attention, which the file does not tell; None: one for each 64 numbers
     height=48,  # px of a line; the patches' rows must divide it
     columns=128,  # of the table of places; columns beyond share the last
-    mean=.5, std=.5  # to which its pixels were brought
+    mean=0.5,
+    std=0.5,  # to which its pixels were brought
 ) -> Path:  # the backbone's file
     "Make a backbone of a vision transformer"
-    t = vit_tensors(path); d, _, p, q = t['look.weight'].shape; depth = 1+max((int(k.split('.')[1]) for k in t if k.startswith('layers.')), default=-1)
-    if height % p: raise KhmerOCRError(f'{path} has patches of {p} x {q} px, which do not fit lines of height {height}: give a height that is a multiple of {p}')
-    if not depth or 'place' not in t: raise KhmerOCRError(f'{path} has no {"layers" if not depth else "learned places"}: it is no plain vision transformer')
-    config = VisionTextConfig(height=height, stem='patches', patch=(p, q), positions='learned', reach=columns, encoder_depth=depth, encoder_width=d, encoder_heads=heads or max(1, d//64), mix=t['layers.0.mix.0.weight'].shape[0]//d)
+    t = vit_tensors(path)
+    d, _, p, q = t['look.weight'].shape
+    depth = 1 + max((int(k.split('.')[1]) for k in t if k.startswith('layers.')), default=-1)
+    if height % p:
+        raise KhmerOCRError(
+            f'{path} has patches of {p} x {q} px, which do not fit lines of height {height}: give a height that is a multiple of {p}'
+        )
+    if not depth or 'place' not in t:
+        raise KhmerOCRError(
+            f'{path} has no {"layers" if not depth else "learned places"}: it is no plain vision transformer'
+        )
+    config = VisionTextConfig(
+        height=height,
+        stem='patches',
+        patch=(p, q),
+        positions='learned',
+        reach=columns,
+        encoder_depth=depth,
+        encoder_width=d,
+        encoder_heads=heads or max(1, d // 64),
+        mix=t['layers.0.mix.0.weight'].shape[0] // d,
+    )
     weight, bias = grey_patches(t.pop('look.weight'), t.pop('look.bias'), mean, std)
-    t |= {'stem.look.weight': weight, 'stem.look.bias': bias, 'place.table': stretch_places(t.pop('place'), config.rows, columns)}
+    t |= {
+        'stem.look.weight': weight,
+        'stem.look.bias': bias,
+        'place.table': stretch_places(t.pop('place'), config.rows, columns),
+    }
     _fill(ViT(config), t, path)
     return _keep(t, header(config, Units(charset(config.charset)), way=f'imported from {Path(path).name}'), name)

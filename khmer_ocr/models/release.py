@@ -32,13 +32,19 @@ from ..core.files import write_atomic
 def release(
     checkpoint,  # of a training run
     path,  # .safetensors to write
-    **about  # joins the header: scores, hardware, date ...
+    **about,  # joins the header: scores, hardware, date ...
 ) -> int:  # bytes written
     "Averaged weights in half precision, with a header that says what they are; statistics of the norms stay in float32"
     weights, head = load_weights(checkpoint)
-    if 'charset' not in head: raise KhmerOCRError(f'{checkpoint} holds no reader')
+    if 'charset' not in head:
+        raise KhmerOCRError(f'{checkpoint} holds no reader')
     half = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in weights.items()}
-    keep = {k: v for k, v in head.items() if k in ('model', 'config', 'charset', 'height', 'stride', 'preprocess', 'normal_form', 'recipe', 'train', 'step')}
+    keep = {
+        k: v
+        for k, v in head.items()
+        if k
+        in ('model', 'config', 'charset', 'height', 'stride', 'preprocess', 'normal_form', 'recipe', 'train', 'step')
+    }
     save_checkpoint(path, half, keep | about)
     return Path(path).stat().st_size
 
@@ -46,20 +52,23 @@ def release(
 @dataclass(frozen=True)
 class Stage:
     "One training run of a plan"
+
     name: str
     train: TrainConfig
     recipe: Recipe
-    settings: object      # of the network: `CTCConfig` or `Seq2SeqConfig`
-    distil: Teaching|None = None  # who teaches, and how
-    keep: float = 0.      # share of the weights before the stage in what comes out of it, see `blend`; 0..1
+    settings: object  # of the network: `CTCConfig` or `Seq2SeqConfig`
+    distil: Teaching | None = None  # who teaches, and how
+    keep: float = 0.0  # share of the weights before the stage in what comes out of it, see `blend`; 0..1
+
 
 @dataclass(frozen=True)
 class Plan:
     "How weights are made"
+
     name: str
-    model: str            # ctc | seq2seq
-    stages: tuple         # of `Stage`
-    start: str = ''       # weights before the first stage: a model's name or a checkpoint; '' = none
+    model: str  # ctc | seq2seq
+    stages: tuple  # of `Stage`
+    start: str = ''  # weights before the first stage: a model's name or a checkpoint; '' = none
     summary: str = ''
     limits: str = ''
     licence: str = ''
@@ -70,30 +79,47 @@ def joined(a: dict, b: dict) -> dict:
     return a | {k: joined(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k, v in b.items()}
 
 # %% ../../nbs/06_models/14_release.ipynb #ebeffa22
-kinds = dict(ctc=(CTCConfig, train_ctc), seq2seq=(Seq2SeqConfig, train_seq2seq))      # model -> its settings, and what trains it
+kinds = dict(
+    ctc=(CTCConfig, train_ctc), seq2seq=(Seq2SeqConfig, train_seq2seq)
+)  # model -> its settings, and what trains it
+
 
 def plans() -> dict[str, Path]:  # name -> file
     "The plans that ship with the package, beside the weights they make"
-    return {p.stem: p for p in sorted((Path(khmer_ocr.__file__).parent/'weights').glob('*.toml'))}
+    return {p.stem: p for p in sorted((Path(khmer_ocr.__file__).parent / 'weights').glob('*.toml'))}
 
-_top, _each = ('name', 'model', 'start', 'summary', 'limits', 'licence', 'settings', 'train', 'recipe', 'distil', 'stage'), ('name', 'train', 'recipe', 'settings', 'distil', 'keep')
+
+_top, _each = (
+    ('name', 'model', 'start', 'summary', 'limits', 'licence', 'settings', 'train', 'recipe', 'distil', 'stage'),
+    ('name', 'train', 'recipe', 'settings', 'distil', 'keep'),
+)
+
 
 def _known(table, names, where):
     for k in table:
-        if k not in names: raise KhmerOCRError(f'{where}: {k!r} is not known here{suggest(k, names)}: use {", ".join(names)}')
+        if k not in names:
+            raise KhmerOCRError(f'{where}: {k!r} is not known here{suggest(k, names)}: use {", ".join(names)}')
 
 # %% ../../nbs/06_models/14_release.ipynb #f99cd664
 def read_plan(
-    plan  # name of a plan that ships, or a TOML or JSON file
+    plan,  # name of a plan that ships, or a TOML or JSON file
 ) -> Plan:
     "Open a plan; `KhmerOCRError` for unknown names, settings or values"
     path = plans().get(str(plan), Path(plan))
-    if not path.exists(): raise KhmerOCRError(f'No plan {str(plan)!r}{suggest(str(plan), plans())}: give one of {", ".join(plans())}, or a file')
-    t = read_settings(path); _known(t, _top, path)
-    if t.get('model') not in kinds: raise KhmerOCRError(f'{path}: model is {t.get("model")!r}: it must be one of {", ".join(kinds)}')
-    if not t.get('stage'): raise KhmerOCRError(f'{path}: a plan needs at least one [[stage]]')
-    for s in t['stage']: _known(s, _each, f'{path}, stage {s.get("name", "?")!r}')
-    if t['model'] != 'ctc' and any('distil' in x for x in (t, *t['stage'])): raise KhmerOCRError(f'{path}: only CTC readers can be taught (distil), and this model is {t["model"]}')
+    if not path.exists():
+        raise KhmerOCRError(
+            f'No plan {str(plan)!r}{suggest(str(plan), plans())}: give one of {", ".join(plans())}, or a file'
+        )
+    t = read_settings(path)
+    _known(t, _top, path)
+    if t.get('model') not in kinds:
+        raise KhmerOCRError(f'{path}: model is {t.get("model")!r}: it must be one of {", ".join(kinds)}')
+    if not t.get('stage'):
+        raise KhmerOCRError(f'{path}: a plan needs at least one [[stage]]')
+    for s in t['stage']:
+        _known(s, _each, f'{path}, stage {s.get("name", "?")!r}')
+    if t['model'] != 'ctc' and any('distil' in x for x in (t, *t['stage'])):
+        raise KhmerOCRError(f'{path}: only CTC readers can be taught (distil), and this model is {t["model"]}')
     about = {k: t[k] for k in ('start', 'summary', 'limits', 'licence') if k in t}
     return Plan(t.get('name', path.stem), t['model'], tuple(_stage(t, s, i) for i, s in enumerate(t['stage'])), **about)
 
@@ -101,47 +127,79 @@ def read_plan(
 def _settings(kind, given):
     "Settings of a network from a table; lists become tuples"
     cls = kinds[kind][0]
-    return cls.from_dict(given) if hasattr(cls, 'from_dict') else configure(cls, {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    return (
+        cls.from_dict(given)
+        if hasattr(cls, 'from_dict')
+        else configure(cls, {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    )
+
 
 def _stage(t, s, i) -> Stage:
     "A stage out of what all share and what it says itself"
     of = lambda k: joined(t.get(k, {}), s.get(k, {}))
-    keep, first = s.get('keep', 0.), i == 0 and not t.get('start')
-    if not isinstance(keep, (int, float)) or not 0 <= keep < 1 or keep and first: raise KhmerOCRError(f"Stage {s.get('name', i+1)!r}: keep is {keep!r}: it must be from 0 to below 1, and 0 where no weights came before")
-    return Stage(s.get('name', str(i+1)), configure(TrainConfig, of('train')), Recipe.from_dict(of('recipe')), _settings(t['model'], of('settings')), read_teaching(d) if (d := of('distil')) else None, float(keep))
+    keep, first = s.get('keep', 0.0), i == 0 and not t.get('start')
+    if not isinstance(keep, (int, float)) or not 0 <= keep < 1 or keep and first:
+        raise KhmerOCRError(
+            f"Stage {s.get('name', i + 1)!r}: keep is {keep!r}: it must be from 0 to below 1, and 0 where no weights came before"
+        )
+    return Stage(
+        s.get('name', str(i + 1)),
+        configure(TrainConfig, of('train')),
+        Recipe.from_dict(of('recipe')),
+        _settings(t['model'], of('settings')),
+        read_teaching(d) if (d := of('distil')) else None,
+        float(keep),
+    )
 
 # %% ../../nbs/06_models/14_release.ipynb #27f84dda
 class Clock(Callback):
     "Seconds spent in steps so far, through all restarts; `learn.shown['hours']`"
+
     order = -5
-    def __init__(self): self.seconds, self.last = 0., None
-    def state(self): return dict(seconds=round(self.seconds, 3))
-    def load_state(self, state): self.seconds = state.get('seconds', 0.)
-    def before_fit(self, learn): self.last = None
+
+    def __init__(self):
+        self.seconds, self.last = 0.0, None
+
+    def state(self):
+        return dict(seconds=round(self.seconds, 3))
+
+    def load_state(self, state):
+        self.seconds = state.get('seconds', 0.0)
+
+    def before_fit(self, learn):
+        self.last = None
+
     def after_step(self, learn):
         now = time.perf_counter()
-        if self.last is not None: self.seconds += now-self.last
-        self.last, learn.shown['hours'] = now, self.seconds/3600
+        if self.last is not None:
+            self.seconds += now - self.last
+        self.last, learn.shown['hours'] = now, self.seconds / 3600
 
 # %% ../../nbs/06_models/14_release.ipynb #4ab3db0f
 def blend(
     before,  # checkpoint
     after,  # checkpoint of a run that started from it
     keep: float,  # share of `before`, 0..1
-    path  # .safetensors to write
+    path,  # .safetensors to write
 ) -> Path:
     "Write the mean of the averaged weights of two checkpoints, with the header of the second; KhmerOCRError where they are not of one shape"
     (a, _), (b, head) = load_weights(before), load_weights(after)
-    if any(k not in a or a[k].shape != v.shape for k, v in b.items()): raise KhmerOCRError(f'{before} and {after} are networks of different shape: their weights have no mean (set keep to 0)')
-    mean = {k: torch.lerp(v.float(), a[k].float(), keep).to(v.dtype) if v.is_floating_point() else v for k, v in b.items()}
+    if any(k not in a or a[k].shape != v.shape for k, v in b.items()):
+        raise KhmerOCRError(
+            f'{before} and {after} are networks of different shape: their weights have no mean (set keep to 0)'
+        )
+    mean = {
+        k: torch.lerp(v.float(), a[k].float(), keep).to(v.dtype) if v.is_floating_point() else v for k, v in b.items()
+    }
     save_checkpoint(path, mean, head | dict(kind='weights', keep=keep))
     return Path(path)
 
 # %% ../../nbs/06_models/14_release.ipynb #7d43b234
 def _finished(folder: Path, steps: int) -> bool:
     "Has the run in `folder` made all its steps?"
-    latest = folder/'latest.safetensors'
+    latest = folder / 'latest.safetensors'
     return latest.exists() and load_checkpoint(latest)[1].get('step', 0) >= steps
+
 
 def carry_out(
     plan: Plan,
@@ -151,46 +209,84 @@ def carry_out(
     texts=None,  # lines in place of the corpus
     callbacks=(),  # beside the clock
     verbose: bool = True,
-    **more  # to the training function
+    **more,  # to the training function
 ) -> list[Path]:  # the last checkpoint of each stage
     "Train the stages of a plan one after the other; what is finished already is not done again"
     done, start = [], _start(plan)
     for i, s in enumerate(plan.stages):
-        out = Path(folder)/f'{i+1}_{s.name}'; latest = out/'latest.safetensors'
+        out = Path(folder) / f'{i + 1}_{s.name}'
+        latest = out / 'latest.safetensors'
         if not _finished(out, s.train.steps):
-            learn = kinds[plan.model][1](out, s.recipe, s.train, s.settings, validation=validation, workers=workers, texts=texts, verbose=verbose,
-                resume='latest' if latest.exists() else None, init=start, callbacks=[Clock(), *callbacks], **(dict(teacher=s.distil) if s.distil else {}), **more)
-            if learn.step < s.train.steps: raise KhmerOCRError(f'Stage {s.name!r} stopped at step {learn.step} ({learn.stopping}): the same command goes on from there')
-        joint = out/'blend.safetensors'
-        if s.keep and not (joint.exists() and joint.stat().st_mtime_ns >= latest.stat().st_mtime_ns): blend(start, latest, s.keep, joint)
-        start = joint if s.keep else latest; done.append(start)
+            learn = kinds[plan.model][1](
+                out,
+                s.recipe,
+                s.train,
+                s.settings,
+                validation=validation,
+                workers=workers,
+                texts=texts,
+                verbose=verbose,
+                resume='latest' if latest.exists() else None,
+                init=start,
+                callbacks=[Clock(), *callbacks],
+                **(dict(teacher=s.distil) if s.distil else {}),
+                **more,
+            )
+            if learn.step < s.train.steps:
+                raise KhmerOCRError(
+                    f'Stage {s.name!r} stopped at step {learn.step} ({learn.stopping}): the same command goes on from there'
+                )
+        joint = out / 'blend.safetensors'
+        if s.keep and not (joint.exists() and joint.stat().st_mtime_ns >= latest.stat().st_mtime_ns):
+            blend(start, latest, s.keep, joint)
+        start = joint if s.keep else latest
+        done.append(start)
     return done
 
-def _start(plan): return models().get(plan.start, plan.start) if plan.start else None
+
+def _start(plan):
+    return models().get(plan.start, plan.start) if plan.start else None
 
 # %% ../../nbs/06_models/14_release.ipynb #239757b3
 def hardware() -> str:
     "What this machine computes with, in a line"
-    if torch.cuda.is_available(): return f'{torch.cuda.get_device_name()}, torch {torch.__version__}'
-    try: cpu = next(l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name'))
-    except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
+    if torch.cuda.is_available():
+        return f'{torch.cuda.get_device_name()}, torch {torch.__version__}'
+    try:
+        cpu = next(
+            l.split(':')[1].strip()
+            for l in Path('/proc/cpuinfo').read_text().splitlines()
+            if l.startswith('model name')
+        )
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
     return f'CPU ({cpu}), torch {torch.__version__}'
 
-def ran(checkpoint) -> dict:  # stage, steps, samples, seconds (None where they were not counted), seed, recipe, train; teacher and keep, where there are any
+
+def ran(
+    checkpoint,
+) -> dict:  # stage, steps, samples, seconds (None where they were not counted), seed, recipe, train; teacher and keep, where there are any
     "What the run behind a checkpoint did"
     _, h = load_checkpoint(checkpoint)
     seconds = h.get('run', {}).get('callbacks', {}).get('Clock', {}).get('seconds')
     train = h.get('train') or h.get('settings', {})
-    return dict(stage=Path(checkpoint).parent.name, steps=h['step'], samples=h['step']*train.get('batch_size', 0)*train.get('accumulate', 1), seconds=seconds,
-        seed=h.get('recipe', {}).get('seed'), recipe=h.get('recipe'), train=train) | {k: h[k] for k in ('teacher', 'keep') if h.get(k)}
+    return dict(
+        stage=Path(checkpoint).parent.name,
+        steps=h['step'],
+        samples=h['step'] * train.get('batch_size', 0) * train.get('accumulate', 1),
+        seconds=seconds,
+        seed=h.get('recipe', {}).get('seed'),
+        recipe=h.get('recipe'),
+        train=train,
+    ) | {k: h[k] for k in ('teacher', 'keep') if h.get(k)}
 
 # %% ../../nbs/06_models/14_release.ipynb #86210b7e
 def make_card(
     plan: Plan,
     checkpoints,  # of the stages
     scores: dict,  # set -> name -> number
-    text: dict|None = None,  # of the corpus: sources, hashes
-    **more  # joins the card: date, notes ...
+    text: dict | None = None,  # of the corpus: sources, hashes
+    **more,  # joins the card: date, notes ...
 ) -> dict:
     "What to know about weights, ready for JSON"
     _, h = load_checkpoint(checkpoints[-1])
@@ -198,38 +294,108 @@ def make_card(
     tensors, _ = load_weights(checkpoints[-1])
     stages = [ran(c) for c in checkpoints]
     seconds = [s['seconds'] for s in stages]
-    return dict(name=plan.name, summary=plan.summary, limits=plan.limits, licence=plan.licence, start=plan.start, **net, symbols=len(h['charset']),
-        parameters=sum(v.numel() for k, v in tensors.items() if 'running_' not in k and 'num_batches' not in k), stages=stages, samples=sum(s['samples'] for s in stages),
-        seconds=sum(seconds) if None not in seconds else None, hardware=hardware(), text=text or {}, scores=scores) | more
+    return (
+        dict(
+            name=plan.name,
+            summary=plan.summary,
+            limits=plan.limits,
+            licence=plan.licence,
+            start=plan.start,
+            **net,
+            symbols=len(h['charset']),
+            parameters=sum(v.numel() for k, v in tensors.items() if 'running_' not in k and 'num_batches' not in k),
+            stages=stages,
+            samples=sum(s['samples'] for s in stages),
+            seconds=sum(seconds) if None not in seconds else None,
+            hardware=hardware(),
+            text=text or {},
+            scores=scores,
+        )
+        | more
+    )
 
 # %% ../../nbs/06_models/14_release.ipynb #418f68fc
-def _row(*cells): return '| ' + ' | '.join(str(c) for c in cells) + ' |'
+def _row(*cells):
+    return '| ' + ' | '.join(str(c) for c in cells) + ' |'
 
-def _percent(x): return '' if x is None else f'{100*x:.2f}'
+
+def _percent(x):
+    return '' if x is None else f'{100 * x:.2f}'
+
 
 def card_text(card: dict) -> str:
     "A card as Markdown"
-    head = [f'# {card["name"]}', '', card['summary'] + '.', '', f'**Not for:** {card["limits"]}.' if card.get('limits') else '', '',
-        f'{card["parameters"]:,} parameters, {card["symbols"]} symbols, {card["height"]} px high, {card["stride"]} px a frame. Licence: {card.get("licence") or "none given"}.', '']
-    made = ['## How it was made', '', f'`khmer-ocr run release -p plan {card["name"]}` makes such a reader' + (f', starting from `{card["start"]}`.' if card.get('start') else '.') + f' {card["samples"]:,} lines in all' + (f', {card["seconds"]/3600:.1f} hours' if card.get('seconds') else '') + f', {card["hardware"]}.', '']
-    made += [_row('stage', 'steps', 'lines', 'damage', 'seed'), _row(*['---']*5)] + [_row(s['stage'], s['steps'], f'{s["samples"]:,}', (s['recipe'] or {}).get('preset', ''), s['seed']) for s in card['stages']]
+    head = [
+        f'# {card["name"]}',
+        '',
+        card['summary'] + '.',
+        '',
+        f'**Not for:** {card["limits"]}.' if card.get('limits') else '',
+        '',
+        f'{card["parameters"]:,} parameters, {card["symbols"]} symbols, {card["height"]} px high, {card["stride"]} px a frame. Licence: {card.get("licence") or "none given"}.',
+        '',
+    ]
+    made = [
+        '## How it was made',
+        '',
+        f'`khmer-ocr run release -p plan {card["name"]}` makes such a reader'
+        + (f', starting from `{card["start"]}`.' if card.get('start') else '.')
+        + f' {card["samples"]:,} lines in all'
+        + (f', {card["seconds"] / 3600:.1f} hours' if card.get('seconds') else '')
+        + f', {card["hardware"]}.',
+        '',
+    ]
+    made += [_row('stage', 'steps', 'lines', 'damage', 'seed'), _row(*['---'] * 5)] + [
+        _row(s['stage'], s['steps'], f'{s["samples"]:,}', (s['recipe'] or {}).get('preset', ''), s['seed'])
+        for s in card['stages']
+    ]
     made += ['', *(f'Stage {s["stage"]} was taught by {s["teacher"]}.' for s in card['stages'] if s.get('teacher'))]
-    made += [f'What came out of stage {s["stage"]} was joined with the weights before it: {s["keep"]:g} of them, {1-s["keep"]:g} of the new ones.' for s in card['stages'] if s.get('keep')]
-    text = ['', 'Text: ' + ', '.join(f'{s["name"]} {s["version"]} ({s["licence"]})' for s in card['text'].get('sources', [])) + '.'] if card.get('text') else []
-    rows = [_row(k, _percent(v.get('cer_folded')), _percent(v.get('cluster')), _percent(v.get('exact')), v.get('lines', '')) for k, v in card['scores'].items()]
-    scores = ['', '## What it was measured at', '', 'CER folded and without spaces, wrong clusters, and lines without any error, in %.', '', _row('set', 'CER', 'clusters', 'exact', 'lines'), _row(*['---']*5), *rows]
+    made += [
+        f'What came out of stage {s["stage"]} was joined with the weights before it: {s["keep"]:g} of them, {1 - s["keep"]:g} of the new ones.'
+        for s in card['stages']
+        if s.get('keep')
+    ]
+    text = (
+        [
+            '',
+            'Text: '
+            + ', '.join(f'{s["name"]} {s["version"]} ({s["licence"]})' for s in card['text'].get('sources', []))
+            + '.',
+        ]
+        if card.get('text')
+        else []
+    )
+    rows = [
+        _row(k, _percent(v.get('cer_folded')), _percent(v.get('cluster')), _percent(v.get('exact')), v.get('lines', ''))
+        for k, v in card['scores'].items()
+    ]
+    scores = [
+        '',
+        '## What it was measured at',
+        '',
+        'CER folded and without spaces, wrong clusters, and lines without any error, in %.',
+        '',
+        _row('set', 'CER', 'clusters', 'exact', 'lines'),
+        _row(*['---'] * 5),
+        *rows,
+    ]
     return '\n'.join([*head, *made, *text, *scores, '', card.get('note', ''), '']).replace('\n\n\n', '\n\n')
 
 # %% ../../nbs/06_models/14_release.ipynb #3a93cd41
 def ship(
     checkpoint,  # of the last stage
     card: dict,
-    folder  # gets NAME.safetensors, NAME.json and NAME.md
+    folder,  # gets NAME.safetensors, NAME.json and NAME.md
 ) -> dict[str, int]:  # file name -> bytes
     "Write weights in half precision, and their card"
-    folder, name = Path(folder), card['name']; folder.mkdir(parents=True, exist_ok=True)
-    brief = {k: v for k, v in card.items() if k in ('name', 'summary', 'limits', 'licence', 'samples', 'scores', 'parameters', 'date')}
-    release(checkpoint, folder/f'{name}.safetensors', **brief)
-    write_atomic(folder/f'{name}.json', json.dumps(card, ensure_ascii=False, indent=1, sort_keys=True) + '\n')
-    write_atomic(folder/f'{name}.md', card_text(card))
+    folder, name = Path(folder), card['name']
+    folder.mkdir(parents=True, exist_ok=True)
+    brief = {
+        k: v
+        for k, v in card.items()
+        if k in ('name', 'summary', 'limits', 'licence', 'samples', 'scores', 'parameters', 'date')
+    }
+    release(checkpoint, folder / f'{name}.safetensors', **brief)
+    write_atomic(folder / f'{name}.json', json.dumps(card, ensure_ascii=False, indent=1, sort_keys=True) + '\n')
+    write_atomic(folder / f'{name}.md', card_text(card))
     return {p.name: p.stat().st_size for p in sorted(folder.glob(f'{name}.*'))}

@@ -27,181 +27,278 @@ from .attention import visible, Memory, State
 @dataclass(frozen=True)
 class VisionTextConfig:
     "Shape of the image-to-text transformer and of its loss"
-    height: int = 48              # px of a line; a multiple of 16
-    stem: str = 'conv'            # conv | patches | ctc (the convolutions of a CTC reader) | reader (all of it but its last layer)
-    channels: tuple = (32, 64, 128, 192)   # of the convolutions (conv)
-    patch: tuple = (16, 4)        # px, rows and columns of a patch (patches)
-    ctc: object = None            # CTCConfig, or a dict of its settings (ctc, reader): decides on height and charset
-    positions: str = 'sinusoidal' # sinusoidal | relative | learned: how a token knows its place
-    reach: int = 64               # tokens to each side that are told apart (relative), or columns of the table (learned)
+
+    height: int = 48  # px of a line; a multiple of 16
+    stem: str = (
+        'conv'  # conv | patches | ctc (the convolutions of a CTC reader) | reader (all of it but its last layer)
+    )
+    channels: tuple = (32, 64, 128, 192)  # of the convolutions (conv)
+    patch: tuple = (16, 4)  # px, rows and columns of a patch (patches)
+    ctc: object = None  # CTCConfig, or a dict of its settings (ctc, reader): decides on height and charset
+    positions: str = 'sinusoidal'  # sinusoidal | relative | learned: how a token knows its place
+    reach: int = 64  # tokens to each side that are told apart (relative), or columns of the table (learned)
     encoder_depth: int = 6
     encoder_width: int = 256
     encoder_heads: int = 4
     decoder_depth: int = 4
     decoder_width: int = 256
     decoder_heads: int = 4
-    cross: object = 'all'         # layers of the decoder that look at the picture, from 0: 'all', or numbers such as (1, 3)
-    gate: bool = True             # weigh picture against text for each token; False: add both
-    mix: int = 4                  # hidden size of the layers' perceptrons, in widths
-    dropout: float = .1
-    ctc_weight: float = .3        # share of CTC in the loss, and in beam search; 0: no CTC head
-    ctc_head: str = 'tokens'      # where CTC listens: tokens | stem (of a reader: then its own last layer is the CTC head)
-    guide: float = 0.             # weight in the loss of looking where CTC hears the unit; 0: the eye is free
-    checkpointing: bool = False   # keep less for the backward pass and work it out again: less memory, more time
+    cross: object = 'all'  # layers of the decoder that look at the picture, from 0: 'all', or numbers such as (1, 3)
+    gate: bool = True  # weigh picture against text for each token; False: add both
+    mix: int = 4  # hidden size of the layers' perceptrons, in widths
+    dropout: float = 0.1
+    ctc_weight: float = 0.3  # share of CTC in the loss, and in beam search; 0: no CTC head
+    ctc_head: str = 'tokens'  # where CTC listens: tokens | stem (of a reader: then its own last layer is the CTC head)
+    guide: float = 0.0  # weight in the loss of looking where CTC hears the unit; 0: the eye is free
+    checkpointing: bool = False  # keep less for the backward pass and work it out again: less memory, more time
     charset: str = 'khmer-latin'
-    targets: str = 'subscripts'   # what is written: characters | subscripts | clusters | subwords
-    vocabulary: int = 1000        # how many clusters or subwords at most
-    backbone: str = ''            # trained encoder to start from: a name or a path
+    targets: str = 'subscripts'  # what is written: characters | subscripts | clusters | subwords
+    vocabulary: int = 1000  # how many clusters or subwords at most
+    backbone: str = ''  # trained encoder to start from: a name or a path
 
-    def __post_init__(self): _check(self)
+    def __post_init__(self):
+        _check(self)
+
     @property
-    def stride(self):             # px of a column of tokens
+    def stride(self):  # px of a column of tokens
         return self.patch[1] if self.stem == 'patches' else self.ctc.stride if self.ctc else 4
+
     @property
-    def rows(self):               # of tokens
-        return self.height//self.patch[0] if self.stem == 'patches' else 1
+    def rows(self):  # of tokens
+        return self.height // self.patch[0] if self.stem == 'patches' else 1
+
     @property
-    def looking(self):            # numbers of the layers that look
+    def looking(self):  # numbers of the layers that look
         return tuple(range(self.decoder_depth)) if self.cross == 'all' else self.cross
 
 # %% ../../nbs/06_models/08_transformer.ipynb #d4625718
-_ranges = dict(height=(16, 1024), reach=(1, 4096), encoder_depth=(0, 64), encoder_width=(4, 4096), encoder_heads=(1, 64), decoder_depth=(1, 64), decoder_width=(4, 4096),
-    decoder_heads=(1, 64), mix=(1, 16), dropout=(0, .99), ctc_weight=(0, 1), guide=(0, 10), vocabulary=(1, 100_000))
-_choices = dict(stem=('conv', 'patches', 'ctc', 'reader'), ctc_head=('tokens', 'stem'), positions=('sinusoidal', 'relative', 'learned'), targets=KINDS)
+_ranges = dict(
+    height=(16, 1024),
+    reach=(1, 4096),
+    encoder_depth=(0, 64),
+    encoder_width=(4, 4096),
+    encoder_heads=(1, 64),
+    decoder_depth=(1, 64),
+    decoder_width=(4, 4096),
+    decoder_heads=(1, 64),
+    mix=(1, 16),
+    dropout=(0, 0.99),
+    ctc_weight=(0, 1),
+    guide=(0, 10),
+    vocabulary=(1, 100_000),
+)
+_choices = dict(
+    stem=('conv', 'patches', 'ctc', 'reader'),
+    ctc_head=('tokens', 'stem'),
+    positions=('sinusoidal', 'relative', 'learned'),
+    targets=KINDS,
+)
 
-def _wrong(name, value, rule): raise KhmerOCRError(f"Setting '{name}' is {value!r}: it must be {rule}")
+
+def _wrong(name, value, rule):
+    raise KhmerOCRError(f"Setting '{name}' is {value!r}: it must be {rule}")
+
 
 def _check(c):
     "Refuse what makes no sense; with a stem of `ctc`, its settings decide"
     put = lambda **kw: [object.__setattr__(c, k, v) for k, v in kw.items()]
     put(channels=tuple(c.channels), patch=tuple(c.patch), cross=c.cross if isinstance(c.cross, str) else tuple(c.cross))
-    if c.stem in ('ctc', 'reader'): put(ctc=_ctc_config(c.ctc)); put(height=c.ctc.height, charset=c.ctc.charset)
-    elif c.ctc is not None: _wrong('ctc', 'given', f'left away with stem {c.stem!r}')
-    for k, ok in _choices.items(): getattr(c, k) in ok or _wrong(k, getattr(c, k), f'one of {", ".join(ok)}')
-    for k, (a, b) in _ranges.items(): a <= getattr(c, k) <= b or _wrong(k, getattr(c, k), f'from {a} to {b}')
+    if c.stem in ('ctc', 'reader'):
+        put(ctc=_ctc_config(c.ctc))
+        put(height=c.ctc.height, charset=c.ctc.charset)
+    elif c.ctc is not None:
+        _wrong('ctc', 'given', f'left away with stem {c.stem!r}')
+    for k, ok in _choices.items():
+        getattr(c, k) in ok or _wrong(k, getattr(c, k), f'one of {", ".join(ok)}')
+    for k, (a, b) in _ranges.items():
+        a <= getattr(c, k) <= b or _wrong(k, getattr(c, k), f'from {a} to {b}')
     for side in ('encoder', 'decoder'):
-        w, h = getattr(c, side+'_width'), getattr(c, side+'_heads')
-        if w % 4 or w % h: _wrong(side+'_width', w, f'a multiple of 4 and of its {h} heads')
-    if c.stem == 'conv' and c.height % 16: _wrong('height', c.height, 'a multiple of 16')
-    if len(c.channels) != 4 or min(c.channels) < 1: _wrong('channels', list(c.channels), 'four numbers from 1 up')
-    if len(c.patch) != 2 or min(c.patch) < 1: _wrong('patch', list(c.patch), 'two numbers from 1 up')
-    if c.stem == 'patches' and c.height % c.patch[0]: _wrong('patch', list(c.patch), f'such that its rows divide the height {c.height}')
-    if c.cross != 'all' and (isinstance(c.cross, str) or not c.cross or not set(c.cross) <= set(range(c.decoder_depth)) or list(c.cross) != sorted(set(c.cross))):
-        _wrong('cross', c.cross, f"'all', or rising numbers of layers from 0 to {c.decoder_depth-1}, at least one")
-    if c.ctc_head == 'stem' and (c.stem != 'reader' or not c.ctc_weight): _wrong('ctc_head', c.ctc_head, "'tokens', unless the stem is a reader and ctc_weight is set")
-    if c.guide and not c.ctc_weight: _wrong('guide', c.guide, '0 without a CTC head to follow: set ctc_weight as well')
+        w, h = getattr(c, side + '_width'), getattr(c, side + '_heads')
+        if w % 4 or w % h:
+            _wrong(side + '_width', w, f'a multiple of 4 and of its {h} heads')
+    if c.stem == 'conv' and c.height % 16:
+        _wrong('height', c.height, 'a multiple of 16')
+    if len(c.channels) != 4 or min(c.channels) < 1:
+        _wrong('channels', list(c.channels), 'four numbers from 1 up')
+    if len(c.patch) != 2 or min(c.patch) < 1:
+        _wrong('patch', list(c.patch), 'two numbers from 1 up')
+    if c.stem == 'patches' and c.height % c.patch[0]:
+        _wrong('patch', list(c.patch), f'such that its rows divide the height {c.height}')
+    if c.cross != 'all' and (
+        isinstance(c.cross, str)
+        or not c.cross
+        or not set(c.cross) <= set(range(c.decoder_depth))
+        or list(c.cross) != sorted(set(c.cross))
+    ):
+        _wrong('cross', c.cross, f"'all', or rising numbers of layers from 0 to {c.decoder_depth - 1}, at least one")
+    if c.ctc_head == 'stem' and (c.stem != 'reader' or not c.ctc_weight):
+        _wrong('ctc_head', c.ctc_head, "'tokens', unless the stem is a reader and ctc_weight is set")
+    if c.guide and not c.ctc_weight:
+        _wrong('guide', c.guide, '0 without a CTC head to follow: set ctc_weight as well')
+
 
 def _ctc_config(given) -> CTCConfig:
     c = given or {}
-    if isinstance(c, dict): c = CTCConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()})
+    if isinstance(c, dict):
+        c = CTCConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()})
     return c if c.reading == 'lstm' and c.layers else _wrong('ctc.reading', c.reading, 'lstm, with layers')
 
 # %% ../../nbs/06_models/08_transformer.ipynb #d7502c2e
-def _across(v): return v[-1] if isinstance(v, tuple) else v
+def _across(v):
+    return v[-1] if isinstance(v, tuple) else v
+
 
 def through(layer, x, n):
     "Layers on (B, c, H, W), of which the first `n` (B,) columns belong to the lines -> what comes out, and how many columns of it do. Padding is wiped before each layer that looks sideways"
     if isinstance(layer, (nn.Sequential, nn.ModuleList)):
-        for part in layer: x, n = through(part, x, n)
+        for part in layer:
+            x, n = through(part, x, n)
         return x, n
-    if isinstance(layer, Pair): x, n = through(layer.a, x, n); return x + through(layer.b, x, n)[0], n
-    if isinstance(layer, Block): return x + through(layer.f, x, n)[0], n
+    if isinstance(layer, Pair):
+        x, n = through(layer.a, x, n)
+        return x + through(layer.b, x, n)[0], n
+    if isinstance(layer, Block):
+        return x + through(layer.f, x, n)[0], n
     if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)) and _across(layer.kernel_size) > 1:
-        x = x.masked_fill(~visible(x.shape[-1], n)[:, None, None], 0. if isinstance(layer, nn.Conv2d) else -math.inf)
-    return layer(x), -(-n//_across(getattr(layer, 'stride', 1)))
+        x = x.masked_fill(~visible(x.shape[-1], n)[:, None, None], 0.0 if isinstance(layer, nn.Conv2d) else -math.inf)
+    return layer(x), -(-n // _across(getattr(layer, 'stride', 1)))
 
 # %% ../../nbs/06_models/08_transformer.ipynb #57d9c2c6
 class ConvStem(nn.Module):
     "Line images (B, 1, height, W) and widths (B,) px -> features (B, c, 1, ceil(W/4)), columns of each line (B,)"
+
     def __init__(self, config):
         super().__init__()
-        a, b, c, d = config.channels; self.width = d
-        self.look = nn.Sequential(conv(1, a, stride=2), conv(a, b, stride=2), conv(b, c, stride=(2, 1)), conv(c, d, stride=(2, 1)), conv(d, d, (config.height//16, 3), padding=(0, 1)))
-    def forward(self, x, widths): return through(self.look, x, widths)
+        a, b, c, d = config.channels
+        self.width = d
+        self.look = nn.Sequential(
+            conv(1, a, stride=2),
+            conv(a, b, stride=2),
+            conv(b, c, stride=(2, 1)),
+            conv(c, d, stride=(2, 1)),
+            conv(d, d, (config.height // 16, 3), padding=(0, 1)),
+        )
+
+    def forward(self, x, widths):
+        return through(self.look, x, widths)
+
 
 class Patches(nn.Module):
     "The same by one linear layer for each patch: (B, c, height/rows, ceil(W/columns))"
+
     def __init__(self, config):
         super().__init__()
         self.width, self.patch = config.encoder_width, config.patch
         self.look = nn.Conv2d(1, self.width, config.patch, config.patch)
+
     def forward(self, x, widths):
-        x = F.pad(x.masked_fill(~visible(x.shape[-1], widths)[:, None, None], 0.), (0, -x.shape[-1] % self.patch[1]))
-        return self.look(x), -(-widths//self.patch[1])
+        x = F.pad(x.masked_fill(~visible(x.shape[-1], widths)[:, None, None], 0.0), (0, -x.shape[-1] % self.patch[1]))
+        return self.look(x), -(-widths // self.patch[1])
 
 # %% ../../nbs/06_models/08_transformer.ipynb #c72a2e43
 class CTCStem(nn.Module):
     "The convolutions of a CTC reader, and its LSTMs too if `reads`; the parts have their names, so its weights fit"
+
     def __init__(self, config):
         super().__init__()
-        net = CTCNet(2, config.ctc); self.look, self.more, self.reads = net.look, net.more, config.stem == 'reader'
-        if self.reads: self.read = net.read
-        self.width = 2*config.ctc.hidden if self.reads else config.ctc.channels[-1]
+        net = CTCNet(2, config.ctc)
+        self.look, self.more, self.reads = net.look, net.more, config.stem == 'reader'
+        if self.reads:
+            self.read = net.read
+        self.width = 2 * config.ctc.hidden if self.reads else config.ctc.channels[-1]
 
     def forward(self, x, n):
-        for part in (self.look[:4], self.more[0], self.look[4:6], self.more[1], self.look[6:], self.more[2]): x, n = through(part, x, n)
-        if not self.reads: return x, n
-        packed = nn.utils.rnn.pack_padded_sequence(x.squeeze(2).transpose(1, 2), n.cpu(), batch_first=True, enforce_sorted=False)
+        for part in (self.look[:4], self.more[0], self.look[4:6], self.more[1], self.look[6:], self.more[2]):
+            x, n = through(part, x, n)
+        if not self.reads:
+            return x, n
+        packed = nn.utils.rnn.pack_padded_sequence(
+            x.squeeze(2).transpose(1, 2), n.cpu(), batch_first=True, enforce_sorted=False
+        )
         f = nn.utils.rnn.pad_packed_sequence(self.read(packed)[0], batch_first=True, total_length=x.shape[-1])[0]
         return f.transpose(1, 2).unsqueeze(2), n
+
 
 _stems = dict(conv=ConvStem, patches=Patches, ctc=CTCStem, reader=CTCStem)
 
 # %% ../../nbs/06_models/08_transformer.ipynb #b3b9c9f5
 def sinusoid(at, d: int):
     "Positions `at` as d numbers each, sines and cosines of wavelengths from 2 pi to 20,000 pi: (*at.shape, d)"
-    a = at[..., None]*torch.exp(torch.arange(0, d, 2, device=at.device)*(-math.log(1e4)/d))
+    a = at[..., None] * torch.exp(torch.arange(0, d, 2, device=at.device) * (-math.log(1e4) / d))
     return torch.stack([a.sin(), a.cos()], -1).flatten(-2)
+
 
 def grid(rows, columns, device=None):
     "Row and column of each token, row by row: two int64 (rows*columns,)"
-    at = torch.arange(rows*columns, device=device)
-    return at//columns, at % columns
+    at = torch.arange(rows * columns, device=device)
+    return at // columns, at % columns
+
 
 def places(rows, columns, d, device=None):
     "Sinusoidal positions of a grid of tokens (rows*columns, d); with one row, of a line"
     r, c = grid(rows, columns, device)
-    return sinusoid(c, d) if rows == 1 else torch.cat([sinusoid(r, d//2), sinusoid(c, d//2)], -1)
+    return sinusoid(c, d) if rows == 1 else torch.cat([sinusoid(r, d // 2), sinusoid(c, d // 2)], -1)
 
 # %% ../../nbs/06_models/08_transformer.ipynb #f52c2c1d
 class Relative(nn.Module):
     "A learned bias for each head and distance; rows and columns apart"
+
     def __init__(self, heads, reach, rows):
         super().__init__()
-        self.reach, self.across = reach, nn.Parameter(torch.zeros(heads, 2*reach+1))
-        self.down = nn.Parameter(torch.zeros(heads, 2*rows-1)) if rows > 1 else None
-    def forward(self, rows, columns):        # (heads, tokens, tokens)
+        self.reach, self.across = reach, nn.Parameter(torch.zeros(heads, 2 * reach + 1))
+        self.down = nn.Parameter(torch.zeros(heads, 2 * rows - 1)) if rows > 1 else None
+
+    def forward(self, rows, columns):  # (heads, tokens, tokens)
         r, c = grid(rows, columns, self.across.device)
-        far = (c[None]-c[:, None]).clamp(-self.reach, self.reach)+self.reach
-        return self.across[:, far] + (self.down[:, r[None]-r[:, None]+rows-1] if self.down is not None else 0)
+        far = (c[None] - c[:, None]).clamp(-self.reach, self.reach) + self.reach
+        return self.across[:, far] + (self.down[:, r[None] - r[:, None] + rows - 1] if self.down is not None else 0)
+
 
 class Learned(nn.Module):
     "A table of places, one vector each; added to the tokens"
-    def __init__(self, width, rows, columns): super().__init__(); self.table = nn.Parameter(torch.randn(rows, columns, width)*.02)
-    def forward(self, rows, columns):        # (tokens, width)
-        return self.table[:, torch.arange(columns, device=self.table.device).clamp(max=self.table.shape[1]-1)].flatten(0, 1)
+
+    def __init__(self, width, rows, columns):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(rows, columns, width) * 0.02)
+
+    def forward(self, rows, columns):  # (tokens, width)
+        return self.table[
+            :, torch.arange(columns, device=self.table.device).clamp(max=self.table.shape[1] - 1)
+        ].flatten(0, 1)
 
 # %% ../../nbs/06_models/08_transformer.ipynb #76cce872
 def attend(q, k, v, heads: int, mask=None, causal=False, show=False):
     "Queries (B, N, d), keys and values (B, T, d), mask bool or bias that fits (B, heads, N, T) -> (B, N, d), and if `show` the mean weights of all heads (B, N, T)"
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    if not show: return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2).flatten(2), None
-    e = (q @ k.transpose(-2, -1)).float()/math.sqrt(q.shape[-1])
+    if not show:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2).flatten(2), None
+    e = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1])
     w = (e if mask is None else e.masked_fill(~mask, -math.inf)).softmax(-1)
     return (w.to(v.dtype) @ v).transpose(1, 2).flatten(2), w.mean(1)
 
 # %% ../../nbs/06_models/08_transformer.ipynb #b8c86a68
-def perceptron(d, mix, dropout): return nn.Sequential(nn.Linear(d, mix*d), nn.GELU(), nn.Dropout(dropout), nn.Linear(mix*d, d))
+def perceptron(d, mix, dropout):
+    return nn.Sequential(nn.Linear(d, mix * d), nn.GELU(), nn.Dropout(dropout), nn.Linear(mix * d, d))
+
 
 class EncoderLayer(nn.Module):
     "Look at each other, then think. (B, T, d) -> the same"
-    def __init__(self, d, heads, mix=4, dropout=.1):
+
+    def __init__(self, d, heads, mix=4, dropout=0.1):
         super().__init__()
         self.norms, self.heads = nn.ModuleList(nn.LayerNorm(d, eps=1e-6) for _ in range(2)), heads
-        self.qkv, self.out, self.mix, self.drop = nn.Linear(d, 3*d), nn.Linear(d, d), perceptron(d, mix, dropout), nn.Dropout(dropout)
-    def forward(self, x, mask):              # mask: bool (B, 1, 1, T), or a bias (B, heads, T, T)
+        self.qkv, self.out, self.mix, self.drop = (
+            nn.Linear(d, 3 * d),
+            nn.Linear(d, d),
+            perceptron(d, mix, dropout),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x, mask):  # mask: bool (B, 1, 1, T), or a bias (B, heads, T, T)
         q, k, v = self.qkv(self.norms[0](x)).chunk(3, -1)
-        x = x + self.drop(self.out(attend(q, k, v, self.heads, mask if mask.dtype == torch.bool else mask.to(q.dtype))[0]))
+        x = x + self.drop(
+            self.out(attend(q, k, v, self.heads, mask if mask.dtype == torch.bool else mask.to(q.dtype))[0])
+        )
         return x + self.drop(self.mix(self.norms[1](x)))
 
 # %% ../../nbs/06_models/08_transformer.ipynb #98af6cf8
@@ -209,13 +306,19 @@ def run(layer, again: bool, *args):
     "layer(*args); `again`: nothing inside is kept for the backward pass, it is worked out again"
     return checkpoint(layer, *args, use_reentrant=False) if again and torch.is_grad_enabled() else layer(*args)
 
+
 class ViT(nn.Module):
     "Line images (B, 1, height, W) float, ink 1, paper 0, and widths (B,) px -> tokens (B, rows*columns, width), columns of each line (B,), mask bool (B, rows*columns)"
+
     def __init__(self, config: VisionTextConfig):
         super().__init__()
-        c, d = config, config.encoder_width; self.config, self.stem = c, _stems[c.stem](c)
+        c, d = config, config.encoder_width
+        self.config, self.stem = c, _stems[c.stem](c)
         self.enter = nn.Identity() if c.stem == 'patches' else nn.Linear(self.stem.width, d)
-        self.place = {'relative': lambda: Relative(c.encoder_heads, c.reach, c.rows), 'learned': lambda: Learned(d, c.rows, c.reach)}.get(c.positions, lambda: None)()
+        self.place = {
+            'relative': lambda: Relative(c.encoder_heads, c.reach, c.rows),
+            'learned': lambda: Learned(d, c.rows, c.reach),
+        }.get(c.positions, lambda: None)()
         self.layers = nn.ModuleList(EncoderLayer(d, c.encoder_heads, c.mix, c.dropout) for _ in range(c.encoder_depth))
         self.norm, self.drop = nn.LayerNorm(d, eps=1e-6), nn.Dropout(c.dropout)
 
@@ -223,36 +326,54 @@ class ViT(nn.Module):
 @patch
 def placed(self: ViT, features):
     "Features (B, c, rows, columns) as tokens that know their place, and the bias of their distances or None"
-    rows, columns = features.shape[2:]; x, how = self.enter(features.flatten(2).transpose(1, 2)), self.config.positions
-    if how == 'relative': return self.drop(x), self.place(rows, columns)
+    rows, columns = features.shape[2:]
+    x, how = self.enter(features.flatten(2).transpose(1, 2)), self.config.positions
+    if how == 'relative':
+        return self.drop(x), self.place(rows, columns)
     at = places(rows, columns, x.shape[-1], x.device) if how == 'sinusoidal' else self.place(rows, columns)
     return self.drop(x + at.to(x.dtype)), None
+
 
 @patch
 def deepen(self: ViT, features, n):
     "Features of the stem -> tokens, columns, mask"
-    x, bias = self.placed(features); mask = visible(features.shape[-1], n).repeat(1, features.shape[2]); see = mask[:, None, None]
-    if bias is not None: see = bias[None].masked_fill(~see, -math.inf)
-    for layer in self.layers: x = run(layer, self.config.checkpointing and self.training, x, see)
+    x, bias = self.placed(features)
+    mask = visible(features.shape[-1], n).repeat(1, features.shape[2])
+    see = mask[:, None, None]
+    if bias is not None:
+        see = bias[None].masked_fill(~see, -math.inf)
+    for layer in self.layers:
+        x = run(layer, self.config.checkpointing and self.training, x, see)
     return self.norm(x), n, mask
 
+
 @patch
-def forward(self: ViT, x, widths): return self.deepen(*self.stem(x, widths.to(x.device)))
+def forward(self: ViT, x, widths):
+    return self.deepen(*self.stem(x, widths.to(x.device)))
 
 # %% ../../nbs/06_models/08_transformer.ipynb #2c2d3952
 class DecoderLayer(nn.Module):
     "Hear the text so far, see the picture (if `sees`: size of its tokens), think"
-    def __init__(self, d, heads, mix=4, dropout=.1, sees=0, gate=True):
+
+    def __init__(self, d, heads, mix=4, dropout=0.1, sees=0, gate=True):
         super().__init__()
         self.norms, self.heads = nn.ModuleList(nn.LayerNorm(d, eps=1e-6) for _ in range(3 if sees else 2)), heads
-        self.qkv, self.out, self.mix, self.drop = nn.Linear(d, 3*d), nn.Linear(d, d), perceptron(d, mix, dropout), nn.Dropout(dropout)
-        if sees: self.query, self.keys, self.take = nn.Linear(d, d), nn.Linear(sees, 2*d), nn.Linear(d, d)
-        self.gate = nn.Linear(2*d, 1) if sees and gate else None
+        self.qkv, self.out, self.mix, self.drop = (
+            nn.Linear(d, 3 * d),
+            nn.Linear(d, d),
+            perceptron(d, mix, dropout),
+            nn.Dropout(dropout),
+        )
+        if sees:
+            self.query, self.keys, self.take = nn.Linear(d, d), nn.Linear(sees, 2 * d), nn.Linear(d, d)
+        self.gate = nn.Linear(2 * d, 1) if sees and gate else None
 
     def hear(self, x, past):
         "x (B, K, N, d), keys and values of the text before (B, K, 2, u, d) or None -> what is heard, keys and values with those of x"
-        q, k, v = self.qkv(x).chunk(3, -1); kv = torch.stack([k, v], 2)
-        if past is not None: kv = torch.cat([past, kv], -2)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        kv = torch.stack([k, v], 2)
+        if past is not None:
+            kv = torch.cat([past, kv], -2)
         y, _ = attend(*(t.flatten(0, 1) for t in (q, kv[:, :, 0], kv[:, :, 1])), self.heads, causal=past is None)
         return self.drop(self.out(y.view_as(x))), kv
 
@@ -262,34 +383,50 @@ class DecoderLayer(nn.Module):
         return self.drop(self.take(y.view_as(x))), None if w is None else w.unflatten(1, x.shape[1:3])
 
     def forward(self, x, past=None, seen=None, mask=None, show=False):
-        heard, kv = self.hear(self.norms[0](x), past); look = g = None
-        if seen is None: x = x + heard
+        heard, kv = self.hear(self.norms[0](x), past)
+        look = g = None
+        if seen is None:
+            x = x + heard
         else:
             sight, look = self.see(self.norms[1](x + heard), seen, mask, show)
-            if self.gate is not None: g = self.gate(torch.cat([x + heard, sight], -1)).sigmoid()
-            x = x + heard + sight if g is None else x + 2*((1-g)*heard + g*sight)
+            if self.gate is not None:
+                g = self.gate(torch.cat([x + heard, sight], -1)).sigmoid()
+            x = x + heard + sight if g is None else x + 2 * ((1 - g) * heard + g * sight)
         return x + self.drop(self.mix(self.norms[-1](x))), kv, look, g
 
 # %% ../../nbs/06_models/08_transformer.ipynb #881f803f
 class VisionText(nn.Module):
     "Line images (B, 1, height, W), widths (B,) and true unit ids (B, U) -> logits of each next unit (B, U, n_units)"
+
     def __init__(self, n_units: int, config: VisionTextConfig = VisionTextConfig()):
         super().__init__()
         self.config, self.n_units, c, d = config, n_units, config, config.decoder_width
         self.encoder, self.embed = ViT(c), nn.Embedding(n_units, d)
-        self.decoder = nn.ModuleList(DecoderLayer(d, c.decoder_heads, c.mix, c.dropout, c.encoder_width*(i in c.looking), c.gate) for i in range(c.decoder_depth))
+        self.decoder = nn.ModuleList(
+            DecoderLayer(d, c.decoder_heads, c.mix, c.dropout, c.encoder_width * (i in c.looking), c.gate)
+            for i in range(c.decoder_depth)
+        )
         self.norm, self.drop, self.name = nn.LayerNorm(d, eps=1e-6), nn.Dropout(c.dropout), nn.Linear(d, n_units)
-        self.head = nn.Linear(self.encoder.stem.width if c.ctc_head == 'stem' else c.encoder_width, n_units) if c.ctc_weight else None
-        nn.init.normal_(self.embed.weight, std=d**-.5)
+        self.head = (
+            nn.Linear(self.encoder.stem.width if c.ctc_head == 'stem' else c.encoder_width, n_units)
+            if c.ctc_weight
+            else None
+        )
+        nn.init.normal_(self.embed.weight, std=d**-0.5)
 
     @property
-    def hears(self): return self.head is not None          # is there a CTC head?
+    def hears(self):
+        return self.head is not None  # is there a CTC head?
+
     @property
-    def frozen(self): return not any(p.requires_grad for p in self.encoder.parameters())
+    def frozen(self):
+        return not any(p.requires_grad for p in self.encoder.parameters())
+
     def train(self, mode=True):
         "Training mode for all but a frozen encoder"
         super().train(mode)
-        if self.frozen: self.encoder.eval()
+        if self.frozen:
+            self.encoder.eval()
         return self
 
 # %% ../../nbs/06_models/08_transformer.ipynb #327d8cff
@@ -297,35 +434,54 @@ class VisionText(nn.Module):
 def encode(self: VisionText, x, widths) -> Memory:
     "Look at the lines once: tokens, keys and values for each layer that looks, mask, columns of each line"
     with torch.no_grad() if self.frozen else nullcontext():
-        features, n = self.encoder.stem(x, widths.to(x.device)); values, n, mask = self.encoder.deepen(features, n)
+        features, n = self.encoder.stem(x, widths.to(x.device))
+        values, n, mask = self.encoder.deepen(features, n)
     heard = features if self.config.ctc_head == 'stem' else values.transpose(1, 2).unflatten(2, (self.config.rows, -1))
-    return Memory(values, tuple(self.decoder[i].keys(values) for i in self.config.looking), mask, n, heard.mean(2).transpose(1, 2))
+    return Memory(
+        values, tuple(self.decoder[i].keys(values) for i in self.config.looking), mask, n, heard.mean(2).transpose(1, 2)
+    )
+
 
 @patch
 def ctc_logits(self: VisionText, memory: Memory):
     "CTC's opinion of each column (B, columns, n_units); None without a CTC head"
-    if self.head is not None: return self.head(self.drop(memory.heard))
+    if self.head is not None:
+        return self.head(self.drop(memory.heard))
 
 # %% ../../nbs/06_models/08_transformer.ipynb #40c4e0b4
 class Said(NamedTuple):
     "A run of the decoder over N units of K texts"
-    out: torch.Tensor            # what names the next unit (B, K, N, d)
-    past: torch.Tensor|None      # keys and values of the texts (B, K, layers, 2, u, d)
-    look: torch.Tensor|None      # share of each column in the look of the last layer that looks (B, K, N, columns)
-    gates: torch.Tensor|None     # how far each gate is open, 0..1 (B, K, N, layers that look)
+
+    out: torch.Tensor  # what names the next unit (B, K, N, d)
+    past: torch.Tensor | None  # keys and values of the texts (B, K, layers, 2, u, d)
+    look: torch.Tensor | None  # share of each column in the look of the last layer that looks (B, K, N, columns)
+    gates: torch.Tensor | None  # how far each gate is open, 0..1 (B, K, N, layers that look)
+
 
 @patch
 def say(self: VisionText, memory: Memory, ids, past=None, show=False, keep=True) -> Said:
     "Run the decoder on unit ids (B, K, N), behind `past`; `show` looks and gates; `keep` keys and values"
     d, start, looking = self.config.decoder_width, 0 if past is None else past.shape[-2], self.config.looking
-    x = self.embed(ids)*math.sqrt(d); x = self.drop(x + sinusoid(start + torch.arange(ids.shape[-1], device=ids.device), d).to(x.dtype))
+    x = self.embed(ids) * math.sqrt(d)
+    x = self.drop(x + sinusoid(start + torch.arange(ids.shape[-1], device=ids.device), d).to(x.dtype))
     kvs, look, gates = [], None, []
     for i, layer in enumerate(self.decoder):
         seen = memory.keys[looking.index(i)] if i in looking else None
-        x, kv, w, g = run(layer, self.config.checkpointing and self.training, x, None if past is None else past[:, :, i], seen, memory.mask, show and i == looking[-1])
-        if keep: kvs.append(kv)
-        if w is not None: look = w.unflatten(-1, (self.config.rows, -1)).sum(-2)
-        if show and g is not None: gates.append(g)
+        x, kv, w, g = run(
+            layer,
+            self.config.checkpointing and self.training,
+            x,
+            None if past is None else past[:, :, i],
+            seen,
+            memory.mask,
+            show and i == looking[-1],
+        )
+        if keep:
+            kvs.append(kv)
+        if w is not None:
+            look = w.unflatten(-1, (self.config.rows, -1)).sum(-2)
+        if show and g is not None:
+            gates.append(g)
     return Said(self.norm(x), torch.stack(kvs, 2) if keep else None, look, torch.cat(gates, -1) if gates else None)
 
 # %% ../../nbs/06_models/08_transformer.ipynb #25d46159
@@ -333,19 +489,31 @@ def shifted(ids):
     "What stands before each unit: the start (0), then all but the last"
     return F.pad(ids[:, :-1], (1, 0))
 
+
 @patch
 def forward(self: VisionText, x, widths, ids):
     "Logits (B, U, n_units) of each next unit of texts that are known; CTC's logits (B, columns, n_units) or None; columns of each line (B,); looks (B, U, columns) if they are guided"
     memory = self.encode(x, widths)
     said = self.say(memory, shifted(ids)[:, None], show=bool(self.config.guide), keep=False)
-    return self.name(self.drop(said.out[:, 0])), self.ctc_logits(memory), memory.lengths, None if said.look is None else said.look[:, 0]
+    return (
+        self.name(self.drop(said.out[:, 0])),
+        self.ctc_logits(memory),
+        memory.lengths,
+        None if said.look is None else said.look[:, 0],
+    )
 
 # %% ../../nbs/06_models/08_transformer.ipynb #080c3bb3
 @patch
 def begin(self: VisionText, memory: Memory) -> State:
     "The state before the first unit: nothing kept yet"
-    B, T = len(memory.values), memory.mask.shape[1]//self.config.rows; v = memory.values
-    return State(v.new_zeros(B, 1, len(self.decoder), 2, 0, self.config.decoder_width), v.new_zeros(B, 1, T), torch.zeros(B, 1, dtype=torch.long, device=v.device))
+    B, T = len(memory.values), memory.mask.shape[1] // self.config.rows
+    v = memory.values
+    return State(
+        v.new_zeros(B, 1, len(self.decoder), 2, 0, self.config.decoder_width),
+        v.new_zeros(B, 1, T),
+        torch.zeros(B, 1, dtype=torch.long, device=v.device),
+    )
+
 
 @patch
 def step(self: VisionText, memory: Memory, state: State):

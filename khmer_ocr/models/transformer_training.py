@@ -35,22 +35,37 @@ from ..data.preprocess import prepare
 # %% ../../nbs/06_models/09_transformer_training.ipynb #381d2036
 class VisionTextLoss(Seq2SeqLoss):
     "loss(model, batch) of `collate`'s batches, as for `seq2seq`: (1-w)*(cross-entropy per unit + guide*`guidance`) + w*CTC per unit (nats), in float32; each unit before is given"
-    def __init__(self, units, config: VisionTextConfig, smoothing=.1): self.units, self.config, self.smoothing = units, config, smoothing
-    def answer(self, model, x, widths, ids): return model(x, widths, ids)
+
+    def __init__(self, units, config: VisionTextConfig, smoothing=0.1):
+        self.units, self.config, self.smoothing = units, config, smoothing
+
+    def answer(self, model, x, widths, ids):
+        return model(x, widths, ids)
 
 # %% ../../nbs/06_models/09_transformer_training.ipynb #f4e58081
 @torch.inference_mode()
 def unit_nats(net, units, batches) -> float:
     "Mean cross-entropy per unit of the lines in `batches`, each unit before given"
-    return mean_loss(net, VisionTextLoss(units, replace(net.config, ctc_weight=0., guide=0., ctc_head='tokens'), 0.), batches)
+    return mean_loss(
+        net, VisionTextLoss(units, replace(net.config, ctc_weight=0.0, guide=0.0, ctc_head='tokens'), 0.0), batches
+    )
+
 
 def evaluate_vision_text(net, units, batches, name='') -> dict[str, float]:
     "cer (folded, without spaces), cer_raw, exact, wer and bleu of the lines in `batches` as the decoder writes them, nats per unit; ctc_cer where there is a CTC head"
     true, net = [t for b in batches for t in b['texts']], getattr(net, 'module', net).eval()
     s = score(read_lines(net, units, batches, guarded=False)[0], true)
-    out = dict(cer=s['cer_folded'], cer_raw=s['cer'], exact=s['exact'], wer=s['wer'], bleu=s['bleu'], nats=unit_nats(net, units, batches))
-    if net.hears: out['ctc_cer'] = score(read_lines(net, units, batches, 'ctc')[0], true, extras=False)['cer_folded']
-    return {name+k: v for k, v in out.items()}
+    out = dict(
+        cer=s['cer_folded'],
+        cer_raw=s['cer'],
+        exact=s['exact'],
+        wer=s['wer'],
+        bleu=s['bleu'],
+        nats=unit_nats(net, units, batches),
+    )
+    if net.hears:
+        out['ctc_cer'] = score(read_lines(net, units, batches, 'ctc')[0], true, extras=False)['cer_folded']
+    return {name + k: v for k, v in out.items()}
 
 # %% ../../nbs/06_models/09_transformer_training.ipynb #3f1274ab
 def vision_text_header(config: VisionTextConfig, units, **more) -> dict:
@@ -58,58 +73,134 @@ def vision_text_header(config: VisionTextConfig, units, **more) -> dict:
     own = dict(targets=units.to_dict()) if hasattr(units, 'to_dict') else {}
     return header(config, units, model='vision_text', **own, **more)
 
+
 def load_vision_text(path) -> tuple[VisionText, Units, dict]:  # network in eval mode, its units, the header
     "Open a checkpoint of this model; KhmerOCRError if it is none"
     weights, head = load_weights(path)
-    if head.get('model') != 'vision_text': raise KhmerOCRError(f'{path} holds a model of kind {head.get("model")!r}, not an image-to-text transformer')
+    if head.get('model') != 'vision_text':
+        raise KhmerOCRError(f'{path} holds a model of kind {head.get("model")!r}, not an image-to-text transformer')
     config = VisionTextConfig(**head['config'])
     units = targets_from_dict(head['targets']) if 'targets' in head else Units(Charset(head['charset']))
-    net = VisionText(len(units), config); _fit(net, weights, path)
+    net = VisionText(len(units), config)
+    _fit(net, weights, path)
     return net.eval(), units, head
 
 # %% ../../nbs/06_models/09_transformer_training.ipynb #790fef50
 def _some(weights, parts, path):
     "The weights under `parts`; KhmerOCRError where there are none"
-    some = {k: v for k, v in weights.items() if any(k == p or k.startswith(p+'.') for p in parts)}
+    some = {k: v for k, v in weights.items() if any(k == p or k.startswith(p + '.') for p in parts)}
     for p in parts:
-        if not any(k == p or k.startswith(p+'.') for k in some): raise KhmerOCRError(f'{path} has no part {p!r}: its parts are {", ".join(dict.fromkeys(k.split(".")[0] for k in weights))}')
+        if not any(k == p or k.startswith(p + '.') for k in some):
+            raise KhmerOCRError(
+                f'{path} has no part {p!r}: its parts are {", ".join(dict.fromkeys(k.split(".")[0] for k in weights))}'
+            )
     return some
+
 
 def start_from(net: VisionText, path, parts=()):
     "Weights of a checkpoint, or of `parts` of it, such as 'encoder'; of a backbone into the encoder; of a CTC reader into the stem. KhmerOCRError where they do not fit"
-    weights, head = load_weights(path); kind, stem = head.get('model'), net.encoder.stem
+    weights, head = load_weights(path)
+    kind, stem = head.get('model'), net.encoder.stem
     if kind == 'ctc' and isinstance(stem, CTCStem):
-        if net.config.ctc_head == 'stem': _fit(net.head, {k[5:]: v for k, v in weights.items() if k.startswith('name.')}, path)
+        if net.config.ctc_head == 'stem':
+            _fit(net.head, {k[5:]: v for k, v in weights.items() if k.startswith('name.')}, path)
         return _fit(stem, {k: v for k, v in weights.items() if k.split('.')[0] in dict(stem.named_children())}, path)
-    if kind == 'backbone': weights = {'encoder.'+k: v for k, v in weights.items()}
-    elif kind != 'vision_text': raise KhmerOCRError(f'{path} holds a model of kind {kind!r}: an image-to-text transformer with stem {net.config.stem!r} cannot start from it')
+    if kind == 'backbone':
+        weights = {'encoder.' + k: v for k, v in weights.items()}
+    elif kind != 'vision_text':
+        raise KhmerOCRError(
+            f'{path} holds a model of kind {kind!r}: an image-to-text transformer with stem {net.config.stem!r} cannot start from it'
+        )
     parts = parts or (('encoder',) if kind == 'backbone' else ())
-    if not parts: return _fit(net, weights, path)
-    own, some = net.state_dict(), _some(weights, parts, path); lacking = [k for k in own if any(k.startswith(p+'.') for p in parts) and k not in some]
-    _fit(net, some if lacking else own | some, path)          # part of a part would be half a network
+    if not parts:
+        return _fit(net, weights, path)
+    own, some = net.state_dict(), _some(weights, parts, path)
+    lacking = [k for k in own if any(k.startswith(p + '.') for p in parts) and k not in some]
+    _fit(net, some if lacking else own | some, path)  # part of a part would be half a network
 
 # %% ../../nbs/06_models/09_transformer_training.ipynb #c3b4d247
 _sizes = dict(
-    tiny=dict(channels=(16, 32, 64, 96), encoder_depth=3, encoder_width=128, encoder_heads=4, decoder_depth=2, decoder_width=128, decoder_heads=4, cross=(1,), mix=2),
-    small=dict(channels=(32, 64, 128, 192), encoder_depth=6, encoder_width=256, encoder_heads=4, decoder_depth=4, decoder_width=256, decoder_heads=4, cross=(1, 3)),
-    base=dict(channels=(48, 96, 192, 384), encoder_depth=12, encoder_width=512, encoder_heads=8, decoder_depth=6, decoder_width=512, decoder_heads=8, cross=(1, 3, 5)),
-    seed003=dict(height=384, stem='patches', patch=(16, 16), encoder_depth=12, encoder_width=768, encoder_heads=12, decoder_depth=6, decoder_width=768, decoder_heads=12, cross=(1, 3, 5), ctc_weight=0.))
+    tiny=dict(
+        channels=(16, 32, 64, 96),
+        encoder_depth=3,
+        encoder_width=128,
+        encoder_heads=4,
+        decoder_depth=2,
+        decoder_width=128,
+        decoder_heads=4,
+        cross=(1,),
+        mix=2,
+    ),
+    small=dict(
+        channels=(32, 64, 128, 192),
+        encoder_depth=6,
+        encoder_width=256,
+        encoder_heads=4,
+        decoder_depth=4,
+        decoder_width=256,
+        decoder_heads=4,
+        cross=(1, 3),
+    ),
+    base=dict(
+        channels=(48, 96, 192, 384),
+        encoder_depth=12,
+        encoder_width=512,
+        encoder_heads=8,
+        decoder_depth=6,
+        decoder_width=512,
+        decoder_heads=8,
+        cross=(1, 3, 5),
+    ),
+    seed003=dict(
+        height=384,
+        stem='patches',
+        patch=(16, 16),
+        encoder_depth=12,
+        encoder_width=768,
+        encoder_heads=12,
+        decoder_depth=6,
+        decoder_width=768,
+        decoder_heads=12,
+        cross=(1, 3, 5),
+        ctc_weight=0.0,
+    ),
+)
 _rates = dict(tiny=1e-3, small=6e-4, base=3e-4, seed003=4e-4)
+
 
 class Preset(NamedTuple):
     "What `train_vision_text` wants to know"
+
     config: VisionTextConfig
     train: TrainConfig
     recipe: Recipe
 
+
 def vision_text_preset(name='small', steps=None, ctc=None, stem='reader', **changes) -> Preset:
     "Settings by name: tiny, small, base, seed003; `ctc`: a checkpoint whose network is the `stem` (ctc or reader); `changes` of the network's settings"
-    if name not in _sizes: raise KhmerOCRError(f'Unknown preset {name!r}{suggest(name, _sizes)}: choose {", ".join(_sizes)}')
-    settings = _sizes[name] | (dict(guide=.5) if _sizes[name].get('ctc_weight', 1) else {})
-    if ctc: settings |= dict(stem=stem, ctc=load_ctc(ctc)[0].config, encoder_depth=min(2, settings['encoder_depth']) if stem == 'reader' else settings['encoder_depth'])
+    if name not in _sizes:
+        raise KhmerOCRError(f'Unknown preset {name!r}{suggest(name, _sizes)}: choose {", ".join(_sizes)}')
+    settings = _sizes[name] | (dict(guide=0.5) if _sizes[name].get('ctc_weight', 1) else {})
+    if ctc:
+        settings |= dict(
+            stem=stem,
+            ctc=load_ctc(ctc)[0].config,
+            encoder_depth=min(2, settings['encoder_depth']) if stem == 'reader' else settings['encoder_depth'],
+        )
     block = name == 'seed003'
-    train = TrainConfig(steps=steps or 20_000, batch_size=8 if block else 32, lr=_rates[name], warmup=.1, label_smoothing=.1, clip=1., accumulate=4 if block else 1, patience=7 if block else 0, channels_last=True)
+    train = TrainConfig(
+        steps=steps or 20_000,
+        batch_size=8 if block else 32,
+        lr=_rates[name],
+        warmup=0.1,
+        label_smoothing=0.1,
+        clip=1.0,
+        accumulate=4 if block else 1,
+        patience=7 if block else 0,
+        channels_last=True,
+    )
     return Preset(configure_vision_text(settings | changes), train, Recipe(random_text=True))
+
 
 def configure_vision_text(settings: dict) -> VisionTextConfig:
     "Settings from a dict; an unknown name or a wrong type raises `KhmerOCRError`"
@@ -119,7 +210,7 @@ def configure_vision_text(settings: dict) -> VisionTextConfig:
 def train_vision_text(
     out_dir,  # checkpoints, history and logs
     recipe: Recipe = Recipe(random_text=True),  # of the on-the-fly stream
-    train: TrainConfig = TrainConfig(label_smoothing=.1, lr=6e-4, channels_last=True),
+    train: TrainConfig = TrainConfig(label_smoothing=0.1, lr=6e-4, channels_last=True),
     config: VisionTextConfig = VisionTextConfig(),
     data='onthefly',  # or a folder of labelled lines or shards, or a source of `data`'s kinds
     validation=None,  # batches, or a folder of labelled lines; None: no evaluation
@@ -131,35 +222,74 @@ def train_vision_text(
     pool=POOL,  # batches a pool (see `data.Pools`)
     callbacks=(),
     verbose=True,
-    targets=None  # what is written; None: the units that the settings name
+    targets=None,  # what is written; None: the units that the settings name
 ) -> Learner:
     "Train an image-to-text transformer"
     torch.manual_seed(train.seed)
     learned = config.targets in ('clusters', 'subwords') and not targets
-    units = targets or targets_of(config, (texts or load_lines(recipe.corpus, 'train')) if learned else None); net = VisionText(len(units), config)
-    if config.backbone: start_from(net, backbone_path(config.backbone))
-    if init: start_from(net, init, parts)
-    if train.schedule == 'noam': train = replace(train, d_model=config.decoder_width)
-    if data == 'onthefly' and not targets: texts = texts or known_lines(recipe, units)
+    units = targets or targets_of(config, (texts or load_lines(recipe.corpus, 'train')) if learned else None)
+    net = VisionText(len(units), config)
+    if config.backbone:
+        start_from(net, backbone_path(config.backbone))
+    if init:
+        start_from(net, init, parts)
+    if train.schedule == 'noam':
+        train = replace(train, d_model=config.decoder_width)
+    if data == 'onthefly' and not targets:
+        texts = texts or known_lines(recipe, units)
     batches, val = training_batches(data, recipe, train, config.height, validation, workers, pool, texts)
-    about = vision_text_header(config, units, recipe=asdict(recipe) | dict(data=str(getattr(data, 'path', data))), train=asdict(train), init=str(init) if init else None, parts=list(parts))
-    learn = Learner(net, VisionTextLoss(units, config, train.label_smoothing), batches, train, out_dir, [Padding(), *callbacks], (lambda m: evaluate_vision_text(m, units, val)) if val else None, about, verbose=verbose)
+    about = vision_text_header(
+        config,
+        units,
+        recipe=asdict(recipe) | dict(data=str(getattr(data, 'path', data))),
+        train=asdict(train),
+        init=str(init) if init else None,
+        parts=list(parts),
+    )
+    learn = Learner(
+        net,
+        VisionTextLoss(units, config, train.label_smoothing),
+        batches,
+        train,
+        out_dir,
+        [Padding(), *callbacks],
+        (lambda m: evaluate_vision_text(m, units, val)) if val else None,
+        about,
+        verbose=verbose,
+    )
     return learn.fit(resume)
+
 
 def backbone_path(name) -> Path:
     "File of a trained encoder: a path, or a name in the folder models/backbones"
     path = Path(name)
-    if path.suffix != '.safetensors' and not path.exists(): path = Path('models/backbones')/f'{name}.safetensors'
-    if not path.is_file(): raise KhmerOCRError(f"Backbone not found: {path}: make one with khmer_ocr.pretrain, or give the path of a .safetensors file")
+    if path.suffix != '.safetensors' and not path.exists():
+        path = Path('models/backbones') / f'{name}.safetensors'
+    if not path.is_file():
+        raise KhmerOCRError(
+            f"Backbone not found: {path}: make one with khmer_ocr.pretrain, or give the path of a .safetensors file"
+        )
     return path
 
 # %% ../../nbs/06_models/09_transformer_training.ipynb #e6b12f76
 class Blocks(LineSource):
     "Blocks of 1 to `most` lines of another source, `height` px high, labels joined by a space"
-    def __init__(self, source: LineSource, most=8, height=384): self.source, self.most, self.height, self.seed, self.path = source, most, height, source.seed, getattr(source, 'path', '')
+
+    def __init__(self, source: LineSource, most=8, height=384):
+        self.source, self.most, self.height, self.seed, self.path = (
+            source,
+            most,
+            height,
+            source.seed,
+            getattr(source, 'path', ''),
+        )
+
     def block(self, n, seed=None):
         rng = np.random.Generator(np.random.Philox(key=[self.seed if seed is None else seed, 14], counter=[0, 0, 0, n]))
-        some = self.source.take(n*self.most, n*self.most + int(rng.integers(1, self.most+1)), seed)
-        wide = max(im.shape[1] for im, _ in some); rows = [np.pad(im, ((6, 6), (8, 8+wide-im.shape[1])), constant_values=255) for im, _ in some]
+        some = self.source.take(n * self.most, n * self.most + int(rng.integers(1, self.most + 1)), seed)
+        wide = max(im.shape[1] for im, _ in some)
+        rows = [np.pad(im, ((6, 6), (8, 8 + wide - im.shape[1])), constant_values=255) for im, _ in some]
         return prepare(np.concatenate(rows), self.height), ' '.join(t for _, t in some)
-    def take(self, a, b, seed=None): return [self.block(n, seed) for n in range(a, b)]
+
+    def take(self, a, b, seed=None):
+        return [self.block(n, seed) for n in range(a, b)]

@@ -20,29 +20,50 @@ from ..training.checkpoints import load_checkpoint
 # %% ../../nbs/06_models/12_zoo.ipynb #8b9b5fe6
 def models() -> dict[str, Path]:  # name -> checkpoint
     "The readers that ship with the package"
-    return {p.stem: p for p in sorted((Path(khmer_ocr.__file__).parent/'weights').glob('*.safetensors'))}
+    return {p.stem: p for p in sorted((Path(khmer_ocr.__file__).parent / 'weights').glob('*.safetensors'))}
+
 
 def _checkpoint(name_or_path=None) -> Path:
     "The file meant by a model's name, a path or the folder of a training run; None: the best that ships"
-    known = models(); name_or_path = name_or_path or ('best' if 'best' in known else 'fast'); path = Path(name_or_path)
-    if str(name_or_path) in known: return known[str(name_or_path)]
-    if (path/'best.safetensors').is_file(): return path/'best.safetensors'          # the folder of a training run
-    if path.exists() or len(path.parts) > 1 or path.suffix: return path
-    raise KhmerOCRError(f'Unknown model {str(name_or_path)!r}{suggest(str(name_or_path), known)}: known are {", ".join(known) or "none (no weights are installed)"}; or give the path of a checkpoint')
+    known = models()
+    name_or_path = name_or_path or ('best' if 'best' in known else 'fast')
+    path = Path(name_or_path)
+    if str(name_or_path) in known:
+        return known[str(name_or_path)]
+    if (path / 'best.safetensors').is_file():
+        return path / 'best.safetensors'  # the folder of a training run
+    if path.exists() or len(path.parts) > 1 or path.suffix:
+        return path
+    raise KhmerOCRError(
+        f'Unknown model {str(name_or_path)!r}{suggest(str(name_or_path), known)}: known are {", ".join(known) or "none (no weights are installed)"}; or give the path of a checkpoint'
+    )
 
 # %% ../../nbs/06_models/12_zoo.ipynb #2c6fa849
 _openers = dict(ctc=load_ctc, seq2seq=load_seq2seq, vision_text=load_vision_text)
-_writers = (Seq2Seq, VisionText)      # networks that write unit by unit
+_writers = (Seq2Seq, VisionText)  # networks that write unit by unit
 # what this version does to a line and to a label, and which earlier ways it may stand in for: a reader of prepare/2, which left shadows in, reads better without them
-_ways = dict(preprocess=('khmer_ocr.data.prepare/3', 'khmer_ocr.data.prepare/2'), normal_form=('khmer_ocr.text.normalise/1',))
+_ways = dict(
+    preprocess=('khmer_ocr.data.prepare/3', 'khmer_ocr.data.prepare/2'), normal_form=('khmer_ocr.text.normalise/1',)
+)
+
 
 def open_model(path) -> tuple[nn.Module, Units, dict]:  # network in eval mode, its units, the header
     "Open a checkpoint of any kind that reads lines; KhmerOCRError for others, and for one that was trained on lines or labels made in another way than this version makes them"
-    head = load_checkpoint(path)[1]; kind = head.get('model')
-    if kind not in _openers: raise KhmerOCRError(f'{path} holds a model of kind {kind!r}, which reads no lines: known are {", ".join(_openers)}')
+    head = load_checkpoint(path)[1]
+    kind = head.get('model')
+    if kind not in _openers:
+        raise KhmerOCRError(
+            f'{path} holds a model of kind {kind!r}, which reads no lines: known are {", ".join(_openers)}'
+        )
     for key, mine in _ways.items():
         theirs = str(head.get(key, 'unknown')).split(':')[0]
-        if theirs not in mine: raise KhmerOCRError(f'{path} was trained with {key} {theirs}, but this version of khmer_ocr does {mine[0]} and would read nonsense: train it again, or read with the version that made it')
+        if theirs not in mine:
+            raise KhmerOCRError(
+                f'{path} was trained with {key} {theirs}, but this version of khmer_ocr does {mine[0]} and would read nonsense: train it again, or read with the version that made it'
+            )
     net, units, head = _openers[kind](path)
-    if head['height'] != net.config.height: raise KhmerOCRError(f'{path} says height {head["height"]}, but its network is {net.config.height} high: fetch or train it again')
+    if head['height'] != net.config.height:
+        raise KhmerOCRError(
+            f'{path} says height {head["height"]}, but its network is {net.config.height} high: fetch or train it again'
+        )
     return net, units, head

@@ -22,22 +22,36 @@ def count_bars(
     counts: dict,  # name -> how often
     title: str = '',
     most: int = 30,  # bars to show; the others are added up in the last
-    of: int|None = None,  # what 100 % is; None: the sum of the counts
-    stated: dict|None = None,  # name -> share that was asked for, a fraction
-    order: bool = True  # largest first; False: as they come
+    of: int | None = None,  # what 100 % is; None: the sum of the counts
+    stated: dict | None = None,  # name -> share that was asked for, a fraction
+    order: bool = True,  # largest first; False: as they come
 ):  # a matplotlib figure
     "How often each name occurs, with its share; a tick where a share was asked for"
     rows = sorted(counts.items(), key=lambda o: -o[1]) if order else list(counts.items())
-    if len(rows) > most: rows = rows[:most-1] + [(f'{len(rows)-most+1} others', sum(n for _,n in rows[most-1:]))]
+    if len(rows) > most:
+        rows = rows[: most - 1] + [(f'{len(rows) - most + 1} others', sum(n for _, n in rows[most - 1 :]))]
     rows, whole = rows[::-1], of or sum(counts.values()) or 1
-    fig, ax = new_figure(7, .5+.21*max(len(rows), 1))
-    ax.barh(range(len(rows)), [100*n/whole for _,n in rows], color='#9db4c0')
-    ax.set_yticks(range(len(rows)), [str(k) for k,_ in rows], font=khmer_mpl_font(8)); ax.margins(x=.22, y=.01)
-    for y,(k,n) in enumerate(rows):
-        goal = 100*(stated or {}).get(k, 0)
-        ax.annotate(f'{n:,}  ({100*n/whole:.1f} %)', (max(100*n/whole, goal), y), (5, 0), textcoords='offset points', va='center', fontsize=8, color='#444')
-        if goal: ax.plot([goal]*2, [y-.46, y+.46], color='black', lw=2)
-    ax.set_title(title, fontsize=10, loc='left'); ax.set_xticks([]); ax.tick_params(left=False); ax.spines[:].set_visible(False)
+    fig, ax = new_figure(7, 0.5 + 0.21 * max(len(rows), 1))
+    ax.barh(range(len(rows)), [100 * n / whole for _, n in rows], color='#9db4c0')
+    ax.set_yticks(range(len(rows)), [str(k) for k, _ in rows], font=khmer_mpl_font(8))
+    ax.margins(x=0.22, y=0.01)
+    for y, (k, n) in enumerate(rows):
+        goal = 100 * (stated or {}).get(k, 0)
+        ax.annotate(
+            f'{n:,}  ({100 * n / whole:.1f} %)',
+            (max(100 * n / whole, goal), y),
+            (5, 0),
+            textcoords='offset points',
+            va='center',
+            fontsize=8,
+            color='#444',
+        )
+        if goal:
+            ax.plot([goal] * 2, [y - 0.46, y + 0.46], color='black', lw=2)
+    ax.set_title(title, fontsize=10, loc='left')
+    ax.set_xticks([])
+    ax.tick_params(left=False)
+    ax.spines[:].set_visible(False)
     return fig
 
 # %% ../../nbs/08_reporting/03_dataset_stats.ipynb #ba452810
@@ -45,45 +59,86 @@ def lengths_figure(
     groups: dict,  # name -> numbers, or a dict of number -> how often
     label: str,  # of the horizontal axis
     bins: int = 40,  # at most
-    most: float = .995  # the axis ends where this share of the numbers lies
+    most: float = 0.995,  # the axis ends where this share of the numbers lies
 ):  # a matplotlib figure
     "How often each size occurs in each group, as a share of the group"
-    count = lambda g: dict(sorted((float(k), n) for k,n in (g if isinstance(g, dict) else Counter(g)).items()))
-    groups = {k: count(g) for k,g in groups.items() if len(g)}
+    count = lambda g: dict(sorted((float(k), n) for k, n in (g if isinstance(g, dict) else Counter(g)).items()))
+    groups = {k: count(g) for k, g in groups.items() if len(g)}
     fig, ax = new_figure(7, 2.1)
-    ends = [list(g)[min(np.searchsorted(np.cumsum(list(g.values())), most*sum(g.values())), len(g)-1)] for g in groups.values()]
-    step = max(1, np.ceil((max(ends, default=1) + 1)/bins))      # whole: else some bins hold one more number than others, and the curve has teeth
+    ends = [
+        list(g)[min(np.searchsorted(np.cumsum(list(g.values())), most * sum(g.values())), len(g) - 1)]
+        for g in groups.values()
+    ]
+    step = max(
+        1, np.ceil((max(ends, default=1) + 1) / bins)
+    )  # whole: else some bins hold one more number than others, and the curve has teeth
     edges = np.arange(0, max(ends, default=1) + 1 + step, step)
-    for (name,g),c in zip(groups.items(), ['#1f5fa8', '#d98e04', '#2a7f4f', '#8a4f9e', '#c1121f', '#777777', '#5b8e7d', '#bc6c25']*4):
+    for (name, g), c in zip(
+        groups.items(), ['#1f5fa8', '#d98e04', '#2a7f4f', '#8a4f9e', '#c1121f', '#777777', '#5b8e7d', '#bc6c25'] * 4
+    ):
         n, _ = np.histogram(np.minimum(list(g), edges[-1]), bins=edges, weights=list(g.values()))
-        ax.stairs(100*n/sum(g.values()), edges, color=c, lw=1.4, label=name, fill=len(groups) == 1, alpha=.8)
-    ax.set_xlabel(label); ax.set_ylabel('% of the lines'); ax.spines[['top', 'right']].set_visible(False); ax.set_xlim(0, edges[-1])
-    if len(groups) > 1: ax.legend(fontsize=8, frameon=False, loc='center left', bbox_to_anchor=(1, .5))
+        ax.stairs(100 * n / sum(g.values()), edges, color=c, lw=1.4, label=name, fill=len(groups) == 1, alpha=0.8)
+    ax.set_xlabel(label)
+    ax.set_ylabel('% of the lines')
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.set_xlim(0, edges[-1])
+    if len(groups) > 1:
+        ax.legend(fontsize=8, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
     return fig
 
 # %% ../../nbs/08_reporting/03_dataset_stats.ipynb #9fb7d315
 def _short(n) -> str:
     "1234 -> '1.2k', so that a count fits into a tile"
-    return str(n) if n < 1000 else f'{n/1e3:.1f}k' if n < 9950 else f'{n/1e3:.0f}k' if n < 999_500 else f'{n/1e6:.1f}M'
+    return (
+        str(n)
+        if n < 1000
+        else f'{n / 1e3:.1f}k'
+        if n < 9950
+        else f'{n / 1e3:.0f}k'
+        if n < 999_500
+        else f'{n / 1e6:.1f}M'
+    )
+
 
 def symbol_map(
     counts,  # symbol -> how often
     symbols,  # of the charset, in order
     floor: int = 0,  # each should occur as often as this
-    cols: int = 21
+    cols: int = 21,
 ):  # a matplotlib figure
     "Every symbol of a charset with its count: pale where rare, red frame under the floor, crossed out where missing"
     from matplotlib.patches import Rectangle
-    rows = -(-len(symbols)//cols)
-    fig, ax = new_figure(10, .52*rows); ax.set_xlim(0, cols); ax.set_ylim(rows, 0); ax.axis('off')
+
+    rows = -(-len(symbols) // cols)
+    fig, ax = new_figure(10, 0.52 * rows)
+    ax.set_xlim(0, cols)
+    ax.set_ylim(rows, 0)
+    ax.axis('off')
     top = np.log1p(max(counts.values(), default=1) or 1)
-    for i,s in enumerate(symbols):
-        x, y, n = i % cols, i//cols, counts.get(s, 0)
-        shade, low = 1 - .38*np.log1p(n)/top, n < max(floor, 1)
-        ax.add_patch(Rectangle((x+.04, y+.04), .92, .92, facecolor=(shade, .5+.5*shade, 1) if n else 'white', edgecolor='#c1121f' if low else 'none', lw=1.6))
-        ax.text(x+.5, y+.42, '␣' if s == ' ' else _letter(s).split('  ')[0], ha='center', va='center', font=khmer_mpl_font(13))
-        ax.text(x+.5, y+.95, _short(n), ha='center', va='bottom', fontsize=6, color='#c1121f' if low else '#555')
-        if not n: ax.plot([x+.1, x+.9], [y+.9, y+.1], color='#c1121f', lw=1)
+    for i, s in enumerate(symbols):
+        x, y, n = i % cols, i // cols, counts.get(s, 0)
+        shade, low = 1 - 0.38 * np.log1p(n) / top, n < max(floor, 1)
+        ax.add_patch(
+            Rectangle(
+                (x + 0.04, y + 0.04),
+                0.92,
+                0.92,
+                facecolor=(shade, 0.5 + 0.5 * shade, 1) if n else 'white',
+                edgecolor='#c1121f' if low else 'none',
+                lw=1.6,
+            )
+        )
+        ax.text(
+            x + 0.5,
+            y + 0.42,
+            '␣' if s == ' ' else _letter(s).split('  ')[0],
+            ha='center',
+            va='center',
+            font=khmer_mpl_font(13),
+        )
+        ax.text(x + 0.5, y + 0.95, _short(n), ha='center', va='bottom', fontsize=6, color='#c1121f' if low else '#555')
+        if not n:
+            ax.plot([x + 0.1, x + 0.9], [y + 0.9, y + 0.1], color='#c1121f', lw=1)
     return fig
 
 # %% ../../nbs/08_reporting/03_dataset_stats.ipynb #5bf80f6b
@@ -92,7 +147,7 @@ def rarest(
     symbols,  # of the charset
     lines: list[str],  # in which to look for examples
     most: int = 12,
-    around: int = 16  # letters of the line to show on each side
+    around: int = 16,  # letters of the line to show on each side
 ) -> Table:
     "The rarest symbols, each with a line that has it"
     rows = []
@@ -101,73 +156,105 @@ def rarest(
         rows.append((_letter(s), counts.get(s, 0), _around(line, s, around) if line else '-'))
     return Table(rows, ('symbol', 'times', 'for example'))
 
+
 def _around(line, s, n):
     "The clusters of a line near a symbol"
-    cs = clusters(line); at = next(i for i,c in enumerate(cs) if s in c)
-    return ('…' if at > n else '') + ''.join(cs[max(0, at-n):at+n+1]).strip() + ('…' if at+n+1 < len(cs) else '')
+    cs = clusters(line)
+    at = next(i for i, c in enumerate(cs) if s in c)
+    return (
+        ('…' if at > n else '')
+        + ''.join(cs[max(0, at - n) : at + n + 1]).strip()
+        + ('…' if at + n + 1 < len(cs) else '')
+    )
 
 # %% ../../nbs/08_reporting/03_dataset_stats.ipynb #2bf00937
 def drop_table(
-    sources: list[dict]  # of `corpus_stats`: name, lines, dropped
+    sources: list[dict],  # of `corpus_stats`: name, lines, dropped
 ) -> Table:
     "What was left out of each source, and why"
-    of = {s['name']: Counter(s['dropped']) for s in sources}; of['all'] = sum(of.values(), Counter())
-    kept = {s['name']: s['lines'] for s in sources}; kept['all'] = sum(kept.values())
-    share = lambda k: f'{100*of[k].total()/max(kept[k] + of[k].total(), 1):.1f} %'
-    rows = [('kept', *kept.values())] + [(why, *(of[k][why] for k in of)) for why,_ in of['all'].most_common()]
+    of = {s['name']: Counter(s['dropped']) for s in sources}
+    of['all'] = sum(of.values(), Counter())
+    kept = {s['name']: s['lines'] for s in sources}
+    kept['all'] = sum(kept.values())
+    share = lambda k: f'{100 * of[k].total() / max(kept[k] + of[k].total(), 1):.1f} %'
+    rows = [('kept', *kept.values())] + [(why, *(of[k][why] for k in of)) for why, _ in of['all'].most_common()]
     return Table(rows + [('left out, of all', *map(share, of))], ('', *of))
 
 # %% ../../nbs/08_reporting/03_dataset_stats.ipynb #1ffcde4a
 def survey(
     records: list[dict],  # of a split: text, width, height, font, size, ops, attempts
-    kind=None  # function text -> name of its kind; None: kinds are not told apart
+    kind=None,  # function text -> name of its kind; None: kinds are not told apart
 ) -> dict:  # numbers and Counters
     "What there is in a split: lengths, symbols, fonts, sizes, operations, redrawn samples"
     texts, ops = [r['text'] for r in records], [r.get('ops', []) for r in records]
-    return dict(images=len(records), blank=sum(not t for t in texts), redrawn=sum(r.get('attempts', 1) > 1 for r in records), different=len(set(texts)),
-        characters=Counter(map(len, texts)), widths=Counter(r['width'] for r in records), heights=Counter(r['height'] for r in records),
-        symbols=Counter(c for t in texts for c in t), images_with=Counter(c for t in texts for c in set(t)), fonts=Counter(r['font'] for r in records), sizes=Counter(r.get('size') for r in records),
-        operations=Counter(o for each in ops for o in dict.fromkeys(each)), operations_per_line=Counter(len(each) for each in ops), untouched=sum(not each for each in ops),
-        kinds=Counter(map(kind, texts)) if kind else Counter(), attempts=Counter(r.get('attempts', 1) for r in records), presets=Counter(r['preset'] for r in records if 'preset' in r))
+    return dict(
+        images=len(records),
+        blank=sum(not t for t in texts),
+        redrawn=sum(r.get('attempts', 1) > 1 for r in records),
+        different=len(set(texts)),
+        characters=Counter(map(len, texts)),
+        widths=Counter(r['width'] for r in records),
+        heights=Counter(r['height'] for r in records),
+        symbols=Counter(c for t in texts for c in t),
+        images_with=Counter(c for t in texts for c in set(t)),
+        fonts=Counter(r['font'] for r in records),
+        sizes=Counter(r.get('size') for r in records),
+        operations=Counter(o for each in ops for o in dict.fromkeys(each)),
+        operations_per_line=Counter(len(each) for each in ops),
+        untouched=sum(not each for each in ops),
+        kinds=Counter(map(kind, texts)) if kind else Counter(),
+        attempts=Counter(r.get('attempts', 1) for r in records),
+        presets=Counter(r['preset'] for r in records if 'preset' in r),
+    )
 
 # %% ../../nbs/08_reporting/03_dataset_stats.ipynb #dca2c4bb
 def read_records(
-    split  # folder of a split of a generated set (files or shards), or of a fixed validation set
+    split,  # folder of a split of a generated set (files or shards), or of a fixed validation set
 ) -> list[dict]:  # one for each image
     "The record of a set: `samples.jsonl`, or what stands in the shards"
     from khmer_ocr.synth.records import read_shard
-    if shards := sorted(Path(split).glob('*.tar')): return [row for p in shards for *_,row in read_shard(p)]
-    try: return [json.loads(l) for l in (Path(split)/'samples.jsonl').read_text(encoding='utf-8').splitlines()]
-    except (OSError, ValueError) as e: raise KhmerOCRError(f'No record of a set can be read in {split}: {type(e).__name__}') from None
+
+    if shards := sorted(Path(split).glob('*.tar')):
+        return [row for p in shards for *_, row in read_shard(p)]
+    try:
+        return [json.loads(l) for l in (Path(split) / 'samples.jsonl').read_text(encoding='utf-8').splitlines()]
+    except (OSError, ValueError) as e:
+        raise KhmerOCRError(f'No record of a set can be read in {split}: {type(e).__name__}') from None
 
 # %% ../../nbs/08_reporting/03_dataset_stats.ipynb #c340ce1c
 def images_of(
     split,  # folder, as in `read_records`
-    records: list[dict]  # those whose images are wanted
+    records: list[dict],  # those whose images are wanted
 ) -> list:  # uint8 arrays H x W
     "The images that belong to some records of a split"
     import cv2
     from khmer_ocr.data.images import read_image
     from khmer_ocr.synth.records import read_shard
+
     shards, wanted = sorted(Path(split).glob('*.tar')), {r['name'] for r in records}
-    if not shards: return [read_image(Path(split)/'images'/f'{r["name"]}.png') for r in records]
-    found = {name: png for p in shards for name,png,*_ in read_shard(p) if name in wanted}
+    if not shards:
+        return [read_image(Path(split) / 'images' / f'{r["name"]}.png') for r in records]
+    found = {name: png for p in shards for name, png, *_ in read_shard(p) if name in wanted}
     return [cv2.imdecode(np.frombuffer(found[r['name']], np.uint8), cv2.IMREAD_GRAYSCALE) for r in records]
 
 # %% ../../nbs/08_reporting/03_dataset_stats.ipynb #e19d8310
 def spread(
-    counts: dict  # number -> how often
+    counts: dict,  # number -> how often
 ) -> dict:  # least, median, mean, most
     "Four numbers for a distribution"
-    if not counts: return dict(least=0, median=0, mean=0., most=0)
-    keys = sorted(counts); total = sum(counts.values())
-    median = keys[int(np.searchsorted(np.cumsum([counts[k] for k in keys]), total/2))]
-    return dict(least=keys[0], median=median, mean=round(sum(k*n for k,n in counts.items())/total, 1), most=keys[-1])
+    if not counts:
+        return dict(least=0, median=0, mean=0.0, most=0)
+    keys = sorted(counts)
+    total = sum(counts.values())
+    median = keys[int(np.searchsorted(np.cumsum([counts[k] for k in keys]), total / 2))]
+    return dict(
+        least=keys[0], median=median, mean=round(sum(k * n for k, n in counts.items()) / total, 1), most=keys[-1]
+    )
 
 # %% ../../nbs/08_reporting/03_dataset_stats.ipynb #6cb1a09f
 def note_times(
     folder,  # of the run
-    **times  # such as seconds=3.1, images_per_second=840
+    **times,  # such as seconds=3.1, images_per_second=840
 ):
     "Leaves a run's durations and speeds in `times.json`, from where they go to `run.json` and to the foot of the report"
-    write_atomic(Path(folder)/'times.json', json.dumps(_rounded(times), ensure_ascii=False, indent=1) + '\n')
+    write_atomic(Path(folder) / 'times.json', json.dumps(_rounded(times), ensure_ascii=False, indent=1) + '\n')

@@ -24,9 +24,12 @@ from ..text.khmer import clusters, strip_spaces, fold
 # %% ../../nbs/08_reporting/01_figures.ipynb #9d2ca680
 def _cache_folder() -> Path:
     "`$XDG_CACHE_HOME/khmer_ocr`, or a folder for temporary files where that cannot be written"
-    base = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'khmer_ocr'
-    try: base.mkdir(parents=True, exist_ok=True)
-    except OSError: base = Path(tempfile.gettempdir())/'khmer_ocr'; base.mkdir(exist_ok=True)
+    base = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'khmer_ocr'
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        base = Path(tempfile.gettempdir()) / 'khmer_ocr'
+        base.mkdir(exist_ok=True)
     return base if os.access(base, os.W_OK) else Path(tempfile.mkdtemp(prefix='khmer_ocr'))
 
 # %% ../../nbs/08_reporting/01_figures.ipynb #e9111a57
@@ -35,13 +38,19 @@ def khmer_font_file() -> Path:  # a TrueType file with one weight, which any pro
     "Noto Sans Khmer Regular, cut from the variable font of the pip package; made once, then cached"
     spec = importlib.util.find_spec('fontpkg_noto_sans_khmer')
     files = sorted(Path(spec.origin).parent.glob('files/*.ttf')) if spec else []
-    if not files: raise KhmerOCRError('No Khmer font for figures and reports: run `pip install fontpkg-noto-sans-khmer`')
-    out = _cache_folder()/f'NotoSansKhmer-Regular-{files[0].stat().st_size}.ttf'
-    if out.exists(): return out
+    if not files:
+        raise KhmerOCRError('No Khmer font for figures and reports: run `pip install fontpkg-noto-sans-khmer`')
+    out = _cache_folder() / f'NotoSansKhmer-Regular-{files[0].stat().st_size}.ttf'
+    if out.exists():
+        return out
     from fontTools.ttLib import TTFont
     from fontTools.varLib.instancer import instantiateVariableFont
-    font = instantiateVariableFont(TTFont(files[0], recalcTimestamp=False), dict(wght=400, wdth=100), updateFontNames=False)
-    buf = io.BytesIO(); font.save(buf)
+
+    font = instantiateVariableFont(
+        TTFont(files[0], recalcTimestamp=False), dict(wght=400, wdth=100), updateFontNames=False
+    )
+    buf = io.BytesIO()
+    font.save(buf)
     write_atomic(out, buf.getvalue())
     return out
 
@@ -50,125 +59,187 @@ def khmer_font_file() -> Path:  # a TrueType file with one weight, which any pro
 def _khmer_family() -> tuple:
     "Registers the font with matplotlib and gives the names to ask for"
     from matplotlib import font_manager as fm
+
     fm.fontManager.addfont(khmer_font_file())
     return (fm.FontProperties(fname=khmer_font_file()).get_name(), 'DejaVu Sans')
 
+
 def khmer_mpl_font(
-    size: float = 10  # points
+    size: float = 10,  # points
 ):  # a `matplotlib.font_manager.FontProperties`
     "Letters for Khmer and Latin text in figures: `ax.set_title('ខ្មែរ', font=khmer_mpl_font())`"
     from matplotlib.font_manager import FontProperties
+
     return FontProperties(family=list(_khmer_family()), size=size)
 
 # %% ../../nbs/08_reporting/01_figures.ipynb #29475a18
 def new_figure(
     width: float,  # inches
     height: float,  # inches
-    **kwargs  # to `Figure.subplots`
+    **kwargs,  # to `Figure.subplots`
 ):  # (figure, axes)
     "A small matplotlib figure that needs no display"
     from matplotlib.figure import Figure
+
     fig = Figure(figsize=(width, height), dpi=70, layout='constrained')
     return fig, fig.subplots(**kwargs)
+
 
 def show(
     fig,  # a matplotlib figure
     path=None,  # where to keep the picture as PNG; None: nowhere
-    dpi: int|None = None  # dots an inch; None: 70, and 110 for a picture that is kept
+    dpi: int | None = None,  # dots an inch; None: 70, and 110 for a picture that is kept
 ):  # an `IPython.display.Image`
     "Draws `fig`, writes it to `path`, and shows it where it is the last value of a cell; 64 colours, which makes it a third as large"
     from IPython.display import Image
     from PIL import Image as pil
-    raw, buf = io.BytesIO(), io.BytesIO(); fig.savefig(raw, format='png', dpi=dpi or (110 if path else 70), metadata={'Software': None})
+
+    raw, buf = io.BytesIO(), io.BytesIO()
+    fig.savefig(raw, format='png', dpi=dpi or (110 if path else 70), metadata={'Software': None})
     pil.open(raw).convert('RGB').quantize(64, dither=pil.Dither.NONE).save(buf, format='png', optimize=True)
-    if path: write_atomic(path, buf.getvalue())
+    if path:
+        write_atomic(path, buf.getvalue())
     return Image(data=buf.getvalue(), format='png')
 
 # %% ../../nbs/08_reporting/01_figures.ipynb #63aa0d7e
 def line_grid(
     images: list,  # uint8 arrays H x W, grey
     labels: list[str],  # what each image says
-    reads: list[str]|None = None,  # what was read, to show beside it where it differs
+    reads: list[str] | None = None,  # what was read, to show beside it where it differs
     cols: int = 1,  # images side by side; 2 for short lines
-    width: float = 10.  # of the figure, inches
+    width: float = 10.0,  # of the figure, inches
 ):  # a matplotlib figure
     "Lines with their text below: black what is there, red what was read instead"
-    rows = max(1, -(-len(images)//cols))
-    fig, axs = new_figure(width, rows*(1. if reads else .8), nrows=rows, ncols=cols, squeeze=False)
-    for ax in axs.flat: ax.axis('off')
-    for i,(ax,im,label) in enumerate(zip(axs.flat, images, labels)):
-        ax.imshow(im, cmap='gray', vmin=0, vmax=255, aspect='equal', interpolation='antialiased'); ax.set_anchor('W')
-        size = np.clip(72*width/cols/max(.8*len(clusters(label)), 1), 4, 10.5)   # the label fits below its image
+    rows = max(1, -(-len(images) // cols))
+    fig, axs = new_figure(width, rows * (1.0 if reads else 0.8), nrows=rows, ncols=cols, squeeze=False)
+    for ax in axs.flat:
+        ax.axis('off')
+    for i, (ax, im, label) in enumerate(zip(axs.flat, images, labels)):
+        ax.imshow(im, cmap='gray', vmin=0, vmax=255, aspect='equal', interpolation='antialiased')
+        ax.set_anchor('W')
+        size = np.clip(
+            72 * width / cols / max(0.8 * len(clusters(label)), 1), 4, 10.5
+        )  # the label fits below its image
         notes = [(label, '#333')] + ([(reads[i], '#c1121f')] if reads and reads[i] != label else [])
-        for k,(s,c) in enumerate(notes): ax.annotate(s, (0, 0), (0, -2-13*k), xycoords='axes fraction', textcoords='offset points', va='top', color=c, font=khmer_mpl_font(size))
+        for k, (s, c) in enumerate(notes):
+            ax.annotate(
+                s,
+                (0, 0),
+                (0, -2 - 13 * k),
+                xycoords='axes fraction',
+                textcoords='offset points',
+                va='top',
+                color=c,
+                font=khmer_mpl_font(size),
+            )
     return fig
 
 # %% ../../nbs/08_reporting/01_figures.ipynb #36592ca9
 def page_figure(
     image,  # uint8 (H, W), grey
     boxes,  # with x0, y0, x1, y1 in pixels, in reading order
-    width: float = 6.  # inches
+    width: float = 6.0,  # inches
 ):  # a matplotlib figure
     "A page with its lines framed and numbered"
     from matplotlib.patches import Rectangle
-    fig, ax = new_figure(width, width*image.shape[0]/image.shape[1])
-    ax.imshow(image, cmap='gray', vmin=0, vmax=255, interpolation='antialiased'); ax.axis('off')
-    for i,b in enumerate(boxes):
-        ax.add_patch(Rectangle((b.x0, b.y0), b.x1-b.x0, b.y1-b.y0, fill=False, color='#1f5fa8', lw=.7))
-        ax.annotate(str(i+1), (b.x0, (b.y0+b.y1)/2), (-3, 0), textcoords='offset points', ha='right', va='center', size=6, color='#1f5fa8')
+
+    fig, ax = new_figure(width, width * image.shape[0] / image.shape[1])
+    ax.imshow(image, cmap='gray', vmin=0, vmax=255, interpolation='antialiased')
+    ax.axis('off')
+    for i, b in enumerate(boxes):
+        ax.add_patch(Rectangle((b.x0, b.y0), b.x1 - b.x0, b.y1 - b.y0, fill=False, color='#1f5fa8', lw=0.7))
+        ax.annotate(
+            str(i + 1),
+            (b.x0, (b.y0 + b.y1) / 2),
+            (-3, 0),
+            textcoords='offset points',
+            ha='right',
+            va='center',
+            size=6,
+            color='#1f5fa8',
+        )
     return fig
 
 # %% ../../nbs/08_reporting/01_figures.ipynb #faccdbed
 def unit_name(unit: str) -> str:
     "A unit as it can be shown alone: a dotted circle carries what hangs on a letter, and a space is seen"
-    return '␣' if unit == ' ' else '\u25cc'*('\u17b3' < unit[:1] < '\u17d4' or unit[:1] in '\u17dd\u200c\u200b') + unit
+    return (
+        '␣' if unit == ' ' else '\u25cc' * ('\u17b3' < unit[:1] < '\u17d4' or unit[:1] in '\u17dd\u200c\u200b') + unit
+    )
+
 
 def looks_figure(
     looked: list,  # of (image uint8 (H, W), units, looks float (U, W)), the last two as `Reader.looks` gives them
-    width: float = 9.  # inches
+    width: float = 9.0,  # inches
 ):  # a matplotlib figure
     "Heat maps over lines: one row for each unit, dark where it was read from; each row has its own scale"
-    sizes = [h for im, units, _ in looked for h in (max(.35, width*im.shape[0]/im.shape[1]), .3 + .21*len(units))]
-    fig, axs = new_figure(width, sum(sizes) + .2, nrows=2*len(looked), squeeze=False, height_ratios=sizes)
+    sizes = [
+        h for im, units, _ in looked for h in (max(0.35, width * im.shape[0] / im.shape[1]), 0.3 + 0.21 * len(units))
+    ]
+    fig, axs = new_figure(width, sum(sizes) + 0.2, nrows=2 * len(looked), squeeze=False, height_ratios=sizes)
     for (im, units, looks), a, b in zip(looked, axs[::2, 0], axs[1::2, 0]):
-        a.imshow(im, cmap='gray', vmin=0, vmax=255, aspect='auto', interpolation='antialiased'); a.axis('off')
-        if len(units): b.imshow(looks/looks.max(1, keepdims=True).clip(1e-9), cmap='Greys', vmin=0, vmax=1, aspect='auto', interpolation='nearest', extent=(0, im.shape[1], len(units), 0))
-        b.set_yticks(np.arange(len(units)) + .5, [unit_name(u) for u in units], font=khmer_mpl_font(11)); b.set_xlim(0, im.shape[1]); b.tick_params(length=0); b.set_xticks([])
-        for x in range(1, len(units)): b.axhline(x, color='.9', lw=.4)
+        a.imshow(im, cmap='gray', vmin=0, vmax=255, aspect='auto', interpolation='antialiased')
+        a.axis('off')
+        if len(units):
+            b.imshow(
+                looks / looks.max(1, keepdims=True).clip(1e-9),
+                cmap='Greys',
+                vmin=0,
+                vmax=1,
+                aspect='auto',
+                interpolation='nearest',
+                extent=(0, im.shape[1], len(units), 0),
+            )
+        b.set_yticks(np.arange(len(units)) + 0.5, [unit_name(u) for u in units], font=khmer_mpl_font(11))
+        b.set_xlim(0, im.shape[1])
+        b.tick_params(length=0)
+        b.set_xticks([])
+        for x in range(1, len(units)):
+            b.axhline(x, color='.9', lw=0.4)
     return fig
 
 # %% ../../nbs/08_reporting/01_figures.ipynb #b967bd1f
 def read_curves(
-    path  # a `history.csv`
+    path,  # a `history.csv`
 ) -> dict:  # column -> (steps, values), two lists of numbers; columns without a number are left out
     "The curves of a run, each with the steps at which it was measured"
-    try: rows = list(csv.DictReader(io.StringIO(Path(path).read_text(encoding='utf-8'))))
-    except FileNotFoundError: raise KhmerOCRError(f'No history at {path}: has this run trained at all?') from None
+    try:
+        rows = list(csv.DictReader(io.StringIO(Path(path).read_text(encoding='utf-8'))))
+    except FileNotFoundError:
+        raise KhmerOCRError(f'No history at {path}: has this run trained at all?') from None
     out = defaultdict(lambda: ([], []))
-    for i,r in enumerate(rows):
+    for i, r in enumerate(rows):
         step = float(r.get('step') or r.get('epoch') or i)
-        for k,v in r.items():
-            try: value = float(v)
-            except (TypeError, ValueError): continue
-            if k != 'step': out[k][0].append(step); out[k][1].append(value)
+        for k, v in r.items():
+            try:
+                value = float(v)
+            except (TypeError, ValueError):
+                continue
+            if k != 'step':
+                out[k][0].append(step)
+                out[k][1].append(value)
     return dict(out)
 
 # %% ../../nbs/08_reporting/01_figures.ipynb #b9fa833f
 def learning_curve(
     history,  # path of a `history.csv`, or what `read_curves` gives
     loss: str = 'loss',  # the column of the left axis (or the first whose name holds the word)
-    error: str = 'cer'  # the column of the right axis, a rate as a fraction
+    error: str = 'cer',  # the column of the right axis, a rate as a fraction
 ):  # a matplotlib figure
     "Loss (left) and error rate (right) over the steps of training, both on logarithmic scales"
-    if not isinstance(history, dict): history = read_curves(history)
-    pick = lambda name: history.get(name) or next((v for k,v in history.items() if name in k), None)
+    if not isinstance(history, dict):
+        history = read_curves(history)
+    pick = lambda name: history.get(name) or next((v for k, v in history.items() if name in k), None)
     fig, ax = new_figure(6, 2.6)
-    for a,name,colour,scale in ((ax, loss, '#8a8a8a', 1), (None, error, '#1f5fa8', 100)):
-        if not pick(name): continue
+    for a, name, colour, scale in ((ax, loss, '#8a8a8a', 1), (None, error, '#1f5fa8', 100)):
+        if not pick(name):
+            continue
         a = a or ax.twinx()
-        x,y = pick(name)
-        a.plot(x, np.maximum(np.array(y)*scale, 1e-3), color=colour, marker='o' if len(x) < 40 else None, ms=3)
-        a.set_yscale('log'); a.yaxis.set_major_formatter('{x:g}'); a.yaxis.set_minor_formatter('{x:g}' if np.ptp(np.log10(np.maximum(y, 1e-3))) < 1.2 else '')
+        x, y = pick(name)
+        a.plot(x, np.maximum(np.array(y) * scale, 1e-3), color=colour, marker='o' if len(x) < 40 else None, ms=3)
+        a.set_yscale('log')
+        a.yaxis.set_major_formatter('{x:g}')
+        a.yaxis.set_minor_formatter('{x:g}' if np.ptp(np.log10(np.maximum(y, 1e-3))) < 1.2 else '')
         a.set_ylabel(f'{name}, %' if scale == 100 else name, color=colour)
     ax.set_xlabel('step')
     return fig
@@ -177,39 +248,46 @@ def learning_curve(
 def error_by(
     reads: list[str],  # what was read
     truths: list[str],  # what is there
-    groups: list  # a name for each line: its font, its length class
+    groups: list,  # a name for each line: its font, its length class
 ) -> dict:  # group -> rate, a fraction; in the order of the group names
     "Character error rate without spaces, look-alikes folded, for each group of lines"
     edits, chars = Counter(), Counter()
-    for r,t,g in zip(reads, truths, groups, strict=True):
-        r,t = strip_spaces(fold(r)), strip_spaces(fold(t))
-        edits[g] += editdistance.eval(r, t); chars[g] += len(t)
-    return {g: edits[g]/max(chars[g], 1) for g in sorted(chars)}
+    for r, t, g in zip(reads, truths, groups, strict=True):
+        r, t = strip_spaces(fold(r)), strip_spaces(fold(t))
+        edits[g] += editdistance.eval(r, t)
+        chars[g] += len(t)
+    return {g: edits[g] / max(chars[g], 1) for g in sorted(chars)}
+
 
 def length_class(
     text: str,  # a line
-    edges=(10, 20, 40, 80)  # upper ends of the classes, in clusters
+    edges=(10, 20, 40, 80),  # upper ends of the classes, in clusters
 ) -> str:  # such as '11-20'; sorts by length within the usual range
     "The class of a line's length in clusters, as a reader would count its letters"
-    n = len(clusters(text)); low = 1
+    n = len(clusters(text))
+    low = 1
     for e in edges:
-        if n <= e: return f'{low:>2}-{e}'
-        low = e+1
+        if n <= e:
+            return f'{low:>2}-{e}'
+        low = e + 1
     return f'{low}+'
 
 # %% ../../nbs/08_reporting/01_figures.ipynb #4019c7dd
 def error_bars(
     rates: dict,  # group -> rate, a fraction
     title: str = '',  # what the groups are
-    most: int = 24  # groups to show; the worst ones
+    most: int = 24,  # groups to show; the worst ones
 ):  # a matplotlib figure
     "Error rates of groups as bars, in per cent, the group's own order kept"
     worst = set(sorted(rates, key=lambda g: -rates[g])[:most])
     names = [g for g in rates if g in worst][::-1]
-    fig, ax = new_figure(6, .6+.22*len(names))
-    bars = ax.barh([str(g) for g in names], [100*rates[g] for g in names], color='#9db4c0')
-    ax.bar_label(bars, fmt='%.1f', padding=3, fontsize=8); ax.margins(x=.12)
-    ax.set_xlabel('character errors, %'); ax.set_title(title, fontsize=10, loc='left')
-    for lab in ax.get_yticklabels(): lab.set_font(khmer_mpl_font(8))
+    fig, ax = new_figure(6, 0.6 + 0.22 * len(names))
+    bars = ax.barh([str(g) for g in names], [100 * rates[g] for g in names], color='#9db4c0')
+    ax.bar_label(bars, fmt='%.1f', padding=3, fontsize=8)
+    ax.margins(x=0.12)
+    ax.set_xlabel('character errors, %')
+    ax.set_title(title, fontsize=10, loc='left')
+    for lab in ax.get_yticklabels():
+        lab.set_font(khmer_mpl_font(8))
     ax.spines[['top', 'right']].set_visible(False)
     return fig

@@ -22,27 +22,35 @@ from ..core.errors import KhmerOCRError
 def font_css() -> str:  # an `@font-face` rule
     "Noto Sans Khmer, Khmer block only, as WOFF2 inside a style sheet"
     from fontTools import subset
-    out = _cache_folder()/(khmer_font_file().stem + '-subset.woff2')
+
+    out = _cache_folder() / (khmer_font_file().stem + '-subset.woff2')
     if not out.exists():
         opts = subset.Options(flavor='woff2', layout_features=['*'], hinting=False, recalc_timestamp=False)
         font = subset.load_font(khmer_font_file(), opts)
-        s = subset.Subsetter(opts); s.populate(unicodes=[*range(0x1780, 0x1800), *range(0x19e0, 0x1a00), 0x200b, 0x200c, 0x200d, 0x25cc, 0x20]); s.subset(font)
-        buf = io.BytesIO(); subset.save_font(font, buf, opts)
+        s = subset.Subsetter(opts)
+        s.populate(unicodes=[*range(0x1780, 0x1800), *range(0x19E0, 0x1A00), 0x200B, 0x200C, 0x200D, 0x25CC, 0x20])
+        s.subset(font)
+        buf = io.BytesIO()
+        subset.save_font(font, buf, opts)
         write_atomic(out, buf.getvalue())
     data = base64.b64encode(out.read_bytes()).decode()
     return f"@font-face {{ font-family: 'Khmer Report'; src: url(data:font/woff2;base64,{data}) format('woff2'); unicode-range: U+1780-17FF, U+19E0-19FF, U+200B-200D, U+25CC; }}"
 
 # %% ../../nbs/08_reporting/04_html.ipynb #1b68b5df
 def read_notebook(
-    path  # an .ipynb file
+    path,  # an .ipynb file
 ):  # an nbformat notebook, version 4
     "Opens a notebook; `KhmerOCRError` if it is none"
     import nbformat
+
     try:
         nb = nbformat.reads(Path(path).read_text(encoding='utf-8'), as_version=4)
         nbformat.validate(nb)
         return nb
-    except Exception as e: raise KhmerOCRError(f'Cannot read the notebook {path}: {(str(e).splitlines() or [type(e).__name__])[0]}') from None
+    except Exception as e:
+        raise KhmerOCRError(
+            f'Cannot read the notebook {path}: {(str(e).splitlines() or [type(e).__name__])[0]}'
+        ) from None
 
 # %% ../../nbs/08_reporting/04_html.ipynb #e5d04a25
 def _prepared(nb):
@@ -54,43 +62,70 @@ def _prepared(nb):
             heading = found[-1]
             nb.metadata.setdefault('title', found[0])
         for o in c.get('outputs', []):
-            if 'image/png' in o.get('data', {}): o.setdefault('metadata', {}).setdefault('image/png', {})['alt'] = heading or 'figure'
+            if 'image/png' in o.get('data', {}):
+                o.setdefault('metadata', {}).setdefault('image/png', {})['alt'] = heading or 'figure'
         tags = c.metadata.get('tags', [])
-        if c.cell_type == 'code': c.metadata['report_summary'] = 'default parameters' if 'parameters' in tags else 'parameters of this run' if 'injected-parameters' in tags else 'code'
+        if c.cell_type == 'code':
+            c.metadata['report_summary'] = (
+                'default parameters'
+                if 'parameters' in tags
+                else 'parameters of this run'
+                if 'injected-parameters' in tags
+                else 'code'
+            )
     return nb
 
 # %% ../../nbs/08_reporting/04_html.ipynb #a804f900
-_outside = re.compile(r'''(?:(?:src|href|srcset|action|poster|data)\s*=\s*["']?|url\(\s*["']?|@import\s+["']?|\bfrom\s+["'])\s*((?:https?:)?//[^"'\s)>]+)''', re.I)
+_outside = re.compile(
+    r'''(?:(?:src|href|srcset|action|poster|data)\s*=\s*["']?|url\(\s*["']?|@import\s+["']?|\bfrom\s+["'])\s*((?:https?:)?//[^"'\s)>]+)''',
+    re.I,
+)
+
 
 def outside_references(
-    page: str  # HTML
+    page: str,  # HTML
 ) -> list[str]:  # addresses of other machines that the page refers to
     "What a page would fetch or link to beyond itself"
     return _outside.findall(re.sub(r'<pre>.*?</pre>', '', page, flags=re.S))
 
+
 def _unlink(page: str) -> str:
     "Links to elsewhere become their text, followed by the address"
-    return re.sub(r'<a\b[^>]*href="((?:https?:)?//[^"]*)"[^>]*>(.*?)</a>', r'\2 <span class="address">(\1)</span>', page, flags=re.S)
+    return re.sub(
+        r'<a\b[^>]*href="((?:https?:)?//[^"]*)"[^>]*>(.*?)</a>',
+        r'\2 <span class="address">(\1)</span>',
+        page,
+        flags=re.S,
+    )
 
 # %% ../../nbs/08_reporting/04_html.ipynb #21c2f221
 def _exporter():
     "nbconvert's HTML exporter with our template and no prompts"
     from nbconvert import HTMLExporter
     from traitlets.config import Config
-    e = HTMLExporter(template_name='report_template', extra_template_basedirs=list(importlib.util.find_spec('khmer_ocr').submodule_search_locations),
-                     config=Config(CSSHTMLHeaderPreprocessor=dict(style='default')))
+
+    e = HTMLExporter(
+        template_name='report_template',
+        extra_template_basedirs=list(importlib.util.find_spec('khmer_ocr').submodule_search_locations),
+        config=Config(CSSHTMLHeaderPreprocessor=dict(style='default')),
+    )
     e.exclude_input_prompt = e.exclude_output_prompt = True
     return e
+
 
 def write_report(
     notebook,  # path of an executed notebook
     page,  # path of the HTML file to write
-    foot: str = ''  # a line for the foot of the page, such as when and how fast it was made
+    foot: str = '',  # a line for the foot of the page, such as when and how fast it was made
 ) -> Path:  # `page`
     "Turns an executed notebook into one HTML file that needs nothing but itself; code folded, Khmer font inside"
     nb = read_notebook(notebook)
-    body,_ = _exporter().from_notebook_node(_prepared(nb), resources=dict(khmer_font_css=font_css(), foot=html.escape(foot), metadata=dict(name=Path(notebook).stem)))
+    body, _ = _exporter().from_notebook_node(
+        _prepared(nb),
+        resources=dict(khmer_font_css=font_css(), foot=html.escape(foot), metadata=dict(name=Path(notebook).stem)),
+    )
     body = _unlink(body)
-    if refs := outside_references(body): raise KhmerOCRError(f'{page} would not be self-contained: it refers to {refs[0]}; embed it or leave it out')
+    if refs := outside_references(body):
+        raise KhmerOCRError(f'{page} would not be self-contained: it refers to {refs[0]}; embed it or leave it out')
     write_atomic(page, body)
     return Path(page)

@@ -17,10 +17,11 @@ from .figures import new_figure
 @dataclass(frozen=True)
 class Layer:
     "A layer with weights, or an input, as it was seen in one forward pass"
-    name: str                 # path in the network, such as downs.0.0
-    kind: str                 # input | convolution | strided | transposed | linear
-    shape: tuple[int, ...]    # of its output, without the batch: (C, H, W) or (C,)
-    parameters: int           # weights and biases of this layer alone
+
+    name: str  # path in the network, such as downs.0.0
+    kind: str  # input | convolution | strided | transposed | linear
+    shape: tuple[int, ...]  # of its output, without the batch: (C, H, W) or (C,)
+    parameters: int  # weights and biases of this layer alone
     sources: tuple[int, ...]  # which layers' outputs reach it, by their places in the list
 
 # %% ../../nbs/08_reporting/06_networks.ipynb #583af906
@@ -29,17 +30,23 @@ def _origins(start, known: dict) -> tuple[int, ...]:  # sorted places
     todo, seen, found = [start], set(), set()
     while todo:
         op = todo.pop()
-        if op is None or op in seen: continue
+        if op is None or op in seen:
+            continue
         seen.add(op)
-        if op in known: found.add(known[op])
-        else: todo += [o for o, _ in op.next_functions]
+        if op in known:
+            found.add(known[op])
+        else:
+            todo += [o for o, _ in op.next_functions]
     return tuple(sorted(found))
 
 # %% ../../nbs/08_reporting/06_networks.ipynb #44def91e
 def _kind(m: nn.Module) -> str:
-    if isinstance(m, nn.Linear): return 'linear'
-    if isinstance(m, nn.modules.conv._ConvTransposeNd): return 'transposed'
+    if isinstance(m, nn.Linear):
+        return 'linear'
+    if isinstance(m, nn.modules.conv._ConvTransposeNd):
+        return 'transposed'
     return 'strided' if max(m.stride) > 1 else 'convolution'
+
 
 def layers(
     net: nn.Module,  # any; its mode and its weights stay as they are
@@ -47,79 +54,155 @@ def layers(
 ) -> list[Layer]:  # the inputs, then the layers in the order in which they were used
     "Watch one forward pass in eval mode"
     inputs = [x.detach().requires_grad_().clone() for x in inputs]
-    seen, known = [Layer(f'input {i+1}'[:5 if len(inputs) == 1 else None], 'input', tuple(x.shape[1:]), 0, ()) for i, x in enumerate(inputs)], {x.grad_fn: i for i, x in enumerate(inputs)}
+    seen, known = (
+        [
+            Layer(f'input {i + 1}'[: 5 if len(inputs) == 1 else None], 'input', tuple(x.shape[1:]), 0, ())
+            for i, x in enumerate(inputs)
+        ],
+        {x.grad_fn: i for i, x in enumerate(inputs)},
+    )
+
     def watch(name):
         def hook(m, given, out):
-            seen.append(Layer(name, _kind(m), tuple(out.shape[1:]), sum(p.numel() for p in m.parameters()), _origins(given[0].grad_fn, known)))
-            known[out.grad_fn] = len(seen)-1
+            seen.append(
+                Layer(
+                    name,
+                    _kind(m),
+                    tuple(out.shape[1:]),
+                    sum(p.numel() for p in m.parameters()),
+                    _origins(given[0].grad_fn, known),
+                )
+            )
+            known[out.grad_fn] = len(seen) - 1
+
         return hook
-    hooks = [m.register_forward_hook(watch(n)) for n, m in net.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
+
+    hooks = [
+        m.register_forward_hook(watch(n))
+        for n, m in net.named_modules()
+        if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))
+    ]
     modes = {m: m.training for m in net.modules()}
     try:
-        with torch.enable_grad(): net.eval()(*inputs)
+        with torch.enable_grad():
+            net.eval()(*inputs)
     finally:
-        for m, training in modes.items(): m.training = training      # a part that was frozen in eval mode stays so
-        for h in hooks: h.remove()
+        for m, training in modes.items():
+            m.training = training  # a part that was frozen in eval mode stays so
+        for h in hooks:
+            h.remove()
     return seen
 
 # %% ../../nbs/08_reporting/06_networks.ipynb #6c1ad49f
 _colours = dict(input='#d9d9d9', convolution='#9db4c0', strided='#e0a458', transposed='#7fae8a', linear='#b79fc4')
 
-def _height(shape): return .6 + .55*math.log2(shape[1]) if len(shape) == 3 else .6
-def _width(shape): return .25 + .09*math.log2(max(1, shape[0]))
-def _size(shape): return 'numbers' if len(shape) < 3 else f'{shape[1]}' if shape[1] == shape[2] else f'{shape[1]} x {shape[2]}'
+
+def _height(shape):
+    return 0.6 + 0.55 * math.log2(shape[1]) if len(shape) == 3 else 0.6
+
+
+def _width(shape):
+    return 0.25 + 0.09 * math.log2(max(1, shape[0]))
+
+
+def _size(shape):
+    return 'numbers' if len(shape) < 3 else f'{shape[1]}' if shape[1] == shape[2] else f'{shape[1]} x {shape[2]}'
+
 
 def _places(seen) -> list[float]:  # the middle of each box
     "Boxes side by side with a little air"
-    x, out = 0., []
-    for l in seen: w = _width(l.shape); out.append(x+w/2); x += w+.35
+    x, out = 0.0, []
+    for l in seen:
+        w = _width(l.shape)
+        out.append(x + w / 2)
+        x += w + 0.35
     return out
 
 # %% ../../nbs/08_reporting/06_networks.ipynb #8d31f28a
-def _bend(steps): return .35 if steps > 3 else .6      # an arrow rises by half of that, of its length
+def _bend(steps):
+    return 0.35 if steps > 3 else 0.6  # an arrow rises by half of that, of its length
+
 
 def _arrows(ax, seen, xs):
     "Straight where the layer before was heard, else over the top, the higher the farther"
     from matplotlib.patches import FancyArrowPatch
-    style = dict(arrowstyle='-|>', mutation_scale=6, color='#666', lw=.8)
+
+    style = dict(arrowstyle='-|>', mutation_scale=6, color='#666', lw=0.8)
     for i, l in enumerate(seen):
         for s in l.sources:
-            a, b = seen[s], l; left, right = xs[s] + _width(a.shape)/2, xs[i] - _width(b.shape)/2
-            if i-s == 1: ax.add_patch(FancyArrowPatch((left, 0), (right, 0), shrinkA=0, shrinkB=0, **style)); continue
-            ends = (xs[s], _height(a.shape)/2+.45), (xs[i], _height(b.shape)/2+.45)
-            ax.add_patch(FancyArrowPatch(*ends, connectionstyle=f'arc3,rad={-_bend(i-s)}', shrinkA=0, shrinkB=0, **style | dict(color='#b0483a', lw=.7)))
+            a, b = seen[s], l
+            left, right = xs[s] + _width(a.shape) / 2, xs[i] - _width(b.shape) / 2
+            if i - s == 1:
+                ax.add_patch(FancyArrowPatch((left, 0), (right, 0), shrinkA=0, shrinkB=0, **style))
+                continue
+            ends = (xs[s], _height(a.shape) / 2 + 0.45), (xs[i], _height(b.shape) / 2 + 0.45)
+            ax.add_patch(
+                FancyArrowPatch(
+                    *ends,
+                    connectionstyle=f'arc3,rad={-_bend(i - s)}',
+                    shrinkA=0,
+                    shrinkB=0,
+                    **style | dict(color='#b0483a', lw=0.7),
+                )
+            )
 
 # %% ../../nbs/08_reporting/06_networks.ipynb #fbfb4657
 def draw_network(
     net: nn.Module,
     *inputs: torch.Tensor,  # as its `forward` takes them
     title: str = '',
-    width: float = 9.  # of the figure, inches
+    width: float = 9.0,  # of the figure, inches
 ):  # matplotlib figure
     "The layers that have weights, with the sizes that they make of these inputs"
     from matplotlib.patches import Rectangle
-    seen = layers(net, *inputs); xs = _places(seen); end = xs[-1] + _width(seen[-1].shape)/2
+
+    seen = layers(net, *inputs)
+    xs = _places(seen)
+    end = xs[-1] + _width(seen[-1].shape) / 2
     tall = max(_height(l.shape) for l in seen)
-    rise = [max(_height(seen[k].shape)/2 for k in (s, i)) + .5 + _bend(i-s)/2*(xs[i]-xs[s]) for i, l in enumerate(seen) for s in l.sources if i-s > 1]
-    top, bottom = max([tall/2 + .7, *rise]), -tall/2-.8
-    fig, ax = new_figure(width, min(width/(end+.6), .4)*(top-bottom) + .3)
+    rise = [
+        max(_height(seen[k].shape) / 2 for k in (s, i)) + 0.5 + _bend(i - s) / 2 * (xs[i] - xs[s])
+        for i, l in enumerate(seen)
+        for s in l.sources
+        if i - s > 1
+    ]
+    top, bottom = max([tall / 2 + 0.7, *rise]), -tall / 2 - 0.8
+    fig, ax = new_figure(width, min(width / (end + 0.6), 0.4) * (top - bottom) + 0.3)
     for l, x in zip(seen, xs):
         h, w = _height(l.shape), _width(l.shape)
-        ax.add_patch(Rectangle((x-w/2, -h/2), w, h, facecolor=_colours[l.kind], edgecolor='#444', lw=.6))
-        ax.text(x, h/2+.08, str(l.shape[0]), ha='center', va='bottom', fontsize=7); ax.text(x, -h/2-.08, _size(l.shape), ha='center', va='top', fontsize=6.5, color='#555')
-    _arrows(ax, seen, xs); _legend(ax, {l.kind for l in seen})
-    ax.set_xlim(-.3, end+.3); ax.set_ylim(bottom, top); ax.set_aspect('equal'); ax.axis('off'); ax.set_title(title, fontsize=9, loc='left')
+        ax.add_patch(Rectangle((x - w / 2, -h / 2), w, h, facecolor=_colours[l.kind], edgecolor='#444', lw=0.6))
+        ax.text(x, h / 2 + 0.08, str(l.shape[0]), ha='center', va='bottom', fontsize=7)
+        ax.text(x, -h / 2 - 0.08, _size(l.shape), ha='center', va='top', fontsize=6.5, color='#555')
+    _arrows(ax, seen, xs)
+    _legend(ax, {l.kind for l in seen})
+    ax.set_xlim(-0.3, end + 0.3)
+    ax.set_ylim(bottom, top)
+    ax.set_aspect('equal')
+    ax.axis('off')
+    ax.set_title(title, fontsize=9, loc='left')
     return fig
+
 
 def _legend(ax, kinds):
     from matplotlib.patches import Patch
-    ax.legend(handles=[Patch(facecolor=c, edgecolor='#444', lw=.6, label=k) for k, c in _colours.items() if k in kinds], fontsize=7, frameon=False, ncols=5, loc='lower center', borderpad=0, handlelength=1)
+
+    ax.legend(
+        handles=[Patch(facecolor=c, edgecolor='#444', lw=0.6, label=k) for k, c in _colours.items() if k in kinds],
+        fontsize=7,
+        frameon=False,
+        ncols=5,
+        loc='lower center',
+        borderpad=0,
+        handlelength=1,
+    )
 
 # %% ../../nbs/08_reporting/06_networks.ipynb #05b74f00
 def layer_table(
     net: nn.Module,
-    *inputs: torch.Tensor  # as its `forward` takes them
+    *inputs: torch.Tensor,  # as its `forward` takes them
 ) -> Table:
     "Each layer's output and parameters, and the sum"
     rows = [(l.name, l.kind, ' x '.join(map(str, l.shape)), l.parameters) for l in layers(net, *inputs)]
-    return Table([*rows, ('all', '', '', sum(p.numel() for p in net.parameters()))], ('layer', 'kind', 'makes', 'parameters'))
+    return Table(
+        [*rows, ('all', '', '', sum(p.numel() for p in net.parameters()))], ('layer', 'kind', 'makes', 'parameters')
+    )

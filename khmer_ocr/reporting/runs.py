@@ -21,33 +21,42 @@ from .html import read_notebook, write_report
 def run_folder() -> Path:  # holds the run notebooks
     "`nbs/runs` of a clone, or the copy inside an installed package"
     package = Path(list(khmer_ocr.__path__)[0]).resolve()
-    for p in (package.parent/'nbs/runs', package/'run_notebooks'):
-        if any(p.glob('*.ipynb')): return p
-    raise KhmerOCRError(f'No run notebooks in {package.parent/"nbs/runs"} or {package/"run_notebooks"}: install the package again')
+    for p in (package.parent / 'nbs/runs', package / 'run_notebooks'):
+        if any(p.glob('*.ipynb')):
+            return p
+    raise KhmerOCRError(
+        f'No run notebooks in {package.parent / "nbs/runs"} or {package / "run_notebooks"}: install the package again'
+    )
+
 
 def available_runs() -> list[str]:  # sorted names
     "The names of the run notebooks"
     return sorted(p.stem for p in run_folder().glob('*.ipynb'))
 
+
 def find_run(
-    name  # a name such as 'generate', or the path of any notebook
+    name,  # a name such as 'generate', or the path of any notebook
 ) -> Path:
     "The notebook of that name; an unknown one is refused with the nearest known name"
     path = Path(name)
     if path.suffix == '.ipynb':
-        if path.is_file(): return path
+        if path.is_file():
+            return path
         raise KhmerOCRError(f'No notebook at {path}')
-    if str(name) in (known := available_runs()): return run_folder()/f'{name}.ipynb'
+    if str(name) in (known := available_runs()):
+        return run_folder() / f'{name}.ipynb'
     raise KhmerOCRError(f'No run called {name!r}{suggest(str(name), known)} (there are: {", ".join(known)})')
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #0c34218a
 @dataclass(frozen=True)
 class Parameter:
     "One parameter of a run notebook"
+
     name: str
     type: str  # 'int', 'float', 'bool', 'str', 'list' or 'dict'
     default: object
     help: str = ''
+
 
 def _comments(source: str) -> dict:
     "Line number -> the comment on it"
@@ -56,15 +65,17 @@ def _comments(source: str) -> dict:
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #18afbab4
 def run_parameters(
-    notebook  # name of a run or path of a notebook
+    notebook,  # name of a run or path of a notebook
 ) -> list[Parameter]:  # in the notebook's order; empty when it has no cell tagged `parameters`
     "Reads the parameter cell without running it"
     path = find_run(notebook)
     cell = next((c for c in read_notebook(path).cells if 'parameters' in c.metadata.get('tags', [])), None)
-    if cell is None: return []
+    if cell is None:
+        return []
     out, comments = [], _comments(cell.source)
     for o in ast.parse(cell.source).body:
-        if not isinstance(o, (ast.Assign, ast.AnnAssign)): continue
+        if not isinstance(o, (ast.Assign, ast.AnnAssign)):
+            continue
         target, default = (o.target if isinstance(o, ast.AnnAssign) else o.targets[0]).id, ast.literal_eval(o.value)
         kind = ast.unparse(o.annotation) if isinstance(o, ast.AnnAssign) else type(default).__name__
         out.append(Parameter(target, kind, default, comments.get(o.end_lineno, '')))
@@ -72,50 +83,74 @@ def run_parameters(
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #cefbb239
 _yes_no = dict(true=True, yes=True, on=True, **{'1': True}, false=False, no=False, off=False, **{'0': False})
-_kinds = dict(int='a whole number', float='a number', bool='true or false', str='a text', list='a list, such as [1, 2] or 1,2', dict='a dict, such as {"a": 1}')
+_kinds = dict(
+    int='a whole number',
+    float='a number',
+    bool='true or false',
+    str='a text',
+    list='a list, such as [1, 2] or 1,2',
+    dict='a dict, such as {"a": 1}',
+)
+
 
 def _parse(kind, value):
     "`value` as the type named `kind`; raises ValueError where it does not fit"
-    if kind == 'bool': return value if isinstance(value, bool) else _yes_no[str(value).lower()]
+    if kind == 'bool':
+        return value if isinstance(value, bool) else _yes_no[str(value).lower()]
     if kind in ('int', 'float'):
-        if isinstance(value, bool) or (kind == 'int' and isinstance(value, float) and value != int(value)): raise ValueError
+        if isinstance(value, bool) or (kind == 'int' and isinstance(value, float) and value != int(value)):
+            raise ValueError
         return (int if kind == 'int' else float)(value.replace('_', '') if isinstance(value, str) else value)
-    if kind == 'str': return str(value) if isinstance(value, (str, int, float, Path)) else _refuse()
-    if isinstance(value, str) and kind == 'list' and not value.lstrip().startswith('['): value = [_literal(o.strip()) for o in value.split(',') if o.strip()]
+    if kind == 'str':
+        return str(value) if isinstance(value, (str, int, float, Path)) else _refuse()
+    if isinstance(value, str) and kind == 'list' and not value.lstrip().startswith('['):
+        value = [_literal(o.strip()) for o in value.split(',') if o.strip()]
     value = json.loads(value) if isinstance(value, str) else list(value) if isinstance(value, tuple) else value
     return value if type(value).__name__ == kind else _refuse()
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #f06c0676
-def _refuse(): raise ValueError
+def _refuse():
+    raise ValueError
+
 
 def _literal(s: str):
     "A number where it looks like one, else the text itself"
-    try: return ast.literal_eval(s)
-    except (ValueError, SyntaxError): return s
+    try:
+        return ast.literal_eval(s)
+    except (ValueError, SyntaxError):
+        return s
+
 
 def coerce(
     p: Parameter,
-    value  # text, or a value of the right type
+    value,  # text, or a value of the right type
 ):  # a value of the parameter's type
     "Brings `value` to the type of the parameter, or says what was expected"
-    try: return _parse(p.type, value)
-    except (ValueError, KeyError, TypeError, OverflowError): pass
-    raise KhmerOCRError(f'Parameter {p.name} wants {_kinds.get(p.type, p.type)}, not {value!r} (its default is {p.default!r})')
+    try:
+        return _parse(p.type, value)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        pass
+    raise KhmerOCRError(
+        f'Parameter {p.name} wants {_kinds.get(p.type, p.type)}, not {value!r} (its default is {p.default!r})'
+    )
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #034c3bc1
 def check_parameters(
     notebook,  # name or path
-    params: dict  # name -> value, as text or typed
+    params: dict,  # name -> value, as text or typed
 ) -> dict:  # name -> value of the right type
     "Refuses unknown names, with the nearest known one, and values of the wrong type"
     known = {p.name: p for p in run_parameters(notebook)}
     for k in params:
-        if k not in known: raise KhmerOCRError(f'{Path(str(notebook)).stem} has no parameter {k!r}{suggest(k, known)} (it has: {", ".join(known) or "none"})')
-    return {k: coerce(known[k], v) for k,v in params.items()}
+        if k not in known:
+            raise KhmerOCRError(
+                f'{Path(str(notebook)).stem} has no parameter {k!r}{suggest(k, known)} (it has: {", ".join(known) or "none"})'
+            )
+    return {k: coerce(known[k], v) for k, v in params.items()}
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #5cf87bd3
 def run_help(
-    notebook  # name or path
+    notebook,  # name or path
 ) -> str:  # plain text, one line per parameter
     "What a run does and which parameters it takes"
     cells = read_notebook(find_run(notebook)).cells
@@ -123,26 +158,44 @@ def run_help(
     lines = [re.sub(r'^[#> ]+', '', l) for l in head.splitlines() if l.strip()][:2]
     ps = run_parameters(notebook)
     wide = max((len(f'{p.name} ({p.type})') for p in ps), default=0)
-    return '\n'.join([': '.join(lines)] + [f'  {p.name} ({p.type})'.ljust(wide+4) + f'{p.help or ""} [{p.default!r}]'.lstrip() for p in ps])
+    return '\n'.join(
+        [': '.join(lines)]
+        + [f'  {p.name} ({p.type})'.ljust(wide + 4) + f'{p.help or ""} [{p.default!r}]'.lstrip() for p in ps]
+    )
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #68e5f7f5
 def _tidied(nb):
     "Takes out of an executed notebook what differs between equal runs; gives it back as a dict"
     timing = {}
-    for i,c in enumerate(nb.cells):
+    for i, c in enumerate(nb.cells):
         timing[i] = c.metadata.get('papermill', {}).get('duration')
-        for k in ('papermill', 'execution'): c.metadata.pop(k, None)
+        for k in ('papermill', 'execution'):
+            c.metadata.pop(k, None)
         c.id = f'cell-{i}'
-        if c.cell_type == 'code': c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
-    nb.metadata.pop('papermill', None); nb.metadata.pop('widgets', None)
-    return {str(k): round(v, 3) for k,v in timing.items() if v}
+        if c.cell_type == 'code':
+            c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
+    nb.metadata.pop('papermill', None)
+    nb.metadata.pop('widgets', None)
+    return {str(k): round(v, 3) for k, v in timing.items() if v}
+
 
 def _versions() -> dict:
     "Versions of the packages that matter to a result"
     out = {}
-    for p in ('khmer_ocr', 'torch', 'numpy', 'uharfbuzz', 'freetype-py', 'opencv-python', 'opencv-python-headless', 'pillow'):
-        try: out[p] = version(p)
-        except PackageNotFoundError: pass
+    for p in (
+        'khmer_ocr',
+        'torch',
+        'numpy',
+        'uharfbuzz',
+        'freetype-py',
+        'opencv-python',
+        'opencv-python-headless',
+        'pillow',
+    ):
+        try:
+            out[p] = version(p)
+        except PackageNotFoundError:
+            pass
     return out
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #5ab7e9e9
@@ -151,80 +204,137 @@ def _reason(e) -> str:
     first = (str(e.evalue).strip().splitlines() or [''])[0]
     return first if e.ename == 'KhmerOCRError' else f'{e.ename}: {first}'.rstrip(': ')
 
+
 def _execute(path, part, params, echo):
     "Papermill on a copy; its own chatter silenced, the notebook's progress passed on"
     import papermill as pm
-    for name in ('papermill', 'papermill.translators'): logging.getLogger(name).setLevel(logging.ERROR)
+
+    for name in ('papermill', 'papermill.translators'):
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')
     streams = dict(stdout_file=sys.stderr, stderr_file=sys.stderr) if echo else {}
-    pm.execute_notebook(str(path), str(part), parameters=params, kernel_name='python3', language='python', progress_bar=False, extra_arguments=['--IPKernelApp.log_level=50'], **streams)
+    pm.execute_notebook(
+        str(path),
+        str(part),
+        parameters=params,
+        kernel_name='python3',
+        language='python',
+        progress_bar=False,
+        extra_arguments=['--IPKernelApp.log_level=50'],
+        **streams,
+    )
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #ed3684bd
 @dataclass(frozen=True)
 class Run:
     "A finished run"
+
     folder: Path
     metrics: dict  # what the notebook wrote into metrics.json
-    seconds: float|None = None
+    seconds: float | None = None
+
 
 def _read_json(path) -> dict:
     "A JSON file, or {} where there is none that can be read"
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError): return {}
+    try:
+        return json.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return {}
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #71a5c4ed
 def run_notebook(
     notebook,  # name of a run ('generate'), or path of a notebook
-    params: dict|None = None,  # name -> value; text is converted to the parameter's type
+    params: dict | None = None,  # name -> value; text is converted to the parameter's type
     out_dir=None,  # where the result goes; None: the parameter `out_dir`, or `reports/<name>`
-    echo: bool = False  # pass the notebook's output on to stderr while it runs
+    echo: bool = False,  # pass the notebook's output on to stderr while it runs
 ) -> Run:
     "Executes a run notebook with checked parameters and writes notebook, report and `run.json` into one folder"
     path = find_run(notebook)
     params = check_parameters(path, params or {})
     out = Path(out_dir or params.get('out_dir') or f'reports/{path.stem}')
-    if any(p.name == 'out_dir' for p in run_parameters(path)): params['out_dir'] = str(out)
-    if out.exists() and not out.is_dir(): raise KhmerOCRError(f'{out} is a file: a run needs a folder for its results')
+    if any(p.name == 'out_dir' for p in run_parameters(path)):
+        params['out_dir'] = str(out)
+    if out.exists() and not out.is_dir():
+        raise KhmerOCRError(f'{out} is a file: a run needs a folder for its results')
     out.mkdir(parents=True, exist_ok=True)
-    for name in ('run.ipynb', 'report.html', 'metrics.json', 'run.json', 'times.json'): (out/name).unlink(missing_ok=True)
+    for name in ('run.ipynb', 'report.html', 'metrics.json', 'run.json', 'times.json'):
+        (out / name).unlink(missing_ok=True)
     started, clock = datetime.now(timezone.utc), time.perf_counter()
     cells = _executed(path, out, params, echo)
-    seconds = round(time.perf_counter()-clock, 2)
-    times = _read_json(out/'times.json'); (out/'times.json').unlink(missing_ok=True)
-    write_report(out/'run.ipynb', out/'report.html', _foot(started, seconds, times))
-    facts = dict(run=path.stem, parameters=params, started=started.isoformat(timespec='seconds'), seconds=seconds, **(dict(times=times) if times else {}), cell_seconds=cells,
-                 host=platform.node(), platform=platform.platform(), python=platform.python_version(), cpus=os.cpu_count(), versions=_versions())
-    write_atomic(out/'run.json', json.dumps(facts, ensure_ascii=False, indent=1) + '\n')
-    return Run(out, _read_json(out/'metrics.json'), seconds)
+    seconds = round(time.perf_counter() - clock, 2)
+    times = _read_json(out / 'times.json')
+    (out / 'times.json').unlink(missing_ok=True)
+    write_report(out / 'run.ipynb', out / 'report.html', _foot(started, seconds, times))
+    facts = dict(
+        run=path.stem,
+        parameters=params,
+        started=started.isoformat(timespec='seconds'),
+        seconds=seconds,
+        **(dict(times=times) if times else {}),
+        cell_seconds=cells,
+        host=platform.node(),
+        platform=platform.platform(),
+        python=platform.python_version(),
+        cpus=os.cpu_count(),
+        versions=_versions(),
+    )
+    write_atomic(out / 'run.json', json.dumps(facts, ensure_ascii=False, indent=1) + '\n')
+    return Run(out, _read_json(out / 'metrics.json'), seconds)
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #fd325c38
 def _foot(started, seconds, times) -> str:
     "The line at the foot of a report: when, how long, and the speeds that the run noted"
-    said = [f'{k.replace("_", " ")}: {v:,.{0 if isinstance(v, int) or v >= 100 else 1 if v >= 10 else 2}f}' for k,v in times.items()]
-    return '; '.join([f'Run on {started:%Y-%m-%d at %H:%M} UTC with khmer_ocr {_versions().get("khmer_ocr", "")}, {os.cpu_count()} processor cores there, {seconds:,.0f} s in all', *said]) + '.'
+    said = [
+        f'{k.replace("_", " ")}: {v:,.{0 if isinstance(v, int) or v >= 100 else 1 if v >= 10 else 2}f}'
+        for k, v in times.items()
+    ]
+    return (
+        '; '.join(
+            [
+                f'Run on {started:%Y-%m-%d at %H:%M} UTC with khmer_ocr {_versions().get("khmer_ocr", "")}, {os.cpu_count()} processor cores there, {seconds:,.0f} s in all',
+                *said,
+            ]
+        )
+        + '.'
+    )
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #81b5eea4
 def _executed(path, out, params, echo) -> dict:
     "Runs the notebook, keeps it as `run.ipynb` whether it fails or not; gives the seconds of each cell"
     from papermill.exceptions import PapermillExecutionError
-    part = out/'.run.part.ipynb'
+
+    part = out / '.run.part.ipynb'
     import nbformat
+
     try:
         _execute(path, part, params, echo)
         nb = read_notebook(part)
         cells = _tidied(nb)
-        write_atomic(out/'run.ipynb', nbformat.writes(nb) + '\n')
+        write_atomic(out / 'run.ipynb', nbformat.writes(nb) + '\n')
         return cells
     except PapermillExecutionError as e:
-        os.replace(part, out/'run.ipynb')
-        raise KhmerOCRError(f'{path.stem} failed: {_reason(e)} (the notebook as far as it ran: {out/"run.ipynb"})') from None
-    finally: part.unlink(missing_ok=True)
+        os.replace(part, out / 'run.ipynb')
+        raise KhmerOCRError(
+            f'{path.stem} failed: {_reason(e)} (the notebook as far as it ran: {out / "run.ipynb"})'
+        ) from None
+    finally:
+        part.unlink(missing_ok=True)
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #5847777e
 def list_runs(
-    reports='reports'  # folder of run folders
+    reports='reports',  # folder of run folders
 ) -> list[dict]:  # name, started, seconds, metrics, report
     "The finished runs below a folder, latest last"
     found = [(_read_json(p), p.parent) for p in sorted(Path(reports).glob('**/run.json'))]
-    rows = [dict(name=str(d.relative_to(reports)), run=f.get('run', ''), started=f.get('started', ''), seconds=f.get('seconds'), metrics=_read_json(d/'metrics.json'), report=str(d/'report.html')) for f,d in found]
+    rows = [
+        dict(
+            name=str(d.relative_to(reports)),
+            run=f.get('run', ''),
+            started=f.get('started', ''),
+            seconds=f.get('seconds'),
+            metrics=_read_json(d / 'metrics.json'),
+            report=str(d / 'report.html'),
+        )
+        for f, d in found
+    ]
     return sorted(rows, key=lambda r: (r['started'], r['name']))

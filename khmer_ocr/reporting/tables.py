@@ -19,113 +19,178 @@ from ..core.files import write_atomic
 # %% ../../nbs/08_reporting/02_tables.ipynb #db7cd4b6
 class Table:
     "Rows with a head; shows itself as HTML in a notebook and as aligned text elsewhere"
-    def __init__(self, rows, head): self.rows, self.head = [tuple(r) for r in rows], tuple(head)
 
-    def _text(self, x): return f'{x:.4g}' if isinstance(x, float) else f'{x:,}' if isinstance(x, int) and not isinstance(x, bool) else str(x)
+    def __init__(self, rows, head):
+        self.rows, self.head = [tuple(r) for r in rows], tuple(head)
+
+    def _text(self, x):
+        return (
+            f'{x:.4g}'
+            if isinstance(x, float)
+            else f'{x:,}'
+            if isinstance(x, int) and not isinstance(x, bool)
+            else str(x)
+        )
 
     def __repr__(self):
         cells = [self.head] + [tuple(map(self._text, r)) for r in self.rows]
         wide = [max(len(r[i]) for r in cells) for i in range(len(self.head))]
-        return '\n'.join('  '.join(c.ljust(w) for c,w in zip(r, wide)).rstrip() for r in cells)
+        return '\n'.join('  '.join(c.ljust(w) for c, w in zip(r, wide)).rstrip() for r in cells)
 
     def _repr_html_(self):
-        number = [bool(self.rows) and all(isinstance(x, (int, float)) or re.fullmatch('[0-9.,]+ ?%?|-', str(x)) for x in column) for column in zip(*self.rows)]
-        th = ''.join(f'<th{" class=n" if n else ""}>{html.escape(h)}</th>' for h,n in zip(self.head, number or [False]*len(self.head)))
-        td = lambda x, n: f'<td class={"n" if n or isinstance(x, (int, float)) else "s" if len(self._text(x)) < 24 else "t"}>{html.escape(self._text(x))}</td>'
+        number = [
+            bool(self.rows)
+            and all(isinstance(x, (int, float)) or re.fullmatch('[0-9.,]+ ?%?|-', str(x)) for x in column)
+            for column in zip(*self.rows)
+        ]
+        th = ''.join(
+            f'<th{" class=n" if n else ""}>{html.escape(h)}</th>'
+            for h, n in zip(self.head, number or [False] * len(self.head))
+        )
+        td = lambda x, n: (
+            f'<td class={"n" if n or isinstance(x, (int, float)) else "s" if len(self._text(x)) < 24 else "t"}>{html.escape(self._text(x))}</td>'
+        )
         body = ''.join('<tr>' + ''.join(map(td, r, number)) + '</tr>' for r in self.rows)
-        small = ' style="font-size:.76rem"' if len(self.head) > 9 else ''      # so that a wide table fits the page
+        small = ' style="font-size:.76rem"' if len(self.head) > 9 else ''  # so that a wide table fits the page
         return f'<table{small}><thead><tr>{th}</tr></thead><tbody>{body}</tbody></table>'
 
 # %% ../../nbs/08_reporting/02_tables.ipynb #3d701079
 def _letter(s: str) -> str:
     "A letter or cluster for a table: signs on a dotted circle, nothing as ∅, with code points"
-    if not s: return '∅'
-    shown = '\u25cc'+s if '\u17b4' <= s[0] <= '\u17d3' or s[0] == '\u17dd' else repr(s)[1:-1] if s.isspace() else s
+    if not s:
+        return '∅'
+    shown = '\u25cc' + s if '\u17b4' <= s[0] <= '\u17d3' or s[0] == '\u17dd' else repr(s)[1:-1] if s.isspace() else s
     return f'{shown}  ' + ' '.join(f'{ord(c):04X}' for c in s)
+
 
 def confusion_table(
     confusions: Counter,  # (what is there, what was read) -> how often
-    most: int = 12  # rows
+    most: int = 12,  # rows
 ) -> Table:
     "The most frequent mistakes of a reader"
-    rows = [(_letter(t), _letter(r), n) for (t,r),n in sorted(confusions.items(), key=lambda o: (-o[1], o[0])) if t != r]
+    rows = [
+        (_letter(t), _letter(r), n) for (t, r), n in sorted(confusions.items(), key=lambda o: (-o[1], o[0])) if t != r
+    ]
     return Table(rows[:most], ('what is there', 'what was read', 'times'))
 
 # %% ../../nbs/08_reporting/02_tables.ipynb #d23b2a4e
-_score_names = dict(cer_folded='character errors, no spaces, look-alikes folded', cer_nospace='character errors, no spaces', cer='character errors, raw',
-                    cluster='cluster errors', wer='errors in words between spaces', exact='lines without any error', accuracy='accuracy', bleu='BLEU over clusters')
+_score_names = dict(
+    cer_folded='character errors, no spaces, look-alikes folded',
+    cer_nospace='character errors, no spaces',
+    cer='character errors, raw',
+    cluster='cluster errors',
+    wer='errors in words between spaces',
+    exact='lines without any error',
+    accuracy='accuracy',
+    bleu='BLEU over clusters',
+)
+
 
 def score_table(
-    scores: dict  # as `metrics.score` gives them, or name -> such scores, for a comparison
+    scores: dict,  # as `metrics.score` gives them, or name -> such scores, for a comparison
 ) -> Table:
     "Scores as a table in per cent; several readers side by side"
     many = scores if all(isinstance(v, dict) for v in scores.values()) else {'%': scores}
-    pc = lambda v: f'{100*float(v):.2f}' if v is not None else '-'
-    rows = [(label, *(pc(s.get(k)) for s in many.values())) for k,label in _score_names.items() if any(k in s for s in many.values())]
+    pc = lambda v: f'{100 * float(v):.2f}' if v is not None else '-'
+    rows = [
+        (label, *(pc(s.get(k)) for s in many.values()))
+        for k, label in _score_names.items()
+        if any(k in s for s in many.values())
+    ]
     return Table(rows, ('measure', *many))
 
 # %% ../../nbs/08_reporting/02_tables.ipynb #c864a7ff
 def histogram(
     values,  # numbers, or a dict of number -> how often
     label: str,  # of the horizontal axis
-    bins: int = 30
+    bins: int = 30,
 ):  # a matplotlib figure
     "How often each size occurs"
     x, w = (list(map(float, values)), list(values.values())) if isinstance(values, dict) else (list(values), None)
     fig, ax = new_figure(5, 1.8)
-    ax.hist(x, bins=bins, weights=w, color='#9db4c0'); ax.set_xlabel(label); ax.set_ylabel('lines')
+    ax.hist(x, bins=bins, weights=w, color='#9db4c0')
+    ax.set_xlabel(label)
+    ax.set_ylabel('lines')
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
+
 def _rounded(o):
     "Floats to six significant digits, whatever holds them"
-    if isinstance(o, dict): return {str(k): _rounded(v) for k,v in o.items()}
-    if isinstance(o, (list, tuple)): return [_rounded(v) for v in o]
-    return float(f'{float(o):.6g}') if isinstance(o, (float, np.floating)) else int(o) if isinstance(o, np.integer) else o
+    if isinstance(o, dict):
+        return {str(k): _rounded(v) for k, v in o.items()}
+    if isinstance(o, (list, tuple)):
+        return [_rounded(v) for v in o]
+    return (
+        float(f'{float(o):.6g}') if isinstance(o, (float, np.floating)) else int(o) if isinstance(o, np.integer) else o
+    )
+
 
 def write_metrics(
     metrics: dict,  # whatever JSON can hold; no dates and no durations
-    folder  # of the run
+    folder,  # of the run
 ) -> dict:  # what was written
     "Writes `metrics.json`"
-    write_atomic(Path(folder)/'metrics.json', json.dumps(_rounded(metrics), ensure_ascii=False, indent=1) + '\n')
+    write_atomic(Path(folder) / 'metrics.json', json.dumps(_rounded(metrics), ensure_ascii=False, indent=1) + '\n')
     return _rounded(metrics)
 
 # %% ../../nbs/08_reporting/02_tables.ipynb #7e93d1f9
 class Facts:
     "A row of large numbers with what they count below; `good` colours one as a verdict"
-    def __init__(self, facts: dict, good: dict|None = None): self.facts, self.good = facts, good or {}      # label -> value; label -> True (green) or False (red)
 
-    def __repr__(self): return '\n'.join(f'{k}: {_spelled(v)}' for k,v in self.facts.items())
+    def __init__(self, facts: dict, good: dict | None = None):
+        self.facts, self.good = facts, good or {}  # label -> value; label -> True (green) or False (red)
+
+    def __repr__(self):
+        return '\n'.join(f'{k}: {_spelled(v)}' for k, v in self.facts.items())
 
     def _repr_html_(self):
         colour = lambda k: {True: '#2a7f4f', False: '#c1121f'}.get(self.good.get(k), '#1f5fa8')
         box = '<div style="padding:.5rem 1.1rem;background:#f6f5f1;border-radius:6px"><div style="font-size:1.5rem;line-height:1.3;color:{}">{}</div><div style="color:#666;font-size:.85rem">{}</div></div>'
-        return f'<div style="display:flex;flex-wrap:wrap;gap:.6rem;margin:.8rem 0">{"".join(box.format(colour(k), html.escape(_spelled(v)), html.escape(k)) for k,v in self.facts.items())}</div>'
+        return f'<div style="display:flex;flex-wrap:wrap;gap:.6rem;margin:.8rem 0">{"".join(box.format(colour(k), html.escape(_spelled(v)), html.escape(k)) for k, v in self.facts.items())}</div>'
 
-def _spelled(x): return f'{x:,.{0 if abs(x) >= 1000 else 1 if abs(x) >= 100 else 2}f}' if isinstance(x, float) else f'{x:,}' if isinstance(x, int) and not isinstance(x, bool) else str(x)
+
+def _spelled(x):
+    return (
+        f'{x:,.{0 if abs(x) >= 1000 else 1 if abs(x) >= 100 else 2}f}'
+        if isinstance(x, float)
+        else f'{x:,}'
+        if isinstance(x, int) and not isinstance(x, bool)
+        else str(x)
+    )
 
 # %% ../../nbs/08_reporting/02_tables.ipynb #185f39f7
 def _png_url(image, widest=1500) -> str:
     "A picture as text for a page; wider ones are made smaller"
     import cv2
+
     h, w = image.shape[:2]
-    if w > widest: image = cv2.resize(image, (widest, max(1, round(h*widest/w))), interpolation=cv2.INTER_AREA)
+    if w > widest:
+        image = cv2.resize(image, (widest, max(1, round(h * widest / w))), interpolation=cv2.INTER_AREA)
     return 'data:image/png;base64,' + base64.b64encode(cv2.imencode('.png', image)[1].tobytes()).decode()
+
 
 class Sheet:
     "Line images as a contact sheet: each with its label, in red what was read instead, and in small print a note"
-    def __init__(self, images, labels, notes=None, reads=None, height=44):      # uint8 arrays; texts; texts or None; texts or None; px on the page at most
-        self.images, self.labels, self.height = list(images), list(labels), height
-        self.notes, self.reads = list(notes or ['']*len(labels)), list(reads or labels)
 
-    def __repr__(self): return '\n'.join(f'{l or "(blank)"}  [{n}]' for l,n in zip(self.labels, self.notes))
+    def __init__(
+        self, images, labels, notes=None, reads=None, height=44
+    ):  # uint8 arrays; texts; texts or None; texts or None; px on the page at most
+        self.images, self.labels, self.height = list(images), list(labels), height
+        self.notes, self.reads = list(notes or [''] * len(labels)), list(reads or labels)
+
+    def __repr__(self):
+        return '\n'.join(f'{l or "(blank)"}  [{n}]' for l, n in zip(self.labels, self.notes))
 
     def _card(self, image, label, note, read):
-        wide = max(image.shape[1]*min(1, self.height/image.shape[0]), 190)
+        wide = max(image.shape[1] * min(1, self.height / image.shape[0]), 190)
         text = html.escape(label) or '<i style="color:#999">blank: no text, and none to be read</i>'
-        if read != label: text += f'<div style="color:#c1121f">{html.escape(read) or "∅"}</div>'
-        return (f'<figure style="margin:0;max-width:100%;width:{wide:.0f}px"><img src="{_png_url(image)}" alt="{html.escape(label)}" style="max-height:{self.height}px;max-width:100%;width:auto;height:auto;margin:0;outline:1px dotted #bbb;display:block">'
-                f'<figcaption style="line-height:1.5;font-size:.85rem">{text}<div style="color:#888;font-size:.72rem;line-height:1.3">{html.escape(note)}</div></figcaption></figure>')
+        if read != label:
+            text += f'<div style="color:#c1121f">{html.escape(read) or "∅"}</div>'
+        return (
+            f'<figure style="margin:0;max-width:100%;width:{wide:.0f}px"><img src="{_png_url(image)}" alt="{html.escape(label)}" style="max-height:{self.height}px;max-width:100%;width:auto;height:auto;margin:0;outline:1px dotted #bbb;display:block">'
+            f'<figcaption style="line-height:1.5;font-size:.85rem">{text}<div style="color:#888;font-size:.72rem;line-height:1.3">{html.escape(note)}</div></figcaption></figure>'
+        )
 
-    def _repr_html_(self): return f'<div style="display:flex;flex-wrap:wrap;gap:1rem 1.2rem;margin:1rem 0">{"".join(map(self._card, self.images, self.labels, self.notes, self.reads))}</div>'
+    def _repr_html_(self):
+        return f'<div style="display:flex;flex-wrap:wrap;gap:1rem 1.2rem;margin:1rem 0">{"".join(map(self._card, self.images, self.labels, self.notes, self.reads))}</div>'

@@ -18,35 +18,165 @@ from .degradation_ops import OPERATIONS
 # %% ../../nbs/03_synth/04_degradation.ipynb #5c18cfcf
 PRESETS = dict(
     clean=(),
-    light=(('weight', .2), ('neighbours', .3), ('margins', .7), ('contrast', .3), ('blur', .3), ('resample', .2), ('noise', .2), ('jpeg', .2)),
-    document=(('weight', .35), ('margins', .75), ('neighbours', .5), ('rule', .06), ('skew', .35), ('paper', .2), ('contrast', .4), ('light', .15), ('motion', .05),
-        ('blur', .35), ('resample', .45), ('noise', .3), ('threshold', .05), ('jpeg', .35), ('invert', .05)),
-    hard=(('weight', .6), ('margins', .75), ('neighbours', .6), ('rule', .2), ('skew', .6), ('paper', .6), ('contrast', .6), ('light', .4), ('motion', .2),
-        ('blur', .6), ('resample', .6), ('noise', .6), ('threshold', .1), ('jpeg', .6), ('invert', .1)),
-    scan=(('weight', .35), ('broken', .12), ('faded', .12), ('joined', .03), ('tight', .15), ('margins', .6), ('loose', .05), ('neighbours', .5), ('underline', .05), ('leaders', .06), ('table', .06),
-        ('rule', .05), ('ruled', .05), ('signature', .03), ('stamp', .05), ('bleed', .15), ('skew', .35), ('wave', .05), ('curl', .04), ('fibres', .1), ('clouds', .08), ('paper', .15), ('tint', .06), ('fold', .05),
-        ('contrast', .35), ('blobs', .08), ('blur', .35), ('dpi', .3), ('resample', .12), ('noise', .25), ('bilevel', .1), ('jpeg', .35), ('webp', .02), ('chat', .05), ('invert', .03)),
-    photo=(('weight', .3), ('broken', .05), ('faded', .06), ('joined', .03), ('tight', .12), ('margins', .6), ('loose', .08), ('neighbours', .5), ('underline', .05), ('leaders', .05), ('table', .06),
-        ('rule', .04), ('ruled', .07), ('signature', .04), ('stamp', .05), ('bleed', .08), ('skew', .4), ('perspective', .35), ('wave', .12), ('curl', .12), ('fibres', .05), ('paper', .25), ('tint', .12), ('fold', .1),
-        ('contrast', .45), ('light', .35), ('shadow', .25), ('vignette', .2), ('moire', .06), ('motion', .15), ('blur', .45), ('resample', .2), ('noise', .4), ('jpeg', .3), ('webp', .05), ('chat', .15), ('invert', .05)))
+    light=(
+        ('weight', 0.2),
+        ('neighbours', 0.3),
+        ('margins', 0.7),
+        ('contrast', 0.3),
+        ('blur', 0.3),
+        ('resample', 0.2),
+        ('noise', 0.2),
+        ('jpeg', 0.2),
+    ),
+    document=(
+        ('weight', 0.35),
+        ('margins', 0.75),
+        ('neighbours', 0.5),
+        ('rule', 0.06),
+        ('skew', 0.35),
+        ('paper', 0.2),
+        ('contrast', 0.4),
+        ('light', 0.15),
+        ('motion', 0.05),
+        ('blur', 0.35),
+        ('resample', 0.45),
+        ('noise', 0.3),
+        ('threshold', 0.05),
+        ('jpeg', 0.35),
+        ('invert', 0.05),
+    ),
+    hard=(
+        ('weight', 0.6),
+        ('margins', 0.75),
+        ('neighbours', 0.6),
+        ('rule', 0.2),
+        ('skew', 0.6),
+        ('paper', 0.6),
+        ('contrast', 0.6),
+        ('light', 0.4),
+        ('motion', 0.2),
+        ('blur', 0.6),
+        ('resample', 0.6),
+        ('noise', 0.6),
+        ('threshold', 0.1),
+        ('jpeg', 0.6),
+        ('invert', 0.1),
+    ),
+    scan=(
+        ('weight', 0.35),
+        ('broken', 0.12),
+        ('faded', 0.12),
+        ('joined', 0.03),
+        ('tight', 0.15),
+        ('margins', 0.6),
+        ('loose', 0.05),
+        ('neighbours', 0.5),
+        ('underline', 0.05),
+        ('leaders', 0.06),
+        ('table', 0.06),
+        ('rule', 0.05),
+        ('ruled', 0.05),
+        ('signature', 0.03),
+        ('stamp', 0.05),
+        ('bleed', 0.15),
+        ('skew', 0.35),
+        ('wave', 0.05),
+        ('curl', 0.04),
+        ('fibres', 0.1),
+        ('clouds', 0.08),
+        ('paper', 0.15),
+        ('tint', 0.06),
+        ('fold', 0.05),
+        ('contrast', 0.35),
+        ('blobs', 0.08),
+        ('blur', 0.35),
+        ('dpi', 0.3),
+        ('resample', 0.12),
+        ('noise', 0.25),
+        ('bilevel', 0.1),
+        ('jpeg', 0.35),
+        ('webp', 0.02),
+        ('chat', 0.05),
+        ('invert', 0.03),
+    ),
+    photo=(
+        ('weight', 0.3),
+        ('broken', 0.05),
+        ('faded', 0.06),
+        ('joined', 0.03),
+        ('tight', 0.12),
+        ('margins', 0.6),
+        ('loose', 0.08),
+        ('neighbours', 0.5),
+        ('underline', 0.05),
+        ('leaders', 0.05),
+        ('table', 0.06),
+        ('rule', 0.04),
+        ('ruled', 0.07),
+        ('signature', 0.04),
+        ('stamp', 0.05),
+        ('bleed', 0.08),
+        ('skew', 0.4),
+        ('perspective', 0.35),
+        ('wave', 0.12),
+        ('curl', 0.12),
+        ('fibres', 0.05),
+        ('paper', 0.25),
+        ('tint', 0.12),
+        ('fold', 0.1),
+        ('contrast', 0.45),
+        ('light', 0.35),
+        ('shadow', 0.25),
+        ('vignette', 0.2),
+        ('moire', 0.06),
+        ('motion', 0.15),
+        ('blur', 0.45),
+        ('resample', 0.2),
+        ('noise', 0.4),
+        ('jpeg', 0.3),
+        ('webp', 0.05),
+        ('chat', 0.15),
+        ('invert', 0.05),
+    ),
+)
 
 # %% ../../nbs/03_synth/04_degradation.ipynb #073a9da3
-PRESETS['buoy2022'] = tuple((op, .5) for op in ('joined', 'dilate', 'erode', 'strong_blur', 'strong_blobs', 'strong_fibres', 'strong_clouds', 'invert'))
+PRESETS['buoy2022'] = tuple(
+    (op, 0.5)
+    for op in ('joined', 'dilate', 'erode', 'strong_blur', 'strong_blobs', 'strong_fibres', 'strong_clouds', 'invert')
+)
 
 # %% ../../nbs/03_synth/04_degradation.ipynb #f4f315b3
-LOOKS = dict(learned='khmer_ocr.realism:Learned')      # name -> module:maker; maker(file of a model) is an operation
+LOOKS = dict(learned='khmer_ocr.realism:Learned')  # name -> module:maker; maker(file of a model) is an operation
 
-LEARNED = (('weight', .3), ('broken', .08), ('margins', .7), ('neighbours', .4), ('rule', .05), ('underline', .04), ('skew', .3), ('learned', 1.), ('light', .1),
-    ('motion', .03), ('blur', .2), ('resample', .25), ('noise', .1), ('jpeg', .3), ('invert', .03))
+LEARNED = (
+    ('weight', 0.3),
+    ('broken', 0.08),
+    ('margins', 0.7),
+    ('neighbours', 0.4),
+    ('rule', 0.05),
+    ('underline', 0.04),
+    ('skew', 0.3),
+    ('learned', 1.0),
+    ('light', 0.1),
+    ('motion', 0.03),
+    ('blur', 0.2),
+    ('resample', 0.25),
+    ('noise', 0.1),
+    ('jpeg', 0.3),
+    ('invert', 0.03),
+)
+
 
 @lru_cache(4)
 def _opened(name, path, stamp):
     module, _, maker = LOOKS[name].partition(':')
     return getattr(import_module(module), maker)(path)
 
+
 def open_look(
     name: str,  # of `LOOKS`
-    path: str  # of a trained model
+    path: str,  # of a trained model
 ) -> Callable:  # an operation
     "Make the operation that a model has learned, once in each process and again when the file has changed"
     return _opened(name, path, os.stat(path).st_mtime_ns if os.path.exists(path) else None)
@@ -54,18 +184,29 @@ def open_look(
 # %% ../../nbs/03_synth/04_degradation.ipynb #873a06fe
 def check_preset(
     name: str,
-    more=()  # other names that are allowed, such as mixes of presets
+    more=(),  # other names that are allowed, such as mixes of presets
 ) -> str:  # the same
     "KhmerOCRError if there is no preset of that name"
     kind, _, path = str(name).partition(':')
-    if kind in LOOKS and not path: raise KhmerOCRError(f'Preset {kind!r} paints with a trained model: add its file, as in {kind}:models/generator.safetensors')
-    if kind not in LOOKS and name not in (known := [*more, *PRESETS]): raise KhmerOCRError(f'Unknown degradation preset {name!r}{suggest(name, [*known, *LOOKS])}: choose one of {", ".join(known)}, or learned:FILE')
+    if kind in LOOKS and not path:
+        raise KhmerOCRError(
+            f'Preset {kind!r} paints with a trained model: add its file, as in {kind}:models/generator.safetensors'
+        )
+    if kind not in LOOKS and name not in (known := [*more, *PRESETS]):
+        raise KhmerOCRError(
+            f'Unknown degradation preset {name!r}{suggest(name, [*known, *LOOKS])}: choose one of {", ".join(known)}, or learned:FILE'
+        )
     return name
+
 
 def preset(name) -> tuple[tuple, ...]:
     "The operations of preset `name` in order, names or callables, each with its probability; KhmerOCRError if there is none of that name"
     kind, _, path = check_preset(name).partition(':')
-    return PRESETS[name] if kind not in LOOKS else tuple((open_look(kind, path) if op == kind else op, p) for op, p in LEARNED)
+    return (
+        PRESETS[name]
+        if kind not in LOOKS
+        else tuple((open_look(kind, path) if op == kind else op, p) for op, p in LEARNED)
+    )
 
 # %% ../../nbs/03_synth/04_degradation.ipynb #1c69aacf
 def degrade(
@@ -73,25 +214,36 @@ def degrade(
     rng,  # numpy Generator
     ops,  # name of a preset, or pairs (name or callable, probability)
     other=None,  # image of a neighbouring line, or a function that draws it (or None) when it is wanted; without it no neighbours intrude
-    second=None  # image of a line to come after this one, or a function as above; without it nothing is joined
-) -> tuple[np.ndarray, list[str]]:  # the degraded image, and the names of what was applied ('joined': add the second line's text to the label)
+    second=None,  # image of a line to come after this one, or a function as above; without it nothing is joined
+) -> tuple[
+    np.ndarray, list[str]
+]:  # the degraded image, and the names of what was applied ('joined': add the second line's text to the label)
     "Put a line through a preset"
     done, needs = [], dict(neighbours=other, joined=second)
-    for op, p in (preset(ops) if isinstance(ops, str) else ops):
+    for op, p in preset(ops) if isinstance(ops, str) else ops:
         need = isinstance(op, str) and op in needs
-        if rng.random() >= p: continue
-        if need and callable(needs[op]): needs[op] = needs[op]()
-        if need and needs[op] is None: continue
+        if rng.random() >= p:
+            continue
+        if need and callable(needs[op]):
+            needs[op] = needs[op]()
+        if need and needs[op] is None:
+            continue
         f = op if callable(op) else OPERATIONS[op](needs[op]) if need else OPERATIONS[op]
-        image = f(image, rng); done.append(getattr(op, '__name__', op))
+        image = f(image, rng)
+        done.append(getattr(op, '__name__', op))
     return np.ascontiguousarray(image), done
 
 # %% ../../nbs/03_synth/04_degradation.ipynb #28b9044d
 def operation_costs(image, names=None, rounds=3) -> dict[str, float]:
     "Mean microseconds of processor time per operation on `image`, over 20 seeds, the best of `rounds`; cheapest first"
+
     def once(f):
-        rngs = [np.random.default_rng(k) for k in range(20)]; f(image, rngs[0]); t = time.process_time()
-        for r in rngs: f(image, r)
-        return (time.process_time()-t)*1e6/20
+        rngs = [np.random.default_rng(k) for k in range(20)]
+        f(image, rngs[0])
+        t = time.process_time()
+        for r in rngs:
+            f(image, r)
+        return (time.process_time() - t) * 1e6 / 20
+
     fs = {k: OPERATIONS[k](image) if k in ('neighbours', 'joined') else OPERATIONS[k] for k in names or OPERATIONS}
     return dict(sorted(((k, min(once(f) for _ in range(rounds))) for k, f in fs.items()), key=lambda kv: kv[1]))

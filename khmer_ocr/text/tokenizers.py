@@ -18,20 +18,26 @@ from ..core.errors import KhmerOCRError, suggest
 # %% ../../nbs/02_text/02_tokenizers.ipynb #8f0c7a78
 class Units:
     "Output units of a reader: the charset's symbols, then one unit per subscript. Ids start at 1; 0 is the CTC blank"
+
     def __init__(self, charset: Charset):
         self.charset = charset
-        subs = [COENG+c for c in CONSONANTS+INDEPENDENT if c in charset] if COENG in charset else []
+        subs = [COENG + c for c in CONSONANTS + INDEPENDENT if c in charset] if COENG in charset else []
         self.units = ('', *charset.symbols, *subs)
         self._id = {u: i for i, u in enumerate(self.units) if i}
         self._split = re.compile(f'{COENG}.|.', re.S)
 
-    def __len__(self): return len(self.units)          # with the blank
+    def __len__(self):
+        return len(self.units)  # with the blank
 
     def encode(self, text: str) -> list[int]:
         "Ids of a label in normal form; KhmerOCRError naming characters that the charset lacks"
-        try: return [self._id[u] for u in self._split.findall(text)]
-        except KeyError: self.charset.encode(text)      # raises with the names
-        return [i for u in self._split.findall(text) for i in ([self._id[u]] if u in self._id else [self._id[c] for c in u])]
+        try:
+            return [self._id[u] for u in self._split.findall(text)]
+        except KeyError:
+            self.charset.encode(text)  # raises with the names
+        return [
+            i for u in self._split.findall(text) for i in ([self._id[u]] if u in self._id else [self._id[c] for c in u])
+        ]
 
     def decode(self, ids) -> str:
         "The text that a sequence of ids stands for; blanks (0) are nothing"
@@ -40,13 +46,16 @@ class Units:
 # %% ../../nbs/02_text/02_tokenizers.ipynb #2b3ccddf
 class Symbols:
     "Output units of the paper: one for each symbol of the charset. Id 0 is `<sos>` (and CTC's blank), id 1 `<eos>`"
+
     eos = 1
+
     def __init__(self, charset: Charset):
         ends = ('<sos>', '<eos>')
         self.charset = Charset((*ends, *(c for c in charset.symbols if c not in ends)))
         self.units = ('', '', *self.charset.symbols[2:])
 
-    def __len__(self): return len(self.units)
+    def __len__(self):
+        return len(self.units)
 
     def encode(self, text: str) -> list[int]:
         "Ids of a label in normal form; KhmerOCRError naming characters that the charset lacks"
@@ -56,28 +65,37 @@ class Symbols:
         "The text that a sequence of ids stands for"
         return ''.join(self.units[i] for i in ids)
 
+
 def end_id(units) -> int:
     "The id that ends a text: 1 in `Symbols`; 0, which starts it too, in `Units`"
     return getattr(units, 'eos', 0)
 
 # %% ../../nbs/02_text/02_tokenizers.ipynb #c94cb0b4
-def as_targets(units, texts: list[str]):  # int64 (B, U) ids, ended and filled up with the end; int64 (B,) lengths without the end
+def as_targets(
+    units, texts: list[str]
+):  # int64 (B, U) ids, ended and filled up with the end; int64 (B,) lengths without the end
     "Labels as the decoder must write them"
-    ids = [units.encode(t) for t in texts]; n = torch.tensor([len(i) for i in ids])
-    out = torch.full((len(ids), int(n.max())+1), end_id(units))
-    for row, i in zip(out, ids): row[:len(i)] = torch.tensor(i, dtype=torch.long)
+    ids = [units.encode(t) for t in texts]
+    n = torch.tensor([len(i) for i in ids])
+    out = torch.full((len(ids), int(n.max()) + 1), end_id(units))
+    for row, i in zip(out, ids):
+        row[: len(i)] = torch.tensor(i, dtype=torch.long)
     return out, n
 
 # %% ../../nbs/02_text/02_tokenizers.ipynb #24df8616
 class Characters:
     "Output units: the characters of a charset, by their numbers from 1; 0 is CTC's blank, and starts and ends a text"
+
     kind = 'characters'
+
     def __init__(self, charset: Charset, more=()):  # more: units of several characters, behind the charset's
         self.charset = charset
         self.units = ('', *(c for c in charset.symbols if len(c) == 1), *more)
         self._id = {u: i for i, u in enumerate(self.units) if i}
 
-    def __len__(self): return len(self.units)          # with number 0
+    def __len__(self):
+        return len(self.units)  # with number 0
+
     def split(self, text: str) -> list[str]:
         "The units of a text, in order"
         return list(text)
@@ -98,16 +116,19 @@ class Characters:
 # %% ../../nbs/02_text/02_tokenizers.ipynb #23bc66c6
 class Subscripts(Units):
     "`ctc.Units`: characters, and one unit for each coeng with its letter"
+
     kind = 'subscripts'
+
     def split(self, text: str) -> list[str]:
         "The units of a text, in order"
         return [self.units[i] for i in self.encode(text)]
+
     to_dict = Characters.to_dict
 
 # %% ../../nbs/02_text/02_tokenizers.ipynb #207e503a
 def frequent_clusters(
     texts,  # lines in normal form
-    n: int  # how many
+    n: int,  # how many
 ) -> list[str]:  # at most so many clusters of two characters and more, the most frequent first
     "The clusters that a corpus uses most"
     counts = Counter(c for t in texts for c in clusters(t) if len(c) > 1)
@@ -116,92 +137,161 @@ def frequent_clusters(
 # %% ../../nbs/02_text/02_tokenizers.ipynb #bb641764
 class Clusters(Characters):
     "Frequent clusters as units; any other is written as its longest known beginning, then subscripts and signs"
+
     kind = 'clusters'
+
     def __init__(self, charset: Charset, inventory):
         self.small, self.inventory = Units(charset), tuple(inventory)
-        super().__init__(charset, (*self.small.units[1+sum(len(c) == 1 for c in charset.symbols):], *self.inventory))
+        super().__init__(charset, (*self.small.units[1 + sum(len(c) == 1 for c in charset.symbols) :], *self.inventory))
 
-    def split(self, text: str) -> list[str]: return [u for c in clusters(text) for u in self._cut(c)]
+    def split(self, text: str) -> list[str]:
+        return [u for c in clusters(text) for u in self._cut(c)]
 
     def _cut(self, cluster):
         n = next((n for n in range(len(cluster), 0, -1) if cluster[:n] in self._id), 0)
         return [cluster[:n], *(self.small.units[i] for i in self.small.encode(cluster[n:]))]
 
-    def to_dict(self): return super().to_dict() | dict(clusters=list(self.inventory))
+    def to_dict(self):
+        return super().to_dict() | dict(clusters=list(self.inventory))
 
 # %% ../../nbs/02_text/02_tokenizers.ipynb #a30ccf19
 _algorithms, _digits, _space = ('unigram', 'bpe'), '0123456789០១២៣៤៥៦៧៨៩', '▁'
+
 
 def train_subwords(
     texts,  # lines in normal form, of symbols of `charset`
     charset: Charset,
     size: int = 1000,  # units at most, number 0 and the charset among them; a small corpus has fewer
-    algorithm='unigram'  # or bpe, which is faster
+    algorithm='unigram',  # or bpe, which is faster
 ) -> bytes:  # a sentencepiece model; the same lines and settings give the same bytes
     "Learn a subword vocabulary, in one thread"
     import sentencepiece
-    known = [c for c in charset.symbols if len(c) == 1 and not c.isspace()]; digits = [c for c in known if c in _digits]
-    if algorithm not in _algorithms: raise KhmerOCRError(f'Unknown algorithm {algorithm!r}{suggest(algorithm, _algorithms)}: choose unigram or bpe')
-    if size < len(known)+3: raise KhmerOCRError(f'A vocabulary of {size} units cannot hold the {len(known)} symbols of the charset: ask for more')
-    out, every = io.BytesIO(), [*known, *([f'{known[0]} {known[-1]}'] if ' ' in charset else [])]        # each symbol is seen at least once
-    plain = dict(normalization_rule_name='identity', remove_extra_whitespaces=False, add_dummy_prefix=False, byte_fallback=False, split_by_unicode_script=False)
-    symbols = dict(character_coverage=1., user_defined_symbols=digits, unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1)
-    try: sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([*texts, *every]), model_writer=out, model_type=algorithm, vocab_size=size, num_threads=1, shuffle_input_sentence=False, hard_vocab_limit=False, minloglevel=2, **plain, **symbols)
-    except RuntimeError: raise KhmerOCRError(f'No vocabulary of {size} units can be learned from {len(texts)} lines: give other text, or ask for fewer units') from None
+
+    known = [c for c in charset.symbols if len(c) == 1 and not c.isspace()]
+    digits = [c for c in known if c in _digits]
+    if algorithm not in _algorithms:
+        raise KhmerOCRError(f'Unknown algorithm {algorithm!r}{suggest(algorithm, _algorithms)}: choose unigram or bpe')
+    if size < len(known) + 3:
+        raise KhmerOCRError(
+            f'A vocabulary of {size} units cannot hold the {len(known)} symbols of the charset: ask for more'
+        )
+    out, every = (
+        io.BytesIO(),
+        [*known, *([f'{known[0]} {known[-1]}'] if ' ' in charset else [])],
+    )  # each symbol is seen at least once
+    plain = dict(
+        normalization_rule_name='identity',
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        byte_fallback=False,
+        split_by_unicode_script=False,
+    )
+    symbols = dict(character_coverage=1.0, user_defined_symbols=digits, unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([*texts, *every]),
+            model_writer=out,
+            model_type=algorithm,
+            vocab_size=size,
+            num_threads=1,
+            shuffle_input_sentence=False,
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **plain,
+            **symbols,
+        )
+    except RuntimeError:
+        raise KhmerOCRError(
+            f'No vocabulary of {size} units can be learned from {len(texts)} lines: give other text, or ask for fewer units'
+        ) from None
     return out.getvalue()
 
 # %% ../../nbs/02_text/02_tokenizers.ipynb #2a776191
 class Subwords(Characters):
     "Pieces of a sentencepiece model as units; a space is a space"
+
     kind = 'subwords'
+
     def __init__(self, charset: Charset, model: bytes):
         import sentencepiece
+
         self.charset, self.model = charset, model
-        try: self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError: raise KhmerOCRError('The subword model of this checkpoint is damaged: fetch or train it again') from None
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise KhmerOCRError('The subword model of this checkpoint is damaged: fetch or train it again') from None
         self.units = ('', *(self._pieces.id_to_piece(i).replace(_space, ' ') for i in range(1, len(self._pieces))))
         missing = [c for c in charset.symbols if len(c) == 1 and c not in self.units]
-        if missing: raise KhmerOCRError(f'The subword model has no piece for {missing[0]!r}: it was learned for another charset')
+        if missing:
+            raise KhmerOCRError(
+                f'The subword model has no piece for {missing[0]!r}: it was learned for another charset'
+            )
 
     def encode(self, text: str) -> list[int]:
         self.charset.encode(text)
         return self._pieces.encode(text)
-    def split(self, text: str) -> list[str]: return [self.units[i] for i in self.encode(text)]
-    def to_dict(self): return super().to_dict() | dict(model=base64.b64encode(self.model).decode())
+
+    def split(self, text: str) -> list[str]:
+        return [self.units[i] for i in self.encode(text)]
+
+    def to_dict(self):
+        return super().to_dict() | dict(model=base64.b64encode(self.model).decode())
 
 # %% ../../nbs/02_text/02_tokenizers.ipynb #1342adb0
 KINDS = ('characters', 'subscripts', 'clusters', 'subwords')
+
 
 def make_targets(
     kind='subscripts',  # one of `KINDS`
     texts=None,  # lines in normal form; clusters and subwords are learned from them
     symbols='khmer-latin',  # a Charset, the name of one, or None: the characters of the texts
     size=1000,  # at most: units in all (subwords), or clusters beside the characters (clusters)
-    algorithm='unigram'  # of subwords: unigram or bpe
+    algorithm='unigram',  # of subwords: unigram or bpe
 ):  # a target: `len`, `encode`, `decode`, `split`, `units`, `charset`, `to_dict`
     "Output units by name, learned from texts where they have to be"
     _known(kind)
-    if texts is None and (symbols is None or kind in KINDS[2:]): raise KhmerOCRError(f'Targets of kind {kind!r} are learned from text: give the lines of a corpus')
-    cs = Charset(sorted({c for t in texts for c in t})) if symbols is None else charset(symbols) if isinstance(symbols, str) else symbols
-    if kind == 'characters': return Characters(cs)
-    if kind == 'subscripts': return Subscripts(cs)
-    known = frozenset(cs.symbols); texts = [t for t in texts if known.issuperset(t)]
-    if not texts: raise KhmerOCRError('No line of these texts can be written with the symbols of this charset: choose another charset or corpus')
-    if kind == 'clusters': return Clusters(cs, frequent_clusters(texts, size))
+    if texts is None and (symbols is None or kind in KINDS[2:]):
+        raise KhmerOCRError(f'Targets of kind {kind!r} are learned from text: give the lines of a corpus')
+    cs = (
+        Charset(sorted({c for t in texts for c in t}))
+        if symbols is None
+        else charset(symbols)
+        if isinstance(symbols, str)
+        else symbols
+    )
+    if kind == 'characters':
+        return Characters(cs)
+    if kind == 'subscripts':
+        return Subscripts(cs)
+    known = frozenset(cs.symbols)
+    texts = [t for t in texts if known.issuperset(t)]
+    if not texts:
+        raise KhmerOCRError(
+            'No line of these texts can be written with the symbols of this charset: choose another charset or corpus'
+        )
+    if kind == 'clusters':
+        return Clusters(cs, frequent_clusters(texts, size))
     return Subwords(cs, train_subwords(texts, cs, size, algorithm))
 
+
 def _known(kind):
-    if kind not in KINDS: raise KhmerOCRError(f'Unknown kind of targets {kind!r}{suggest(kind, KINDS)}: choose {", ".join(KINDS[:-1])} or {KINDS[-1]}')
+    if kind not in KINDS:
+        raise KhmerOCRError(
+            f'Unknown kind of targets {kind!r}{suggest(kind, KINDS)}: choose {", ".join(KINDS[:-1])} or {KINDS[-1]}'
+        )
 
 # %% ../../nbs/02_text/02_tokenizers.ipynb #34812522
 def targets_from_dict(
-    d: dict  # what `to_dict` gave
+    d: dict,  # what `to_dict` gave
 ):  # the target
     "Output units as a checkpoint's header has them; KhmerOCRError for what makes none"
     _known(d.get('kind'))
     try:
         cs = Charset(d['symbols'])
-        if d['kind'] == 'clusters': return Clusters(cs, d['clusters'])
-        if d['kind'] == 'subwords': return Subwords(cs, base64.b64decode(d['model'], validate=True))
-    except (KeyError, TypeError, ValueError) as e: raise KhmerOCRError(f'The {d["kind"]} of this checkpoint are damaged ({e}): fetch or train it again') from None
+        if d['kind'] == 'clusters':
+            return Clusters(cs, d['clusters'])
+        if d['kind'] == 'subwords':
+            return Subwords(cs, base64.b64decode(d['model'], validate=True))
+    except (KeyError, TypeError, ValueError) as e:
+        raise KhmerOCRError(f'The {d["kind"]} of this checkpoint are damaged ({e}): fetch or train it again') from None
     return (Characters if d['kind'] == 'characters' else Subscripts)(cs)

@@ -21,179 +21,315 @@ from .memory import batch_length
 from ..core.files import write_atomic
 
 # %% ../../nbs/04_training/04_callbacks.ipynb #1d5fb952
-class CancelFit(Exception): "Raised in a callback: finish this step, save, stop"
+class CancelFit(Exception):
+    "Raised in a callback: finish this step, save, stop"
+
 
 class Callback:
     "Base class; override what you need. `state`/`load_state` carry JSON values through a checkpoint"
+
     order = 0
-    def state(self) -> dict: return {}
-    def load_state(self, state: dict): pass
+
+    def state(self) -> dict:
+        return {}
+
+    def load_state(self, state: dict):
+        pass
 
 # %% ../../nbs/04_training/04_callbacks.ipynb #4ad53bf4
 def memory_mb(device) -> float:
     "Megabytes in use: of the GPU at its highest, or of this process"
-    return (torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else psutil.Process().memory_info().rss) / 2**20
+    return (
+        torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else psutil.Process().memory_info().rss
+    ) / 2**20
 
 # %% ../../nbs/04_training/04_callbacks.ipynb #eb86fd15
 class Timer(Callback):
     "Measures `learn.speed`: samples/s, waiting share, memory; `learn.first_batch`: seconds until the first batch"
+
     order = -20
+
     def before_fit(self, learn):
         self.rows, self.n, self.t, self.w, learn.first_batch = [], 0, time.perf_counter(), learn.waited, None
-        learn.speed = dict(samples_per_s=0., waiting=0., memory_mb=memory_mb(learn.fabric.device))
+        learn.speed = dict(samples_per_s=0.0, waiting=0.0, memory_mb=memory_mb(learn.fabric.device))
+
     def after_loss(self, learn):
-        if learn.first_batch is None: learn.first_batch = time.perf_counter() - learn.started
-        if not learn.turn: self.n += batch_length(learn.batch)*learn.fabric.world_size
+        if learn.first_batch is None:
+            learn.first_batch = time.perf_counter() - learn.started
+        if not learn.turn:
+            self.n += batch_length(learn.batch) * learn.fabric.world_size
+
     def after_step(self, learn):
         self.stepped = now = time.perf_counter()
-        if learn.step % learn.config.log_every and learn.step != learn.config.steps: return
-        dt = max(now-self.t, 1e-9)
-        learn.speed = dict(samples_per_s=self.n/dt, waiting=(learn.waited-self.w)/dt, memory_mb=memory_mb(learn.fabric.device)) | learn.shown
+        if learn.step % learn.config.log_every and learn.step != learn.config.steps:
+            return
+        dt = max(now - self.t, 1e-9)
+        learn.speed = (
+            dict(
+                samples_per_s=self.n / dt,
+                waiting=(learn.waited - self.w) / dt,
+                memory_mb=memory_mb(learn.fabric.device),
+            )
+            | learn.shown
+        )
         self.n, self.t, self.w = 0, now, learn.waited
-        self.rows.append(dict(step=learn.step, seconds=now-learn.started, **learn.speed))
-        if learn.fabric.is_global_zero: write_csv(learn.log_dir/'speed.csv', [{k: round(v, 3) for k, v in r.items()} for r in self.rows])
-    def after_eval(self, learn): self.t += time.perf_counter()-self.stepped
+        self.rows.append(dict(step=learn.step, seconds=now - learn.started, **learn.speed))
+        if learn.fabric.is_global_zero:
+            write_csv(learn.log_dir / 'speed.csv', [{k: round(v, 3) for k, v in r.items()} for r in self.rows])
+
+    def after_eval(self, learn):
+        self.t += time.perf_counter() - self.stepped
 
 # %% ../../nbs/04_training/04_callbacks.ipynb #a6835d9e
 def write_csv(path, rows: list[dict]):
     "Write `rows` as CSV; columns in the order of their first appearance"
     out = io.StringIO()
     w = csv.DictWriter(out, list(dict.fromkeys(k for r in rows for k in r)), lineterminator='\n')
-    w.writeheader(); w.writerows(rows)
+    w.writeheader()
+    w.writerows(rows)
     write_atomic(path, out.getvalue())
 
-def read_history(path: str|Path) -> list[dict]:
+
+def read_history(path: str | Path) -> list[dict]:
     "Rows of a history.csv, as numbers; empty cells are left out"
     with Path(path).open(newline='') as f:
-        return [{k: int(v) if k in ('step', 'skipped') else float(v) for k, v in r.items() if v} for r in csv.DictReader(f)]
+        return [
+            {k: int(v) if k in ('step', 'skipped') else float(v) for k, v in r.items() if v} for r in csv.DictReader(f)
+        ]
 
 # %% ../../nbs/04_training/04_callbacks.ipynb #b5fbfe16
 class History(Callback):
     "`learn.history` and history.csv: step, loss, lr, norm of the gradient, steps skipped, scores"
+
     order = -10
-    def __init__(self): self.total, self.n = 0., 0
-    def state(self): return dict(total=self.total, n=self.n)
-    def load_state(self, state): self.total, self.n = state.get('total', 0.), state.get('n', 0)
+
+    def __init__(self):
+        self.total, self.n = 0.0, 0
+
+    def state(self):
+        return dict(total=self.total, n=self.n)
+
+    def load_state(self, state):
+        self.total, self.n = state.get('total', 0.0), state.get('n', 0)
+
     def before_fit(self, learn):
-        p = learn.log_dir/'history.csv'
+        p = learn.log_dir / 'history.csv'
         learn.history = [r for r in read_history(p) if r['step'] <= learn.step] if learn.step and p.exists() else []
+
     def after_step(self, learn):
-        if math.isfinite(learn.loss_value): self.total += learn.loss_value; self.n += 1
-        if learn.step % learn.config.log_every == 0 or learn.step == learn.config.steps: self.row(learn)
+        if math.isfinite(learn.loss_value):
+            self.total += learn.loss_value
+            self.n += 1
+        if learn.step % learn.config.log_every == 0 or learn.step == learn.config.steps:
+            self.row(learn)
+
     def after_eval(self, learn):
-        if not learn.history or learn.history[-1]['step'] != learn.step: self.row(learn)
+        if not learn.history or learn.history[-1]['step'] != learn.step:
+            self.row(learn)
         learn.history[-1].update(learn.metrics)
         self.write(learn)
+
     def row(self, learn):
-        loss = {'loss': self.total/self.n} if self.n else {}
+        loss = {'loss': self.total / self.n} if self.n else {}
         learn.history.append(dict(step=learn.step, **loss, lr=learn.lr, grad=learn.grad_norm, skipped=learn.skipped))
-        self.total, self.n = 0., 0
+        self.total, self.n = 0.0, 0
         self.write(learn)
+
     def write(self, learn):
-        if learn.fabric.is_global_zero: write_csv(learn.log_dir/'history.csv', learn.history)
+        if learn.fabric.is_global_zero:
+            write_csv(learn.log_dir / 'history.csv', learn.history)
 
 # %% ../../nbs/04_training/04_callbacks.ipynb #133b9cac
-def _show(d): return ', '.join(f'{k} {v:.4g}' for k, v in d.items())
+def _show(d):
+    return ', '.join(f'{k} {v:.4g}' for k, v in d.items())
+
 
 class Progress(Callback):
     "Shows the run on stderr: a bar on a terminal, else a line every `every` seconds and at evaluations"
+
     order = 10
-    def __init__(self, verbose=True, every=30.): self.verbose, self.every = verbose, every
+
+    def __init__(self, verbose=True, every=30.0):
+        self.verbose, self.every = verbose, every
+
     def before_fit(self, learn):
         self.on = self.verbose and learn.fabric.is_global_zero
         self.bar, self.last, self.first = None, time.perf_counter(), learn.step
-        if self.on and sys.stderr.isatty(): self.bar = tqdm(total=learn.config.steps, initial=learn.step, unit='step', dynamic_ncols=True)
+        if self.on and sys.stderr.isatty():
+            self.bar = tqdm(total=learn.config.steps, initial=learn.step, unit='step', dynamic_ncols=True)
+
     def say(self, text):
-        if self.on: self.bar.write(text, file=sys.stderr) if self.bar is not None else print(text, file=sys.stderr, flush=True)
+        if self.on:
+            self.bar.write(text, file=sys.stderr) if self.bar is not None else print(text, file=sys.stderr, flush=True)
+
     def after_step(self, learn):
-        if learn.step == self.first+1: self.say(f'first batch after {learn.first_batch:.1f} s, {learn.fabric.device}, {learn.fabric._precision.precision}')
-        if self.bar is not None: self.bar.update()
-        if not self.on or learn.step % learn.config.log_every: return
+        if learn.step == self.first + 1:
+            self.say(
+                f'first batch after {learn.first_batch:.1f} s, {learn.fabric.device}, {learn.fabric._precision.precision}'
+            )
+        if self.bar is not None:
+            self.bar.update()
+        if not self.on or learn.step % learn.config.log_every:
+            return
         loss, s, now = learn.history[-1].get('loss', math.nan), learn.speed, time.perf_counter()
-        text = f"loss {loss:.4f} lr {learn.lr:.2e} {s['samples_per_s']:.0f} samples/s waiting {s['waiting']:.1%} {s['memory_mb']:.0f} MB" + ''.join(f' {k} {v:.3g}' for k, v in learn.shown.items())
-        if self.bar is not None: self.bar.set_postfix_str(text)
-        elif now-self.last >= self.every:
-            left = (now-learn.started)/(learn.step-self.first)*(learn.config.steps-learn.step)
-            self.say(f'step {learn.step}/{learn.config.steps} {text}, {left/60:.0f} min left'); self.last = now
-    def out_of_memory(self, learn): self.say(f'out of memory at step {learn.step+1}: from now on each batch goes through in {learn.split} parts, with the same gradient; the step is made again')
+        text = (
+            f"loss {loss:.4f} lr {learn.lr:.2e} {s['samples_per_s']:.0f} samples/s waiting {s['waiting']:.1%} {s['memory_mb']:.0f} MB"
+            + ''.join(f' {k} {v:.3g}' for k, v in learn.shown.items())
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        elif now - self.last >= self.every:
+            left = (now - learn.started) / (learn.step - self.first) * (learn.config.steps - learn.step)
+            self.say(f'step {learn.step}/{learn.config.steps} {text}, {left / 60:.0f} min left')
+            self.last = now
+
+    def out_of_memory(self, learn):
+        self.say(
+            f'out of memory at step {learn.step + 1}: from now on each batch goes through in {learn.split} parts, with the same gradient; the step is made again'
+        )
+
     def after_eval(self, learn):
-        if learn.metrics: self.say(f"step {learn.step}/{learn.config.steps} {_show(learn.metrics)}{' (best)' if learn.improved else ''}")
+        if learn.metrics:
+            self.say(
+                f"step {learn.step}/{learn.config.steps} {_show(learn.metrics)}{' (best)' if learn.improved else ''}"
+            )
+
     def after_fit(self, learn):
-        if self.bar is not None: self.bar.close()
-        if learn.step > self.first: self.say(f'waited for data {learn.waited/(time.perf_counter()-learn.started):.1%} of the time, {learn.first_batch:.1f} s of it for the first batch')
-        if learn.stopping: self.say(f'stopped at step {learn.step} by {learn.stopping}; go on with resume=latest')
+        if self.bar is not None:
+            self.bar.close()
+        if learn.step > self.first:
+            self.say(
+                f'waited for data {learn.waited / (time.perf_counter() - learn.started):.1%} of the time, {learn.first_batch:.1f} s of it for the first batch'
+            )
+        if learn.stopping:
+            self.say(f'stopped at step {learn.step} by {learn.stopping}; go on with resume=latest')
 
 # %% ../../nbs/04_training/04_callbacks.ipynb #a54f0469
 class TensorBoard(Callback):
     "Writes the history's columns to `folder` (default: the run's folder in `config.logs`, or else out_dir/logs)"
+
     order = 20
-    def __init__(self, folder=None): self.folder, self.writer, self.make = folder, None, None
+
+    def __init__(self, folder=None):
+        self.folder, self.writer, self.make = folder, None, None
+
     def before_fit(self, learn):
-        if not learn.fabric.is_global_zero: return
-        try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError: return
-        purge = learn.step+1 if learn.step else None
-        self.make = lambda: SummaryWriter(self.folder or (learn.log_dir if learn.config.logs else learn.out_dir/'logs'), purge_step=purge)
+        if not learn.fabric.is_global_zero:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        purge = learn.step + 1 if learn.step else None
+        self.make = lambda: SummaryWriter(
+            self.folder or (learn.log_dir if learn.config.logs else learn.out_dir / 'logs'), purge_step=purge
+        )
+
     def write(self, d, step):
-        if self.writer is None: self.writer = self.make()          # not before there is something to write
-        for k, v in d.items(): self.writer.add_scalar(k, v, step)
+        if self.writer is None:
+            self.writer = self.make()  # not before there is something to write
+        for k, v in d.items():
+            self.writer.add_scalar(k, v, step)
+
     def after_step(self, learn):
-        if self.make and learn.history and learn.history[-1]['step'] == learn.step: self.write({**learn.history[-1], **learn.speed}, learn.step)
+        if self.make and learn.history and learn.history[-1]['step'] == learn.step:
+            self.write({**learn.history[-1], **learn.speed}, learn.step)
+
     def after_eval(self, learn):
-        if self.make: self.write(learn.metrics, learn.step)
+        if self.make:
+            self.write(learn.metrics, learn.step)
+
     def after_fit(self, learn):
-        if self.writer: self.writer.close()
+        if self.writer:
+            self.writer.close()
 
 # %% ../../nbs/04_training/04_callbacks.ipynb #b91688b8
 class EarlyStop(Callback):
     "Stops the run after `patience` evaluations without a better score"
+
     order = 30
-    def __init__(self, patience: int): self.patience, self.bad = patience, 0
-    def state(self): return dict(bad=self.bad)
-    def load_state(self, state): self.bad = state.get('bad', 0)
+
+    def __init__(self, patience: int):
+        self.patience, self.bad = patience, 0
+
+    def state(self):
+        return dict(bad=self.bad)
+
+    def load_state(self, state):
+        self.bad = state.get('bad', 0)
+
     def after_eval(self, learn):
-        self.bad = 0 if learn.improved else self.bad+1
-        if self.bad >= self.patience: raise CancelFit(f'no better score in {self.bad} evaluations')
+        self.bad = 0 if learn.improved else self.bad + 1
+        if self.bad >= self.patience:
+            raise CancelFit(f'no better score in {self.bad} evaluations')
+
 
 class Enough(Callback):
     "Stops the run when the score that decides is as good as `target`"
+
     order = 31
-    def __init__(self, target: float): self.target = target
+
+    def __init__(self, target: float):
+        self.target = target
+
     def after_eval(self, learn):
-        if not learn.evaluate: return
+        if not learn.evaluate:
+            return
         name, got = learn.deciding()
-        if got <= self.target if learn.config.mode == 'min' else got >= self.target: raise CancelFit(f'{name} {got:.4g}, as good as stop_at ({self.target:g})')
+        if got <= self.target if learn.config.mode == 'min' else got >= self.target:
+            raise CancelFit(f'{name} {got:.4g}, as good as stop_at ({self.target:g})')
 
 # %% ../../nbs/04_training/04_callbacks.ipynb #1538b7c4
 class KeepBest(Callback):
     "Keeps the `k` best weights as step-000500-cer-0.012300.safetensors"
+
     order = 25
     pattern = re.compile(r'step-(\d+)-(.+)-(-?\d+\.\d+)\.safetensors')
-    def __init__(self, k: int): self.k = k
+
+    def __init__(self, k: int):
+        self.k = k
 
     def files(self, learn) -> list[tuple]:  # (score, step, path), best first
-        found = [(float(m[3]), int(m[1]), p) for p in learn.out_dir.glob('step-*.safetensors') if (m := self.pattern.fullmatch(p.name)) and m[2] == learn.deciding()[0]]
+        found = [
+            (float(m[3]), int(m[1]), p)
+            for p in learn.out_dir.glob('step-*.safetensors')
+            if (m := self.pattern.fullmatch(p.name)) and m[2] == learn.deciding()[0]
+        ]
         return sorted(found, key=lambda f: (f[0] if learn.config.mode == 'min' else -f[0], f[1]))
 
     def after_eval(self, learn):
-        if not learn.evaluate or not learn.fabric.is_global_zero: return
-        name, got = learn.deciding(); worst = self.files(learn)[self.k-1:self.k]
-        if not math.isfinite(got) or worst and (got >= worst[0][0] if learn.config.mode == 'min' else got <= worst[0][0]): return
+        if not learn.evaluate or not learn.fabric.is_global_zero:
+            return
+        name, got = learn.deciding()
+        worst = self.files(learn)[self.k - 1 : self.k]
+        if (
+            not math.isfinite(got)
+            or worst
+            and (got >= worst[0][0] if learn.config.mode == 'min' else got <= worst[0][0])
+        ):
+            return
         learn.save(f'step-{learn.step:06d}-{name}-{got:.6f}')
-        for _, _, p in self.files(learn)[self.k:]: p.unlink()
+        for _, _, p in self.files(learn)[self.k :]:
+            p.unlink()
 
 # %% ../../nbs/04_training/04_callbacks.ipynb #590ad321
 def plot_history(
-    path: str|Path,  # a history.csv
+    path: str | Path,  # a history.csv
     log: bool = True,  # logarithmic axes
 ):  # matplotlib figure
     "Loss and scores by step"
     import matplotlib.pyplot as plt
+
     rows = read_history(path)
     scores = list(dict.fromkeys(k for r in rows for k in r if k not in ('step', 'loss', 'lr', 'grad', 'skipped')))
-    fig, axs = plt.subplots(1, 2 if scores else 1, figsize=(7 if scores else 3.5, 2.2), dpi=70, squeeze=False, layout='constrained')
+    fig, axs = plt.subplots(
+        1, 2 if scores else 1, figsize=(7 if scores else 3.5, 2.2), dpi=70, squeeze=False, layout='constrained'
+    )
     for ax, names in zip(axs[0], (['loss'], scores)):
-        for k in names: ax.plot(*zip(*[(r['step'], r[k]) for r in rows if k in r]), label=k, marker='.' if k in scores else '')
-        if log and all(r[k] > 0 for r in rows for k in names if k in r): ax.set_yscale('log')
-        ax.set_xlabel('step'); ax.legend(fontsize=8)
+        for k in names:
+            ax.plot(*zip(*[(r['step'], r[k]) for r in rows if k in r]), label=k, marker='.' if k in scores else '')
+        if log and all(r[k] > 0 for r in rows for k in names if k in r):
+            ax.set_yscale('log')
+        ax.set_xlabel('step')
+        ax.legend(fontsize=8)
     return fig

@@ -18,8 +18,9 @@ from ..core.errors import KhmerOCRError
 # %% ../../nbs/04_training/03_checkpoints.ipynb #9d93b787
 _format = 1
 
+
 def save_checkpoint(
-    path: str|Path,
+    path: str | Path,
     tensors: dict,  # name -> tensor, any device
     header: dict,  # anything JSON can hold
 ):
@@ -30,32 +31,41 @@ def save_checkpoint(
     write_atomic(path, _safetensors_bytes(flat, {'khmer_ocr': meta}))
 
 # %% ../../nbs/04_training/03_checkpoints.ipynb #1dd520b0
-def load_checkpoint(
-    path: str|Path
-) -> tuple[dict, dict]:  # name -> tensor (CPU), header
+def load_checkpoint(path: str | Path) -> tuple[dict, dict]:  # name -> tensor (CPU), header
     "Read what `save_checkpoint` wrote; `KhmerOCRError` if the file is missing, truncated, foreign or too new"
     path = Path(path)
-    if path.is_dir(): raise KhmerOCRError(f'{path} is a folder, not a checkpoint: give a .safetensors file')
-    if not path.is_file(): raise KhmerOCRError(f'Checkpoint not found: {path}: check the path, or train it')
+    if path.is_dir():
+        raise KhmerOCRError(f'{path} is a folder, not a checkpoint: give a .safetensors file')
+    if not path.is_file():
+        raise KhmerOCRError(f'Checkpoint not found: {path}: check the path, or train it')
     try:
         with safe_open(path, 'pt') as f:
             header = json.loads((f.metadata() or {}).get('khmer_ocr', 'null'))
             tensors = {k: f.get_tensor(k) for k in f.keys()} if header else {}
-    except OSError as e: raise KhmerOCRError(f'Cannot read the checkpoint {path}: {e.strerror or e}') from None
-    except (SafetensorError, ValueError, RuntimeError): raise KhmerOCRError(f'{path} is truncated or no safetensors file: fetch or train it again') from None
-    if not isinstance(header, dict): raise KhmerOCRError(f'{path} is a safetensors file, but not a checkpoint of khmer_ocr')
-    if header.get('format') != _format: raise KhmerOCRError(f'{path} has checkpoint format {header.get("format")}, this version reads {_format}: update khmer_ocr')
+    except OSError as e:
+        raise KhmerOCRError(f'Cannot read the checkpoint {path}: {e.strerror or e}') from None
+    except (SafetensorError, ValueError, RuntimeError):
+        raise KhmerOCRError(f'{path} is truncated or no safetensors file: fetch or train it again') from None
+    if not isinstance(header, dict):
+        raise KhmerOCRError(f'{path} is a safetensors file, but not a checkpoint of khmer_ocr')
+    if header.get('format') != _format:
+        raise KhmerOCRError(
+            f'{path} has checkpoint format {header.get("format")}, this version reads {_format}: update khmer_ocr'
+        )
     return tensors, header
 
 # %% ../../nbs/04_training/03_checkpoints.ipynb #e1dcc8d3
-def _part(tensors, name): return {k[len(name)+1:]: v for k, v in tensors.items() if k.startswith(name+'.')}
+def _part(tensors, name):
+    return {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + '.')}
+
 
 def load_weights(
-    path: str|Path  # best.safetensors or latest.safetensors
+    path: str | Path,  # best.safetensors or latest.safetensors
 ) -> tuple[dict, dict]:  # state_dict, header
     "The weights to use: the averaged ones where the checkpoint has them"
     tensors, header = load_checkpoint(path)
-    if header.get('kind') != 'training': return tensors, header
+    if header.get('kind') != 'training':
+        return tensors, header
     return _part(tensors, 'ema') or _part(tensors, 'model'), header
 
 # %% ../../nbs/04_training/03_checkpoints.ipynb #f9d7716b
@@ -67,9 +77,10 @@ def ema_update(
     step: int,  # 0-based; early steps decay faster
 ):
     "Move every float of `average` towards `model`; copy the integers"
-    d = min(decay, (1+step)/(10+step))
+    d = min(decay, (1 + step) / (10 + step))
     pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
     a, m = zip(*[(a, m) for a, m in pairs if a.is_floating_point()])
-    torch._foreach_lerp_(list(a), list(m), 1-d)
+    torch._foreach_lerp_(list(a), list(m), 1 - d)
     for a, m in pairs:
-        if not a.is_floating_point(): a.copy_(m)
+        if not a.is_floating_point():
+            a.copy_(m)

@@ -36,15 +36,17 @@ from .checkpoints import ema_update, save_checkpoint, load_checkpoint, _part
 # %% ../../nbs/04_training/05_learner.ipynb #747b7cfc
 class Learner:
     "Train `model`: `fit()` writes best.safetensors, latest.safetensors, history.csv and speed.csv into `out_dir`"
-    def __init__(self,
+
+    def __init__(
+        self,
         model: nn.Module,
         loss_fn,  # loss_fn(model, batch) -> scalar tensor; or a list of those, the turns of a step (see below)
         batches,  # batches(n) -> iterator of batches from number n on; the same n gives the same batch
         config: TrainConfig,
-        out_dir: str|Path,
+        out_dir: str | Path,
         callbacks=(),  # `Callback`s beside the standard ones
         evaluate=None,  # evaluate(model) -> dict of floats, called with the averaged weights in eval mode
-        header: dict|None = None,  # stored in every checkpoint
+        header: dict | None = None,  # stored in every checkpoint
         opt=optimiser,  # opt(model, config) -> torch optimiser
         verbose: bool = True,  # progress on stderr
     ):
@@ -52,16 +54,21 @@ class Learner:
         self.out_dir, self.evaluate, self.header, self.opt_fn = Path(out_dir), evaluate, header or {}, opt
         self.step = self.skipped = self.streak = 0
         self.split, self.best, self.metrics, self.shown, self.stopping, self.saved_at = 1, None, {}, {}, None, -1
-        self.log_dir = Path(config.logs)/self.out_dir.name if config.logs else self.out_dir
+        self.log_dir = Path(config.logs) / self.out_dir.name if config.logs else self.out_dir
         self.callbacks = sorted([*_standard(config, verbose), *callbacks], key=attrgetter('order'))
+
 
 def _standard(c, verbose):
     "The callbacks that the settings ask for"
     out = [Timer(), History(), Progress(verbose)]
-    if c.tensorboard: out.append(TensorBoard())
-    if c.keep_best: out.append(KeepBest(c.keep_best))
-    if c.patience: out.append(EarlyStop(c.patience))
-    if c.stop_at: out.append(Enough(c.stop_at))
+    if c.tensorboard:
+        out.append(TensorBoard())
+    if c.keep_best:
+        out.append(KeepBest(c.keep_best))
+    if c.patience:
+        out.append(EarlyStop(c.patience))
+    if c.stop_at:
+        out.append(Enough(c.stop_at))
     return out
 
 # %% ../../nbs/04_training/05_learner.ipynb #629ac35f
@@ -69,27 +76,40 @@ def _standard(c, verbose):
 def __call__(self: Learner, event: str):
     "Tell every callback that `event` has come"
     for cb in self.callbacks:
-        try: getattr(cb, event, lambda learn: None)(self)
-        except CancelFit as e: self.stopping = str(e) or type(cb).__name__
+        try:
+            getattr(cb, event, lambda learn: None)(self)
+        except CancelFit as e:
+            self.stopping = str(e) or type(cb).__name__
 
 # %% ../../nbs/04_training/05_learner.ipynb #6fb82e30
 @patch
 def setup(self: Learner):
     "Place model, average and optimiser on the device; called by `fit`"
     c, world, local = self.config, int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    if c.threads: torch.set_num_threads(c.threads)
+    if c.threads:
+        torch.set_num_threads(c.threads)
     cuda = c.device == 'cuda' or c.device == 'auto' and torch.cuda.is_available()
-    if cuda and not torch.cuda.is_available(): raise KhmerOCRError("Setting 'device' is 'cuda', but torch finds no GPU: use 'auto' or 'cpu'")
+    if cuda and not torch.cuda.is_available():
+        raise KhmerOCRError("Setting 'device' is 'cuda', but torch finds no GPU: use 'auto' or 'cpu'")
     device = 'cuda' if cuda else 'cpu'
     logging.getLogger('lightning_fabric').setLevel(logging.WARNING)
-    self.fabric = Fabric(accelerator=device, devices=local, num_nodes=max(1, world//local), strategy='ddp' if world > 1 else 'auto', **_precision(c, device))
+    self.fabric = Fabric(
+        accelerator=device,
+        devices=local,
+        num_nodes=max(1, world // local),
+        strategy='ddp' if world > 1 else 'auto',
+        **_precision(c, device),
+    )
     self.fabric.launch()
-    if c.channels_last: self.net.to(memory_format=torch.channels_last)
+    if c.channels_last:
+        self.net.to(memory_format=torch.channels_last)
     self.frozen = freeze(self.net, c.freeze)
     self.ema = deepcopy(self.net).requires_grad_(False).eval().to(self.fabric.device) if c.ema else None
-    if world > 1 and isinstance(self.loss_fn, (list, tuple)): raise KhmerOCRError('A model whose parts take turns trains in one process: start it without torchrun')
+    if world > 1 and isinstance(self.loss_fn, (list, tuple)):
+        raise KhmerOCRError('A model whose parts take turns trains in one process: start it without torchrun')
     self.model, self.opt = self.fabric.setup(self.net, self.opt_fn(self.net, c))
     torch.manual_seed(c.seed + self.fabric.global_rank)
+
 
 def _precision(c, device) -> dict:
     "How Fabric is told the precision; of itself it would put bfloat16 in the place of float16 on a CPU"
@@ -101,35 +121,43 @@ def _precision(c, device) -> dict:
 def train_mode(self: Learner):
     "Training mode for all but the frozen parts"
     self.model.train()
-    for m in self.frozen: m.eval()
+    for m in self.frozen:
+        m.eval()
 
 # %% ../../nbs/04_training/05_learner.ipynb #080a8b7b
 @patch
 def open(self: Learner, n: int):
     "Iterator over this process's batches from its `n`-th on"
     rank, world = self.fabric.global_rank, self.fabric.world_size
-    if world == 1: return iter(self.batches(n))
-    if 'shard' in signature(self.batches).parameters: return iter(self.batches(n, shard=(rank, world)))
-    return islice(self.batches(n*world), rank, None, world)
+    if world == 1:
+        return iter(self.batches(n))
+    if 'shard' in signature(self.batches).parameters:
+        return iter(self.batches(n, shard=(rank, world)))
+    return islice(self.batches(n * world), rank, None, world)
 
 # %% ../../nbs/04_training/05_learner.ipynb #53fb4cc4
 @patch
 def next_batch(self: Learner):
     "The next batch, on the device; `KhmerOCRError` when the source is empty"
     t, batch = time.perf_counter(), None
-    if self.source is not None: batch = next(self.source, None)
+    if self.source is not None:
+        batch = next(self.source, None)
     if batch is None:
         rng = torch.get_rng_state()
         with _deaf():
             self.source = self.open(self.taken)
             batch = next(self.source, None)
         torch.set_rng_state(rng)
-    if batch is None: raise KhmerOCRError(f'No data: the source of batches gave nothing for batch {self.taken}')
+    if batch is None:
+        raise KhmerOCRError(f'No data: the source of batches gave nothing for batch {self.taken}')
     self.taken += 1
     self.waited += time.perf_counter() - t
     batch = self.fabric.to_device(batch)
-    if not self.config.channels_last: return batch
-    return apply_to_collection(batch, torch.Tensor, lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
+    if not self.config.channels_last:
+        return batch
+    return apply_to_collection(
+        batch, torch.Tensor, lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    )
 
 # %% ../../nbs/04_training/05_learner.ipynb #37255af4
 @patch
@@ -137,13 +165,13 @@ def gradients(self: Learner, batches: list, loss_fn) -> list[torch.Tensor]:  # t
     "Forward and backward through the batches of one turn"
     c, losses = self.config, []
     for i, batch in enumerate(batches):
-        weight, total = batch_length(batch)/c.batch_size if c.weigh == 'sample' else 1., 0.
+        weight, total = batch_length(batch) / c.batch_size if c.weigh == 'sample' else 1.0, 0.0
         for part, share in (parts := list(split_batch(batch, self.split))):
-            last = i == len(batches)-1 and part is parts[-1][0]
+            last = i == len(batches) - 1 and part is parts[-1][0]
             with self.fabric.no_backward_sync(self.model, enabled=not last):
                 loss = loss_fn(self.model, part)
-                self.fabric.backward(loss*(share*weight/c.accumulate))
-            total = total + loss.detach().float()*share
+                self.fabric.backward(loss * (share * weight / c.accumulate))
+            total = total + loss.detach().float() * share
         losses.append(total)
     return losses
 
@@ -154,21 +182,33 @@ def gradients_in_memory(self: Learner, batches: list, kept: list, loss_fn) -> li
     gpu = self.fabric.device if self.fabric.device.type == 'cuda' else None
     rng, gpu_rng = torch.get_rng_state(), torch.cuda.get_rng_state(gpu) if gpu else None
     while True:
-        try: return self.gradients(batches, loss_fn)
+        try:
+            return self.gradients(batches, loss_fn)
         except (RuntimeError, MemoryError) as e:
-            if not is_out_of_memory(e): raise
+            if not is_out_of_memory(e):
+                raise
         self.opt.zero_grad()
-        for b, old in kept: b.copy_(old)
+        for b, old in kept:
+            b.copy_(old)
         torch.set_rng_state(rng)
-        if gpu: torch.cuda.set_rng_state(gpu_rng, gpu)
+        if gpu:
+            torch.cuda.set_rng_state(gpu_rng, gpu)
         self.make_room(max(map(batch_length, batches)))
+
 
 @patch
 def make_room(self: Learner, samples: int):
     "Twice as many parts from now on; `KhmerOCRError` where one sample is too much"
-    if self.fabric.device.type == 'cuda': torch.cuda.empty_cache()
-    if self.fabric.world_size > 1: raise KhmerOCRError(f"Out of memory at step {self.step+1}: halve batch_size (now {self.config.batch_size}) and double accumulate (now {self.config.accumulate}); with several processes that is not done by itself")
-    if self.split >= samples: raise KhmerOCRError(f'Out of memory at step {self.step+1}, even with one sample at a time: use a smaller network or shorter lines')
+    if self.fabric.device.type == 'cuda':
+        torch.cuda.empty_cache()
+    if self.fabric.world_size > 1:
+        raise KhmerOCRError(
+            f"Out of memory at step {self.step + 1}: halve batch_size (now {self.config.batch_size}) and double accumulate (now {self.config.accumulate}); with several processes that is not done by itself"
+        )
+    if self.split >= samples:
+        raise KhmerOCRError(
+            f'Out of memory at step {self.step + 1}, even with one sample at a time: use a smaller network or shorter lines'
+        )
     self.split *= 2
     self('out_of_memory')
 
@@ -178,16 +218,24 @@ def update(self: Learner, batches: list, loss_fn) -> bool:  # was it made?
     "One step of the optimiser down `loss_fn`; skipped when loss or gradient is not finite"
     kept = [(b, b.clone()) for b in self.net.buffers()]
     losses = self.gradients_in_memory(batches, kept, loss_fn)
-    for self.batch, self.loss in zip(batches, losses): self('after_loss')
+    for self.batch, self.loss in zip(batches, losses):
+        self('after_loss')
     loss = torch.stack(losses).mean()
-    if self.fabric.world_size > 1: loss = self.fabric.all_reduce(loss)
-    norm = self.fabric.clip_gradients(self.model, self.opt, max_norm=self.config.clip or math.inf, error_if_nonfinite=False)
-    self.losses.append(loss.item()); self.norms.append(norm.item())
+    if self.fabric.world_size > 1:
+        loss = self.fabric.all_reduce(loss)
+    norm = self.fabric.clip_gradients(
+        self.model, self.opt, max_norm=self.config.clip or math.inf, error_if_nonfinite=False
+    )
+    self.losses.append(loss.item())
+    self.norms.append(norm.item())
     made = math.isfinite(self.losses[-1]) and math.isfinite(self.norms[-1])
-    if made: self.opt.step()
+    if made:
+        self.opt.step()
     else:
-        for b, old in kept: b.copy_(old)
-        if self.scaler: self.scaler.update()
+        for b, old in kept:
+            b.copy_(old)
+        if self.scaler:
+            self.scaler.update()
     self.opt.zero_grad()
     return made
 
@@ -195,11 +243,19 @@ def update(self: Learner, batches: list, loss_fn) -> bool:  # was it made?
 @contextmanager
 def _turn(net, parts):
     "Only `parts` of `net` take gradients; no parts: all that do anyway"
-    still = [p for n, p in net.named_parameters() if p.requires_grad and not any(n.startswith(f'{k}.') for k in parts)] if parts else []
-    for p in still: p.requires_grad_(False)
-    try: yield
+    still = (
+        [p for n, p in net.named_parameters() if p.requires_grad and not any(n.startswith(f'{k}.') for k in parts)]
+        if parts
+        else []
+    )
+    for p in still:
+        p.requires_grad_(False)
+    try:
+        yield
     finally:
-        for p in still: p.requires_grad_(True)
+        for p in still:
+            p.requires_grad_(True)
+
 
 @patch
 def train_step(self: Learner, batches: list) -> bool:  # was all of it taken?
@@ -207,8 +263,10 @@ def train_step(self: Learner, batches: list) -> bool:  # was all of it taken?
     self.losses, self.norms = [], []
     turns = self.loss_fn if isinstance(self.loss_fn, (list, tuple)) else [self.loss_fn]
     for self.turn, loss_fn in enumerate(turns):
-        with _turn(self.net, getattr(loss_fn, 'parts', ())): taken = self.update(batches, loss_fn)
-        if not taken: break
+        with _turn(self.net, getattr(loss_fn, 'parts', ())):
+            taken = self.update(batches, loss_fn)
+        if not taken:
+            break
     self.loss_value, self.grad_norm = sum(self.losses), max(self.norms)
     return taken
 
@@ -218,29 +276,38 @@ def scaler(self: Learner):
     "What scales the loss in float16; None in other precisions"
     return getattr(self.fabric._precision, 'scaler', None)
 
+
 @patch
 def count_skipped(self: Learner, taken: bool):
     "Keep count, and give up after ten steps in a row"
     seeking = self.scaler and math.isfinite(self.loss_value) and self.scaler.get_scale() >= 1
-    self.streak = 0 if taken or seeking else self.streak+1
+    self.streak = 0 if taken or seeking else self.streak + 1
     self.skipped += not taken
-    if self.streak == 10: raise KhmerOCRError(f'Loss or gradient was not a finite number 10 steps in a row (up to step {self.step+1}): '
-        f'lower lr (now {self.lr:.2g}), raise warmup, set precision to 32-true, or look at the data')
+    if self.streak == 10:
+        raise KhmerOCRError(
+            f'Loss or gradient was not a finite number 10 steps in a row (up to step {self.step + 1}): '
+            f'lower lr (now {self.lr:.2g}), raise warmup, set precision to 32-true, or look at the data'
+        )
 
 # %% ../../nbs/04_training/05_learner.ipynb #ec5eabc0
 @patch
 def one_step(self: Learner) -> bool:  # False: stopped before it began
     "A step with everything that surrounds it"
     self.lr, before = lr_at(self.step, self.config), self.taken
-    for g in self.opt.param_groups: g['lr'] = self.lr*g.get('scale', 1.)
+    for g in self.opt.param_groups:
+        g['lr'] = self.lr * g.get('scale', 1.0)
     self('before_batch')
-    try: batches = [self.next_batch() for _ in range(self.config.accumulate)]
+    try:
+        batches = [self.next_batch() for _ in range(self.config.accumulate)]
     except RuntimeError:
-        if not self.stopping: raise
-        self.taken = before; return False
+        if not self.stopping:
+            raise
+        self.taken = before
+        return False
     taken = self.train_step(batches)
     self.count_skipped(taken)
-    if taken and self.ema is not None: ema_update(self.ema, self.net, self.config.ema, self.step)
+    if taken and self.ema is not None:
+        ema_update(self.ema, self.net, self.config.ema, self.step)
     self.step += 1
     self('after_step')
     return True
@@ -253,37 +320,56 @@ def run_evaluation(self: Learner):
     net.eval()
     if self.evaluate and self.fabric.is_global_zero:
         with torch.no_grad():
-            got = self.evaluate(self.fabric.setup_module(net) if self.fabric.world_size == 1 and self.ema is not None else net)
-        self.metrics = {f'valid_{k}' if k in ('step', 'loss', 'lr', 'grad', 'skipped') else k: float(v) for k, v in got.items()}
+            got = self.evaluate(
+                self.fabric.setup_module(net) if self.fabric.world_size == 1 and self.ema is not None else net
+            )
+        self.metrics = {
+            f'valid_{k}' if k in ('step', 'loss', 'lr', 'grad', 'skipped') else k: float(v) for k, v in got.items()
+        }
     self.metrics = self.fabric.broadcast(self.metrics)
     self.train_mode()
     self.improved = self.is_better()
-    if self.improved: self.save('best')
+    if self.improved:
+        self.save('best')
     self('after_eval')
 
 # %% ../../nbs/04_training/05_learner.ipynb #97ee6f69
 @patch
 def is_better(self: Learner) -> bool:
     "Compare `config.metric` with the best so far and remember it; without evaluation the newest is the best"
-    if not self.evaluate: return True
+    if not self.evaluate:
+        return True
     _, new = self.deciding()
-    better = math.isfinite(new) and (self.best is None or (new < self.best if self.config.mode == 'min' else new > self.best))
-    if better: self.best = new
+    better = math.isfinite(new) and (
+        self.best is None or (new < self.best if self.config.mode == 'min' else new > self.best)
+    )
+    if better:
+        self.best = new
     return better
+
 
 @patch
 def deciding(self: Learner) -> tuple[str, float]:
     "Name and value of the score that decides, at the last evaluation"
     name = self.config.metric or next(iter(self.metrics))
-    if name not in self.metrics: raise KhmerOCRError(f"The evaluation gives no '{name}'{suggest(name, self.metrics)}: it gives {', '.join(self.metrics)}")
+    if name not in self.metrics:
+        raise KhmerOCRError(
+            f"The evaluation gives no '{name}'{suggest(name, self.metrics)}: it gives {', '.join(self.metrics)}"
+        )
     return name, self.metrics[name]
 
 # %% ../../nbs/04_training/05_learner.ipynb #4aa29fc1
 @patch
 def training_state(self: Learner) -> dict:
     "All tensors of the run, by name"
-    parts = dict(model=self.net.state_dict(), ema=self.ema.state_dict() if self.ema is not None else {}, rng=self.rng_state())
-    parts['opt'] = {f'{i}.{k}': torch.as_tensor(v) for i, s in self.opt.optimizer.state_dict()['state'].items() for k, v in s.items()}
+    parts = dict(
+        model=self.net.state_dict(), ema=self.ema.state_dict() if self.ema is not None else {}, rng=self.rng_state()
+    )
+    parts['opt'] = {
+        f'{i}.{k}': torch.as_tensor(v)
+        for i, s in self.opt.optimizer.state_dict()['state'].items()
+        for k, v in s.items()
+    }
     return {f'{p}.{k}': v for p, d in parts.items() for k, v in d.items()}
 
 # %% ../../nbs/04_training/05_learner.ipynb #920772db
@@ -291,52 +377,80 @@ def training_state(self: Learner) -> dict:
 def rng_state(self: Learner) -> dict:
     "States of the random generators, one row per process"
     states = dict(cpu=torch.get_rng_state())
-    if self.fabric.device.type == 'cuda': states['cuda'] = torch.cuda.get_rng_state(self.fabric.device)
-    if self.fabric.world_size == 1: return {k: v[None] for k, v in states.items()}
+    if self.fabric.device.type == 'cuda':
+        states['cuda'] = torch.cuda.get_rng_state(self.fabric.device)
+    if self.fabric.world_size == 1:
+        return {k: v[None] for k, v in states.items()}
     rows = {k: [v.to(self.fabric.device, copy=True) for _ in range(self.fabric.world_size)] for k, v in states.items()}
-    for k, v in rows.items(): torch.distributed.all_gather(v, states[k].to(self.fabric.device))
+    for k, v in rows.items():
+        torch.distributed.all_gather(v, states[k].to(self.fabric.device))
     return {k: torch.stack(v) for k, v in rows.items()}
 
 # %% ../../nbs/04_training/05_learner.ipynb #d6965a3a
 _counters = ('step', 'skipped', 'streak', 'best', 'taken', 'split')
+
 
 @patch
 def save(self: Learner, name: str):
     "Write `latest` (everything), or weights to use under any other name, in `out_dir`; only the first process writes"
     whole = name == 'latest'
     tensors = self.training_state() if whole else (self.net if self.ema is None else self.ema).state_dict()
-    if whole: self.saved_at = self.step
-    if not self.fabric.is_global_zero: return
-    header = {'settings': asdict(self.config), **self.header, 'step': self.step, 'metrics': self.metrics, 'kind': 'training' if whole else 'weights'}
     if whole:
-        header['run'] = {k: getattr(self, k) for k in _counters} | {'callbacks': {type(cb).__name__: s for cb in self.callbacks if (s := cb.state())}}
-        if self.scaler: header['run']['scaler'] = self.scaler.state_dict()
-    save_checkpoint(self.out_dir/f'{name}.safetensors', tensors, header)
+        self.saved_at = self.step
+    if not self.fabric.is_global_zero:
+        return
+    header = {
+        'settings': asdict(self.config),
+        **self.header,
+        'step': self.step,
+        'metrics': self.metrics,
+        'kind': 'training' if whole else 'weights',
+    }
+    if whole:
+        header['run'] = {k: getattr(self, k) for k in _counters} | {
+            'callbacks': {type(cb).__name__: s for cb in self.callbacks if (s := cb.state())}
+        }
+        if self.scaler:
+            header['run']['scaler'] = self.scaler.state_dict()
+    save_checkpoint(self.out_dir / f'{name}.safetensors', tensors, header)
 
 # %% ../../nbs/04_training/05_learner.ipynb #6a0cb92d
 def _fill(module, tensors, path):
     own = module.state_dict()
-    bad = [k for k in own.keys() | tensors.keys() if k not in own or k not in tensors or own[k].shape != tensors[k].shape]
-    if bad: raise KhmerOCRError(f'{path} belongs to another model: {sorted(bad)[0]} and {len(bad)-1} more tensors do not fit')
+    bad = [
+        k for k in own.keys() | tensors.keys() if k not in own or k not in tensors or own[k].shape != tensors[k].shape
+    ]
+    if bad:
+        raise KhmerOCRError(
+            f'{path} belongs to another model: {sorted(bad)[0]} and {len(bad) - 1} more tensors do not fit'
+        )
     module.load_state_dict(tensors)
 
 # %% ../../nbs/04_training/05_learner.ipynb #d85d5aa5
 @patch
-def restore(self: Learner, path: str|Path):
+def restore(self: Learner, path: str | Path):
     "Go back to the state in `path`, a latest.safetensors"
     tensors, header = load_checkpoint(path)
-    if header.get('kind') != 'training': raise KhmerOCRError(f'{path} holds weights only and cannot be resumed: use latest.safetensors')
+    if header.get('kind') != 'training':
+        raise KhmerOCRError(f'{path} holds weights only and cannot be resumed: use latest.safetensors')
     _fill(self.net, _part(tensors, 'model'), path)
-    if self.ema is not None: _fill(self.ema, _part(tensors, 'ema') or _part(tensors, 'model'), path)
+    if self.ema is not None:
+        _fill(self.ema, _part(tensors, 'ema') or _part(tensors, 'model'), path)
     self.restore_opt(_part(tensors, 'opt'), path)
-    for k in _counters: setattr(self, k, header['run'].get(k, getattr(self, k)))
-    if self.scaler and 'scaler' in header['run']: self.scaler.load_state_dict(header['run']['scaler'])
+    for k in _counters:
+        setattr(self, k, header['run'].get(k, getattr(self, k)))
+    if self.scaler and 'scaler' in header['run']:
+        self.scaler.load_state_dict(header['run']['scaler'])
     self.metrics, self.saved_at = header['metrics'], self.step
-    for cb in self.callbacks: cb.load_state(header['run']['callbacks'].get(type(cb).__name__, {}))
+    for cb in self.callbacks:
+        cb.load_state(header['run']['callbacks'].get(type(cb).__name__, {}))
     for k, rows in _part(tensors, 'rng').items():
-        if self.fabric.global_rank >= len(rows): continue  # more processes than before: the seed must do
-        if k == 'cpu': torch.set_rng_state(rows[self.fabric.global_rank].clone())
-        elif self.fabric.device.type == 'cuda': torch.cuda.set_rng_state(rows[self.fabric.global_rank].clone(), self.fabric.device)
+        if self.fabric.global_rank >= len(rows):
+            continue  # more processes than before: the seed must do
+        if k == 'cpu':
+            torch.set_rng_state(rows[self.fabric.global_rank].clone())
+        elif self.fabric.device.type == 'cuda':
+            torch.cuda.set_rng_state(rows[self.fabric.global_rank].clone(), self.fabric.device)
 
 # %% ../../nbs/04_training/05_learner.ipynb #bfb61a22
 @patch
@@ -344,35 +458,50 @@ def restore_opt(self: Learner, tensors: dict, path):
     "Put the optimiser's memory back, each tensor in the layout of its parameter"
     opt, state = self.opt.optimizer, {}
     ps = [p for g in opt.param_groups for p in g['params']]
-    if tensors and {int(n.split('.')[0]) for n in tensors} != set(range(len(ps))): raise KhmerOCRError(f'{path} was trained with other parts frozen: resume with the settings it was started with')
+    if tensors and {int(n.split('.')[0]) for n in tensors} != set(range(len(ps))):
+        raise KhmerOCRError(f'{path} was trained with other parts frozen: resume with the settings it was started with')
     for name, v in tensors.items():
         i, k = name.split('.', 1)
-        state.setdefault(int(i), {})[k] = torch.empty_like(ps[int(i)]).copy_(v) if v.shape == ps[int(i)].shape and v.ndim else v
+        state.setdefault(int(i), {})[k] = (
+            torch.empty_like(ps[int(i)]).copy_(v) if v.shape == ps[int(i)].shape and v.ndim else v
+        )
     opt.load_state_dict(dict(state=state, param_groups=opt.state_dict()['param_groups']))
 
 # %% ../../nbs/04_training/05_learner.ipynb #177f6388
 class _Polite:
     "First signal inside: `learn.stopping` is set. Second: KeyboardInterrupt"
+
     names = {signal.SIGINT: 'Ctrl-C', signal.SIGTERM: 'SIGTERM'}
-    def __init__(self, learn): self.learn, self.old = learn, {}
+
+    def __init__(self, learn):
+        self.learn, self.old = learn, {}
+
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread(): self.old = {s: signal.signal(s, self.ask) for s in self.names}
+        if threading.current_thread() is threading.main_thread():
+            self.old = {s: signal.signal(s, self.ask) for s in self.names}
+
     def ask(self, number, frame):
-        if self.learn.stopping: raise KeyboardInterrupt
+        if self.learn.stopping:
+            raise KeyboardInterrupt
         self.learn.stopping = self.names[number]
-        if self.learn.fabric.is_global_zero: print(f'Stopping after this step ({self.names[number]}; once more to stop at once)', file=sys.stderr)
+        if self.learn.fabric.is_global_zero:
+            print(f'Stopping after this step ({self.names[number]}; once more to stop at once)', file=sys.stderr)
+
     def __exit__(self, *_):
-        for s, old in self.old.items(): signal.signal(s, old)
+        for s, old in self.old.items():
+            signal.signal(s, old)
 
 # %% ../../nbs/04_training/05_learner.ipynb #e7d389cb
 @patch
-def fit(self: Learner,
-    resume: str|Path|None = None,  # None: start anew; 'latest': go on from out_dir; or a path
+def fit(
+    self: Learner,
+    resume: str | Path | None = None,  # None: start anew; 'latest': go on from out_dir; or a path
 ):
     "Train until `config.steps`, or until somebody asks to stop; returns the learner"
-    self.started, self.waited, self.taken, self.source, self.stopping = time.perf_counter(), 0., 0, None, None
+    self.started, self.waited, self.taken, self.source, self.stopping = time.perf_counter(), 0.0, 0, None, None
     self.setup()
-    if resume: self.restore(self.out_dir/'latest.safetensors' if resume == 'latest' else resume)
+    if resume:
+        self.restore(self.out_dir / 'latest.safetensors' if resume == 'latest' else resume)
     self.out_dir.mkdir(parents=True, exist_ok=True)
     self.train_mode()
     due = lambda every: self.step % every == 0 or self.step == self.config.steps
@@ -380,19 +509,27 @@ def fit(self: Learner,
         try:
             self('before_fit')
             while self.step < self.config.steps and not self.agree_to_stop():
-                if not self.one_step(): break
-                if due(self.config.eval_every): self.run_evaluation()
-                if due(self.config.save_every): self.save('latest')
-            if self.saved_at != self.step: self.save('latest')
+                if not self.one_step():
+                    break
+                if due(self.config.eval_every):
+                    self.run_evaluation()
+                if due(self.config.save_every):
+                    self.save('latest')
+            if self.saved_at != self.step:
+                self.save('latest')
             self.fabric.barrier()
         finally:
             self('after_fit')
-            with suppress(OSError): self.out_dir.rmdir()          # empty: not even the first step was made
+            with suppress(OSError):
+                self.out_dir.rmdir()  # empty: not even the first step was made
     return self
 
 # %% ../../nbs/04_training/05_learner.ipynb #ffaa3354
 @patch
 def agree_to_stop(self: Learner) -> bool:
     "Has any process been asked to stop?"
-    if self.fabric.world_size == 1: return bool(self.stopping)
-    return bool(self.fabric.all_reduce(torch.tensor(float(bool(self.stopping)), device=self.fabric.device), reduce_op='sum'))
+    if self.fabric.world_size == 1:
+        return bool(self.stopping)
+    return bool(
+        self.fabric.all_reduce(torch.tensor(float(bool(self.stopping)), device=self.fabric.device), reduce_op='sum')
+    )

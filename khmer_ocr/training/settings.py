@@ -17,52 +17,84 @@ from ..core.errors import KhmerOCRError, suggest
 @dataclass
 class TrainConfig:
     "How to train: lengths are in optimiser steps; fractions are 0..1"
+
     steps: int = 1000
-    batch_size: int = 64      # for whoever makes the batches; the learner takes them as they come
-    lr: float = 2e-3          # the highest learning rate
+    batch_size: int = 64  # for whoever makes the batches; the learner takes them as they come
+    lr: float = 2e-3  # the highest learning rate
     optimizer: str = 'adamw'  # adamw | adam
     weight_decay: float = 0.01  # of adamw, on matrices and kernels, not on biases and norms
-    warmup: float = 0.1       # fraction of the steps in which the rate rises
+    warmup: float = 0.1  # fraction of the steps in which the rate rises
     schedule: str = 'cosine'  # cosine | onecycle | noam | constant
-    d_model: int = 512        # width of a transformer, for noam
-    clip: float = 1.0         # largest norm of the gradient; 0 = no limit
-    label_smoothing: float = 0.  # how much of the target is spread over all classes
-    precision: str = 'auto'   # auto | bf16-mixed | 16-mixed | 32-true
-    accumulate: int = 1       # batches per step
-    weigh: str = 'batch'      # batch: each batch counts alike | sample: each sample does
-    ema: float = 0.999        # decay of the averaged weights; 0 = off
-    freeze: tuple = ()        # names of parts that are not trained
+    d_model: int = 512  # width of a transformer, for noam
+    clip: float = 1.0  # largest norm of the gradient; 0 = no limit
+    label_smoothing: float = 0.0  # how much of the target is spread over all classes
+    precision: str = 'auto'  # auto | bf16-mixed | 16-mixed | 32-true
+    accumulate: int = 1  # batches per step
+    weigh: str = 'batch'  # batch: each batch counts alike | sample: each sample does
+    ema: float = 0.999  # decay of the averaged weights; 0 = off
+    freeze: tuple = ()  # names of parts that are not trained
     eval_every: int = 500
     save_every: int = 500
-    keep_best: int = 0        # so many of the best weights are kept in files of their own, beside best.safetensors
+    keep_best: int = 0  # so many of the best weights are kept in files of their own, beside best.safetensors
     log_every: int = 50
     seed: int = 42
-    patience: int = 0         # stop after so many evaluations without a better one; 0 = never
-    stop_at: float = 0.       # stop when the score that decides is as good as this; 0 = never
-    metric: str = ''          # which score decides; '' = the first
-    mode: str = 'min'         # min | max
-    threads: int = 0          # CPU threads; 0 = as torch likes
-    device: str = 'auto'      # auto | cpu | cuda
+    patience: int = 0  # stop after so many evaluations without a better one; 0 = never
+    stop_at: float = 0.0  # stop when the score that decides is as good as this; 0 = never
+    metric: str = ''  # which score decides; '' = the first
+    mode: str = 'min'  # min | max
+    threads: int = 0  # CPU threads; 0 = as torch likes
+    device: str = 'auto'  # auto | cpu | cuda
     channels_last: bool = False  # memory layout that convolutions on CPUs like
-    logs: str = ''            # folder in which each run has one for its tables and curves; '' = they stay with the checkpoints
+    logs: str = ''  # folder in which each run has one for its tables and curves; '' = they stay with the checkpoints
     tensorboard: bool = True  # where it is installed
 
-    def __post_init__(self): self.freeze = tuple(self.freeze); _check(self)
+    def __post_init__(self):
+        self.freeze = tuple(self.freeze)
+        _check(self)
 
 # %% ../../nbs/04_training/01_settings.ipynb #b2cf5c9f
-_choices = dict(schedule=('cosine', 'onecycle', 'noam', 'constant'), precision=('auto', 'bf16-mixed', '16-mixed', '32-true'), mode=('min', 'max'),
-    device=('auto', 'cpu', 'cuda'), optimizer=('adamw', 'adam'), weigh=('batch', 'sample'))
-_at_least = dict(steps=1, d_model=1, batch_size=1, accumulate=1, eval_every=1, save_every=1, log_every=1) | dict.fromkeys(
-    ('lr', 'weight_decay', 'warmup', 'clip', 'ema', 'seed', 'patience', 'threads', 'label_smoothing', 'keep_best', 'stop_at'), 0)
+_choices = dict(
+    schedule=('cosine', 'onecycle', 'noam', 'constant'),
+    precision=('auto', 'bf16-mixed', '16-mixed', '32-true'),
+    mode=('min', 'max'),
+    device=('auto', 'cpu', 'cuda'),
+    optimizer=('adamw', 'adam'),
+    weigh=('batch', 'sample'),
+)
+_at_least = dict(
+    steps=1, d_model=1, batch_size=1, accumulate=1, eval_every=1, save_every=1, log_every=1
+) | dict.fromkeys(
+    (
+        'lr',
+        'weight_decay',
+        'warmup',
+        'clip',
+        'ema',
+        'seed',
+        'patience',
+        'threads',
+        'label_smoothing',
+        'keep_best',
+        'stop_at',
+    ),
+    0,
+)
+
 
 def _check(config):
     for k, ok in _choices.items():
-        if (v := getattr(config, k)) not in ok: raise KhmerOCRError(f"Setting '{k}' is {v!r}: it must be one of {', '.join(ok)}")
+        if (v := getattr(config, k)) not in ok:
+            raise KhmerOCRError(f"Setting '{k}' is {v!r}: it must be one of {', '.join(ok)}")
     for k, low in _at_least.items():
-        if not (v := getattr(config, k)) >= low: raise KhmerOCRError(f"Setting '{k}' is {v!r}: it must be at least {low}")
+        if not (v := getattr(config, k)) >= low:
+            raise KhmerOCRError(f"Setting '{k}' is {v!r}: it must be at least {low}")
     for k in ('warmup', 'ema', 'label_smoothing'):
-        if (v := getattr(config, k)) >= 1: raise KhmerOCRError(f"Setting '{k}' is {v!r}: it must be below 1")
-    if not all(isinstance(n, str) and n for n in config.freeze): raise KhmerOCRError(f"Setting 'freeze' is {list(config.freeze)!r}: it must be a list of names, such as ['look']")
+        if (v := getattr(config, k)) >= 1:
+            raise KhmerOCRError(f"Setting '{k}' is {v!r}: it must be below 1")
+    if not all(isinstance(n, str) and n for n in config.freeze):
+        raise KhmerOCRError(
+            f"Setting 'freeze' is {list(config.freeze)!r}: it must be a list of names, such as ['look']"
+        )
 
 # %% ../../nbs/04_training/01_settings.ipynb #b11af4fb
 def lr_at(
@@ -70,32 +102,38 @@ def lr_at(
     config: TrainConfig,
 ) -> float:
     "The learning rate for `step` of `config.steps`"
-    if config.schedule == 'constant': return config.lr
-    rise = max(1, round(config.warmup*config.steps))
-    if config.schedule == 'noam': return config.lr * config.d_model**-.5 * min((step+1)**-.5, (step+1)*rise**-1.5)
-    first = 1/25 if config.schedule == 'onecycle' else 0.
-    bend = (lambda t: (1-math.cos(math.pi*t))/2) if config.schedule == 'onecycle' else (lambda t: t)
-    if config.warmup and step < rise: return config.lr * (first + (1-first)*bend((step+1)/rise))
-    t = (step-rise) / max(1, config.steps-rise)
-    return config.lr * (1+math.cos(math.pi*min(1., max(0., t))))/2
+    if config.schedule == 'constant':
+        return config.lr
+    rise = max(1, round(config.warmup * config.steps))
+    if config.schedule == 'noam':
+        return config.lr * config.d_model**-0.5 * min((step + 1) ** -0.5, (step + 1) * rise**-1.5)
+    first = 1 / 25 if config.schedule == 'onecycle' else 0.0
+    bend = (lambda t: (1 - math.cos(math.pi * t)) / 2) if config.schedule == 'onecycle' else (lambda t: t)
+    if config.warmup and step < rise:
+        return config.lr * (first + (1 - first) * bend((step + 1) / rise))
+    t = (step - rise) / max(1, config.steps - rise)
+    return config.lr * (1 + math.cos(math.pi * min(1.0, max(0.0, t)))) / 2
 
 # %% ../../nbs/04_training/01_settings.ipynb #3edabf08
-def optimiser(
-    model: nn.Module,
-    config: TrainConfig,
-) -> torch.optim.Optimizer:
+def optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     "AdamW in two groups (decay for tensors of two or more dimensions, none for the rest), or plain Adam (Kingma and Ba, 2015)"
     ps = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer == 'adam': return torch.optim.Adam(ps, lr=config.lr)
-    groups = [dict(params=[p for p in ps if p.ndim > 1], weight_decay=config.weight_decay), dict(params=[p for p in ps if p.ndim < 2], weight_decay=0.)]
+    if config.optimizer == 'adam':
+        return torch.optim.Adam(ps, lr=config.lr)
+    groups = [
+        dict(params=[p for p in ps if p.ndim > 1], weight_decay=config.weight_decay),
+        dict(params=[p for p in ps if p.ndim < 2], weight_decay=0.0),
+    ]
     return torch.optim.AdamW([g for g in groups if g['params']], lr=config.lr)
 
-adamw = optimiser          # its former name
+
+adamw = optimiser  # its former name
 
 # %% ../../nbs/04_training/01_settings.ipynb #187b1b5a
 def best_precision(device: str = 'cpu') -> str:
     "What `device` ('cpu' or 'cuda') multiplies fastest: 'bf16-mixed', on older GPUs '16-mixed', on older processors '32-true'"
-    if device == 'cuda': return 'bf16-mixed' if torch.cuda.is_bf16_supported(including_emulation=False) else '16-mixed'
+    if device == 'cuda':
+        return 'bf16-mixed' if torch.cuda.is_bf16_supported(including_emulation=False) else '16-mixed'
     has = torch.cpu.get_capabilities()
     return 'bf16-mixed' if any(has.get(k) for k in ('avx512_bf16', 'amx_bf16', 'bf16')) else '32-true'
 
@@ -104,14 +142,16 @@ def world_size() -> int:
     "Processes that `torchrun` started; 1 without it"
     return int(os.environ.get('WORLD_SIZE', 1))
 
+
 def free_threads(workers: int = 0) -> int:
     "CPU threads for a training beside `workers` processes that make images"
     free = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     asked = os.environ.get('OMP_NUM_THREADS', '')
-    return int(asked) if asked.isdigit() else max(1, min(8, free//world_size()-workers))
+    return int(asked) if asked.isdigit() else max(1, min(8, free // world_size() - workers))
 
 # %% ../../nbs/04_training/01_settings.ipynb #1acea6fa
 _fixed_modes = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+
 
 def freeze(
     net: nn.Module,
@@ -119,12 +159,22 @@ def freeze(
 ) -> list[nn.Module]:  # norms and dropouts of the frozen parts: to be put into eval mode after every `net.train()`
     "Take the parameters under `names` out of training, and the dropout between the layers of their LSTMs"
     known, ps = list(dict(net.named_modules())) + list(dict(net.named_parameters())), list(net.named_parameters())
-    under = lambda name, part: name == part or name.startswith(part+'.')
+    under = lambda name, part: name == part or name.startswith(part + '.')
     for part in names:
-        if not any(under(k, part) for k, _ in ps): raise KhmerOCRError(f"Setting 'freeze': the network has no part {part!r} with parameters{suggest(part, known)}; its parts are {', '.join(k for k, _ in net.named_children())}")
-        for k, p in ps: p.requires_grad_(p.requires_grad and not under(k, part))
-    if names and not any(p.requires_grad for p in net.parameters()): raise KhmerOCRError(f"Setting 'freeze' is {list(names)}: that is the whole network, and leaves nothing to train")
+        if not any(under(k, part) for k, _ in ps):
+            raise KhmerOCRError(
+                f"Setting 'freeze': the network has no part {part!r} with parameters{suggest(part, known)}; its parts are {', '.join(k for k, _ in net.named_children())}"
+            )
+        for k, p in ps:
+            p.requires_grad_(p.requires_grad and not under(k, part))
+    if names and not any(p.requires_grad for p in net.parameters()):
+        raise KhmerOCRError(
+            f"Setting 'freeze' is {list(names)}: that is the whole network, and leaves nothing to train"
+        )
     frozen = [m for k, m in net.named_modules() if any(under(k, part) for part in names)]
     for m in frozen:
-        if isinstance(m, nn.RNNBase): m.dropout = 0.     # between its layers; not by eval mode, in which cuDNN gives no gradients to what lies before
+        if isinstance(m, nn.RNNBase):
+            m.dropout = (
+                0.0  # between its layers; not by eval mode, in which cuDNN gives no gradients to what lies before
+            )
     return [m for m in frozen if isinstance(m, _fixed_modes)]
