@@ -3,11 +3,11 @@
 import cv2, numpy as np, pytest, torch
 from khmer_ocr.experiments.self_training import adapt, choose, label_lines, trust
 from khmer_ocr.models.ctc import CTCConfig, CTCNet, header, load_ctc
-from khmer_ocr.text.tokenizers import Units
+from khmer_ocr.text.tokenizers import SubscriptTokenizer
 from khmer_ocr.data.datasets import LineFolder, read_labels
 from khmer_ocr.training.callbacks import Callback, CancelFit
 from khmer_ocr.training.checkpoints import save_checkpoint
-from khmer_ocr.inference.reader import Reading
+from khmer_ocr.inference.reader import Prediction
 from khmer_ocr.synth.generator import Recipe
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.text.khmer import charset, normalise
@@ -33,13 +33,13 @@ class Says:
 
 
 def sure(c, text='ក'):
-    return Reading(text, c, tuple((u, c, 0, 1) for u in text))
+    return Prediction(text, c, tuple((u, c, 0, 1) for u in text))
 
 
 def test_believed_are_the_surest_that_say_something():
-    said = [sure(0.5), Reading('', 1.0), sure(0.9, 'កខ'), Reading(' ', 0.99), Reading('គ', 0.8), sure(0.7)]
+    said = [sure(0.5), Prediction('', 1.0), sure(0.9, 'កខ'), Prediction(' ', 0.99), Prediction('គ', 0.8), sure(0.7)]
     assert choose(said, 0.5) == [2, 4] and choose(said, 1.0) == [0, 2, 4, 5] and choose([], 0.5) == []
-    assert trust(Reading('ក', 0.0, (('ក', 0.0, 0, 1),))) > 0
+    assert trust(Prediction('ក', 0.0, (('ក', 0.0, 0, 1),))) > 0
     for keep in (0, -1, 1.5):
         with pytest.raises(KhmerOCRError, match='above 0'):
             choose(said, keep)
@@ -60,7 +60,7 @@ def test_labels_as_files(tmp_path):
         LineFolder(tmp_path / 'deep/er')
     ) == 3
     with pytest.raises(KhmerOCRError, match='None of the 6 lines') as e:
-        label_lines(Says(*[Reading('', 1.0)] * 6), paths, tmp_path / 'no/labels.tsv')
+        label_lines(Says(*[Prediction('', 1.0)] * 6), paths, tmp_path / 'no/labels.tsv')
     assert '\n' not in str(e.value) and not (tmp_path / 'no').exists()
 
 
@@ -74,7 +74,7 @@ class StopAt(Callback):
 
 
 def test_rounds_are_resumed(tmp_path):
-    units = Units(charset('khmer-latin'))
+    units = SubscriptTokenizer(charset('khmer-latin'))
     torch.manual_seed(0)
     net = CTCNet(len(units), CTCConfig(channels=(4, 4, 4, 4, 8), hidden=8, layers=1))
     net.name.bias.data[5] = 4.0

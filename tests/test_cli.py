@@ -675,7 +675,6 @@ def test_sigterm_to_the_whole_group_stops_and_saves(tiny, tmp_path):
 def test_train_under_torchrun(tiny, tmp_path):
     "Two processes: one writes and speaks, and the result is that of one process with twice the batches"
     from test_training import torchrun
-    from khmer_ocr.training.checkpoints import load_checkpoint
     from khmer_ocr.training.callbacks import read_history
 
     net = '[model]\nchannels = [8, 8, 8, 8, 16]\nhidden = 8\nlayers = 1\ndropout = 0.0\n'

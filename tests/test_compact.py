@@ -5,7 +5,7 @@ from dataclasses import asdict
 import cv2, numpy as np, pytest, torch
 from khmer_ocr.inference.onnx import OnnxNet, OnnxReader, export_onnx, open_reader, quantise, write_program
 from khmer_ocr.models.ctc import CTCConfig, CTCNet, header
-from khmer_ocr.text.tokenizers import Units
+from khmer_ocr.text.tokenizers import SubscriptTokenizer
 from khmer_ocr.training.checkpoints import save_checkpoint
 from khmer_ocr.inference.reader import Reader
 from khmer_ocr.models.attention import Seq2Seq, make_units
@@ -15,7 +15,7 @@ from khmer_ocr.text.khmer import charset
 
 pytest.importorskip('onnx')
 ort = pytest.importorskip('onnxruntime')
-units = Units(charset('khmer-latin'))
+units = SubscriptTokenizer(charset('khmer-latin'))
 
 
 def checkpoint(path, **kw):

@@ -3,8 +3,8 @@
 import pytest, torch
 from khmer_ocr.models.ctc import CTCConfig, CTCNet, load_ctc
 from khmer_ocr.models.ctc_training import CTCLoss, train_ctc
-from khmer_ocr.text.tokenizers import Units
-from khmer_ocr.models.decoding import greedy
+from khmer_ocr.text.tokenizers import SubscriptTokenizer
+from khmer_ocr.models.decoding import greedy_ctc
 from khmer_ocr.models.release import release
 from khmer_ocr.data.batching import as_input, collate
 from khmer_ocr.training.callbacks import Callback, CancelFit
@@ -83,16 +83,16 @@ def test_padding_reaches_no_further_than_the_windows_of_the_convolutions():
 
 def test_units_round_trip():
     for name in ('khmer-latin', 'buoy2022'):
-        u = Units(charset(name))
+        u = SubscriptTokenizer(charset(name))
         for t in texts:
             assert u.decode(u.encode(t)) == t
-    assert len(Units(charset()).encode('្ត្រ')) == 2
+    assert len(SubscriptTokenizer(charset()).encode('្ត្រ')) == 2
     with pytest.raises(KhmerOCRError, match='U\\+6F22'):
-        Units(charset()).encode('ក漢')
+        SubscriptTokenizer(charset()).encode('ក漢')
 
 
 def test_loss_is_finite_where_a_line_has_too_few_frames():
-    u = Units(charset())
+    u = SubscriptTokenizer(charset())
     net = CTCNet(len(u), tiny)
     loss = CTCLoss(u)(
         net, collate([(np.zeros((40, 8), np.uint8), texts[0] * 4), (np.zeros((40, 200), np.uint8), texts[1])])
@@ -103,7 +103,7 @@ def test_loss_is_finite_where_a_line_has_too_few_frames():
 def test_greedy_drops_repeats_and_blanks():
     x = torch.full((1, 7, 4), -9.0)
     x[0, range(7), [1, 1, 0, 1, 2, 2, 3]] = 9.0
-    ((ids, conf, at),) = greedy(x, [7])
+    ((ids, conf, at),) = greedy_ctc(x, [7])
     assert ids == [1, 1, 2, 3] and at == [0, 3, 4, 6] and all(0.99 < c <= 1 for c in conf)
 
 

@@ -14,12 +14,12 @@ from khmer_ocr.data.datasets import (
     SyntheticImageDataset,
     SyntheticImageGenerator,
 )
-from khmer_ocr.data.mixing import Curriculum, Feed, MixedSource, MultiScale, at_scale, read_stages, training_source
+from khmer_ocr.data.mixing import Curriculum, DataConfig, MixedSource, MultiScale, at_scale, read_stages, training_source
 from khmer_ocr.data.batching import bucket_batches, collate, cut_widths, padding
 from khmer_ocr.data.datasets import check_labels, open_lines, read_labels
-from khmer_ocr.data.preprocess import prepare
+from khmer_ocr.data.preprocess import preprocess
 from khmer_ocr.data.images import read_image
-from khmer_ocr.synth.generator import Recipe, Synth
+from khmer_ocr.synth.generator import Recipe, LineGenerator
 from khmer_ocr.text.khmer import Charset, charset, normalise
 from khmer_ocr.core.errors import KhmerOCRError
 
@@ -227,7 +227,7 @@ def test_the_names_of_the_founding_documents(sets):
 
 @pytest.fixture
 def line():
-    return Synth(Recipe(size=(28, 28)), texts)('val', 1).image
+    return LineGenerator(Recipe(size=(28, 28)), texts)('val', 1).image
 
 
 def variants(im, d):
@@ -255,10 +255,10 @@ def variants(im, d):
 
 
 def test_every_file_type_is_prepared_alike(line, tmp_path):
-    want = prepare(line).astype(int)
+    want = preprocess(line).astype(int)
     for name, save in variants(line, tmp_path):
         save(tmp_path / name)
-        got = prepare(read_image(tmp_path / name)).astype(int)
+        got = preprocess(read_image(tmp_path / name)).astype(int)
         assert got.shape == want.shape and np.abs(got - want).mean() < 2, name
 
 
@@ -266,8 +266,8 @@ def test_black_and_white_file(line, tmp_path):
     Image.fromarray(line).convert('1', dither=Image.Dither.NONE).save(tmp_path / 'bw.png')
     assert (
         np.abs(
-            prepare(read_image(tmp_path / 'bw.png')).astype(int)
-            - prepare(np.where(line > 127, 255, 0).astype(np.uint8))
+            preprocess(read_image(tmp_path / 'bw.png')).astype(int)
+            - preprocess(np.where(line > 127, 255, 0).astype(np.uint8))
         ).mean()
         < 2
     )
@@ -275,11 +275,11 @@ def test_black_and_white_file(line, tmp_path):
 
 def test_training_and_reading_prepare_alike(line, tmp_path):
     "What the stream feeds to the network is what a file of the same image becomes"
-    s = Synth(recipe, texts)
+    s = LineGenerator(recipe, texts)
     for i in range(12):
         im = s('train', i).image
         Image.fromarray(im).save(tmp_path / f'{i}.png')
-        assert (prepare(read_image(tmp_path / f'{i}.png')) == prepare(im)).all()
+        assert (preprocess(read_image(tmp_path / f'{i}.png')) == preprocess(im)).all()
 
 
 def test_label_files(line, tmp_path):
@@ -336,7 +336,6 @@ def test_label_columns_go_by_name(tmp_path):
 # training on all of them
 def test_training_resumes_in_the_middle_of_an_epoch(sets, tmp_path):
     "Stopped at step 4 of epochs of 3 steps and resumed, with or without a worker: the same bytes as a run that was not stopped"
-    from dataclasses import replace
     from khmer_ocr.models.ctc import CTCConfig
     from khmer_ocr.models.ctc_training import train_ctc
     from khmer_ocr.training.callbacks import Callback, CancelFit
@@ -385,7 +384,7 @@ def mine(d):
     "A user's labelled lines"
     d.mkdir(exist_ok=True)
     for i in range(7):
-        Image.fromarray(np.pad(255 - Synth(Recipe(size=(24, 24)), texts)('val', i).image, 4) ^ 255).save(d / f'{i}.png')
+        Image.fromarray(np.pad(255 - LineGenerator(Recipe(size=(24, 24)), texts)('val', i).image, 4) ^ 255).save(d / f'{i}.png')
     (d / 'labels.tsv').write_text(''.join(f'{i}.png\t{texts[i % 5]}{i}\n' for i in range(7)), encoding='utf-8')
     return d
 
@@ -399,7 +398,7 @@ stages = [
 
 def everything(d):
     return training_source(
-        mine(d), recipe, Feed(mix=0.5, scale=0.2), read_stages(stages, recipe), 240, 8, charset=charset(), texts=texts
+        mine(d), recipe, DataConfig(mix=0.5, scale=0.2), read_stages(stages, recipe), 240, 8, charset=charset(), texts=texts
     )
 
 
@@ -469,11 +468,11 @@ def test_stages_are_checked(bad, word):
 def test_no_ink_is_cut_off_at_any_size(seed):
     rng, synth = (
         np.random.default_rng(seed),
-        Synth(Recipe(preset='clean', augment=False, random_text=True, seed=seed), texts),
+        LineGenerator(Recipe(preset='clean', augment=False, random_text=True, seed=seed), texts),
     )
     for i in range(6):
         raw = synth('train', i).image
-        one = prepare(raw)
+        one = preprocess(raw)
         for s in (0.75, 1.1, 1.25):
             im = at_scale(raw, s, float(rng.random()))
             assert im.shape[0] == 40

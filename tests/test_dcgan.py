@@ -28,8 +28,8 @@ from khmer_ocr.generative.dcgan import (
 from khmer_ocr.synth.degradation import degrade
 from khmer_ocr.generative.adversarial import (
     GAN,
-    DiscriminatorTurn,
-    GeneratorTurn,
+    DiscriminatorPhase,
+    GeneratorPhase,
     Statistics,
     diffaugment,
     discriminator_loss,
@@ -38,7 +38,7 @@ from khmer_ocr.generative.adversarial import (
     r1_penalty,
     rival_adam,
 )
-from khmer_ocr.generative.artifacts import dot_grid, save_image, shows_grid, write_png
+from khmer_ocr.generative.artifacts import dot_grid, save_image, has_checkerboard, write_png
 from khmer_ocr.training.checkpoints import load_checkpoint, load_weights
 from khmer_ocr.training.callbacks import read_history
 from khmer_ocr.reporting.runs import run_notebook
@@ -170,9 +170,9 @@ def test_r1_by_hand_and_only_where_asked():
     def loss(**kw):
         torch.manual_seed(1)
         torch.rand(())
-        return DiscriminatorTurn(**kw)(net, batch).item()
+        return DiscriminatorPhase(**kw)(net, batch).item()
 
-    with_r1 = DiscriminatorTurn(r1=10.0, r1_every=1)
+    with_r1 = DiscriminatorPhase(r1=10.0, r1_every=1)
     torch.manual_seed(1)
     got = with_r1(net, batch).item()
     without = loss()
@@ -191,7 +191,7 @@ def test_noise_on_the_discriminators_input_fades():
     c = DCGANConfig(**tiny)
     net = make_gan(c).eval()
     x = TextureBatches(papers, c).batch(0)
-    turn = GeneratorTurn(noise=0.5)
+    turn = GeneratorPhase(noise=0.5)
     with torch.no_grad():
         assert not turn.look(net, x).equal(net.judge(x))
         turn.share = 1.0
@@ -228,7 +228,7 @@ def test_a_conditional_game_uses_the_same_turns(tmp_path):
     l1 = lambda net, made, image, condition: (made - image).abs().mean()
     learn = gan_learner(
         net,
-        [DiscriminatorTurn('lsgan', 'translation'), GeneratorTurn('lsgan', 'translation', extra=[('L1', 100.0, l1)])],
+        [DiscriminatorPhase('lsgan', 'translation'), GeneratorPhase('lsgan', 'translation', extra=[('L1', 100.0, l1)])],
         lambda n: iter([(image, mask)] * 200),
         tmp_path,
         [Statistics(10, say=None)],
@@ -464,10 +464,10 @@ def test_a_dot_grid_is_found_and_resize_convolution_has_none():
     with torch.no_grad():
         dotted, smooth = Generator()(start), Generator(resize_conv=True)(start)
     real = torch.from_numpy(np.stack(procedural_paper(32))).permute(0, 3, 1, 2) / 127.5 - 1
-    assert shows_grid(dotted, real) and not shows_grid(smooth, real) and dot_grid(dotted) > 2 + dot_grid(smooth)
+    assert has_checkerboard(dotted, real) and not has_checkerboard(smooth, real) and dot_grid(dotted) > 2 + dot_grid(smooth)
     weak = real.clone()
     weak[:, :, ::4, ::4] += 0.05
-    assert shows_grid(weak, real) and not shows_grid(weak, weak)
+    assert has_checkerboard(weak, real) and not has_checkerboard(weak, weak)
 
 
 def test_bank_as_a_background(run, tmp_path):

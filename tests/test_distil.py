@@ -4,15 +4,15 @@ import json
 import numpy as np, pytest, torch
 from khmer_ocr.models.ctc import CTCConfig, CTCNet, header, load_ctc
 from khmer_ocr.models.ctc_training import CTCLoss, train_ctc
-from khmer_ocr.text.tokenizers import Units
+from khmer_ocr.text.tokenizers import SubscriptTokenizer
 from khmer_ocr.data.batching import collate
-from khmer_ocr.models.distillation import DistilLoss, Teaching
+from khmer_ocr.models.distillation import DistilLoss, DistillationConfig
 from khmer_ocr.models.distillation import Member, columns
 from khmer_ocr.inference.reader import Reader
 from khmer_ocr.training.callbacks import Callback, CancelFit
 from khmer_ocr.training.settings import TrainConfig
 from khmer_ocr.training.checkpoints import save_checkpoint
-from khmer_ocr.models.release import carry_out, make_card, read_plan
+from khmer_ocr.models.release import run_plan, make_card, read_plan
 from khmer_ocr.models.attention import Seq2Seq, make_units
 from khmer_ocr.models.attention_training import seq2seq_preset
 from khmer_ocr.synth.generator import Recipe
@@ -21,7 +21,7 @@ from khmer_ocr.text.khmer import charset, normalise
 
 texts = [normalise(t) for t in ('ព្រះរាជាណាចក្រ', 'ភ្នំពេញ', 'សុខសប្បាយទេ?', 'ឆ្នាំ២០២៥')]
 tiny = CTCConfig(channels=(4, 4, 4, 4, 8), hidden=8, layers=1)
-units = Units(charset(tiny.charset))
+units = SubscriptTokenizer(charset(tiny.charset))
 
 
 def lines():
@@ -85,7 +85,7 @@ def test_two_teachers_are_their_mean():
 
 
 def test_units_go_by_name():
-    small = Units(charset('buoy2022'))
+    small = SubscriptTokenizer(charset('buoy2022'))
     extra = [u for u in small.units if u not in units.units]
     if extra:
         with pytest.raises(KhmerOCRError, match='no unit for'):
@@ -113,7 +113,7 @@ class StopAt(Callback):
 
 
 def test_resumed_lessons_end_with_the_same_weights(tmp_path):
-    teaching = Teaching((checkpoint(tmp_path / 'teacher.safetensors'),), 0.6, 2.0, 0.5)
+    teaching = DistillationConfig((checkpoint(tmp_path / 'teacher.safetensors'),), 0.6, 2.0, 0.5)
     loop = TrainConfig(
         steps=4, batch_size=2, log_every=1, eval_every=100, save_every=100, precision='32-true', tensorboard=False
     )
@@ -153,7 +153,7 @@ def test_plans_with_teachers(tmp_path):
     )
     made = read_plan(write())
     assert made.stages[0].distil is None and made.stages[1].distil.share == 0.5
-    card = make_card(made, carry_out(made, tmp_path / 'models', texts=texts, verbose=False, pool=2), {})
+    card = make_card(made, run_plan(made, tmp_path / 'models', texts=texts, verbose=False, pool=2), {})
     assert 'teacher' not in card['stages'][0] and 't.safetensors' in card['stages'][1]['teacher']
     with pytest.raises(KhmerOCRError, match='only CTC readers'):
         read_plan(write(model='seq2seq', settings={}))

@@ -3,16 +3,15 @@
 import numpy as np, pytest, torch
 from khmer_ocr.text.rules import rule_line
 from khmer_ocr.models.ctc import CTCConfig, CTCNet, header
-from khmer_ocr.text.tokenizers import Units
-from khmer_ocr.inference.voting import NOTHING, FromFiles, Mean, Rover, Word, elect, network, vote, words
-from khmer_ocr.inference.reader import Reader, Reading
+from khmer_ocr.text.tokenizers import SubscriptTokenizer
+from khmer_ocr.inference.voting import NOTHING, FromFiles, Mean, Rover, Word, vote_column, network, vote, words
+from khmer_ocr.inference.reader import Reader, Prediction
 from khmer_ocr.models.attention import Seq2Seq, make_units
 from khmer_ocr.models.attention_training import seq2seq_preset
-from khmer_ocr.synth.generator import Recipe, Synth
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.text.khmer import charset, clusters, normalise
 
-units = Units(charset('khmer-latin'))
+units = SubscriptTokenizer(charset('khmer-latin'))
 
 
 def net(seed, **kw):
@@ -49,7 +48,7 @@ def spoilt(text, rng, n=3):
 def test_the_network_holds_every_reading():
     rng = np.random.default_rng(0)
     for t in texts:
-        said = [words(Reading(spoilt(t, rng), 0.5)) for _ in range(4)]
+        said = [words(Prediction(spoilt(t, rng), 0.5)) for _ in range(4)]
         assert [''.join(column[k].text for column in network(said)) for k in range(4)] == [
             ''.join(w.text for w in s) for s in said
         ]
@@ -59,7 +58,7 @@ def test_three_readers_with_mistakes_in_other_places_are_right_together():
     rng = np.random.default_rng(1)
     errors = dict(alone=0, together=0)
     for t in texts:
-        three = [Reading(spoilt(t, rng, 1), 0.5) for _ in range(3)]
+        three = [Prediction(spoilt(t, rng, 1), 0.5) for _ in range(3)]
         errors['alone'] += three[0].text != t
         errors['together'] += vote(three, alpha=1.0).text != t
     assert errors['together'] <= errors['alone'] / 4 and errors['alone'] > 15
@@ -76,16 +75,16 @@ def test_three_readers_with_mistakes_in_other_places_are_right_together():
     ],
 )
 def test_elections(column, settings, winner):
-    assert elect(column, **settings).text == winner
+    assert vote_column(column, **settings).text == winner
 
 
 def test_readings_of_odd_text():
     "Units that begin with a subscript, spaces, and letters that normalising has moved"
     for r in (
-        Reading('្ម', 0.5, (('្ម', 0.5, 0, 9),)),
-        Reading('ក ខ', 0.5),
-        Reading('កា', 0.5, (('ា', 0.5, 0, 3), ('ក', 0.5, 3, 9))),
-        Reading('', 1.0),
+        Prediction('្ម', 0.5, (('្ម', 0.5, 0, 9),)),
+        Prediction('ក ខ', 0.5),
+        Prediction('កា', 0.5, (('ា', 0.5, 0, 3), ('ក', 0.5, 3, 9))),
+        Prediction('', 1.0),
     ):
         assert ''.join(w.text for w in words(r)) == r.text and vote([r, r, r]).text == r.text
 
@@ -137,7 +136,7 @@ def test_readers_that_cannot_be_averaged():
         Mean([reader(1), writes])
     with pytest.raises(KhmerOCRError, match='as many numbers'):
         Mean([reader(1), reader(2)], [1, -1])
-    latin = Units(charset('buoy2022'))
+    latin = SubscriptTokenizer(charset('buoy2022'))
     n = CTCNet(len(latin), net(0).config).eval()
     with pytest.raises(KhmerOCRError, match='no unit for'):
         Mean([reader(1), Reader(n, latin, header(n.config, latin))])

@@ -1,16 +1,15 @@
 "The report about a reader: on the battery, on a set, with peers and other weights; and nothing of what must stay hidden gets out."
 
-import json, os, re, shutil
-import cv2
+import json, re, shutil
 import numpy as np
 import pytest
 from tiny import make_tiny
 from khmer_ocr.evaluation.benchmark import (
     DAMAGES,
     FIXED,
-    LineSet,
-    Judged,
-    battery,
+    EvalSet,
+    EvaluatedSet,
+    standard_sets,
     held_out_fonts,
     judge,
     measure,
@@ -31,9 +30,8 @@ from khmer_ocr.evaluation.error_analysis import (
     confusion_spots,
     worst_lines,
 )
-from khmer_ocr.text.metrics import align
 from khmer_ocr.evaluation.engines import Run
-from khmer_ocr.inference.reader import Reader, Reading
+from khmer_ocr.inference.reader import Reader, Prediction
 from khmer_ocr.reporting.html import outside_references
 from khmer_ocr.reporting.runs import run_notebook
 from khmer_ocr.synth.store import generate_set
@@ -219,7 +217,7 @@ def test_shards_files_splits_and_tables_are_all_taken(tiny, tmp_path):
 
 
 def test_the_battery_is_the_same_each_time(tiny, tmp_path):
-    a, b = (battery(tmp_path / k, 2, corpus=tiny / 'corpus') for k in 'ab')
+    a, b = (standard_sets(tmp_path / k, 2, corpus=tiny / 'corpus') for k in 'ab')
     assert [s.name for s in a] == expected()
     for s, t in zip(a, b):
         assert (
@@ -231,7 +229,7 @@ def test_the_battery_is_the_same_each_time(tiny, tmp_path):
         f['ops'] for f in a[-1].facts
     )
     with pytest.raises(KhmerOCRError, match='from 1 up'):
-        battery(tmp_path / 'c', -1, corpus=tiny / 'corpus')
+        standard_sets(tmp_path / 'c', -1, corpus=tiny / 'corpus')
 
 
 def test_real_lines_are_never_shown(hidden, monkeypatch):
@@ -242,8 +240,8 @@ def test_real_lines_are_never_shown(hidden, monkeypatch):
         and not real.part([0]).shown
         and set(parts_of(real)) == {'real test', 'real val', 'real test letter', 'real val letter', 'real val speech'}
     )
-    j = Judged(real, [Reading('ខុស', 0.5, (('ខ', 0.5, 0, 9), ('ុ', 0.5, 9, 10), ('ស', 0.5, 10, 19)))] * 3)
-    own = Judged(LineSet('own', real.paths, ['ក'] * 3, [{}] * 3), j.readings)
+    j = EvaluatedSet(real, [Prediction('ខុស', 0.5, (('ខ', 0.5, 0, 9), ('ុ', 0.5, 9, 10), ('ស', 0.5, 10, 19)))] * 3)
+    own = EvaluatedSet(EvalSet('own', real.paths, ['ក'] * 3, [{}] * 3), j.readings)
     assert (
         visible([j, own]) == [own]
         and worst_lines([j]) == []
@@ -286,13 +284,13 @@ def test_places_of_a_real_reader_lie_on_the_image_in_order(tiny):
 def test_measure_agrees_with_its_pieces(tiny):
     j = judge(Reader.load('fast'), open_set(tiny / 'set', tiny))
     m = measure(j)
-    same = measure(Judged(j.lines, [Reading(t, 1.0) for t in j.lines.truths]))
+    same = measure(EvaluatedSet(j.lines, [Prediction(t, 1.0) for t in j.lines.truths]))
     assert (
         same['cer'] == same['ece_lines'] == same['area'] == same['reject_1pc'] == 0 == same['runs']
         and 'ece_symbols' not in same
         and 'ece_symbols' in m
     )
-    worse = measure(Judged(j.lines, [Reading('', 0.5)] * 4))
+    worse = measure(EvaluatedSet(j.lines, [Prediction('', 0.5)] * 4))
     assert (
         worse['cer'] == 1
         and worse['reject_1pc'] == 1

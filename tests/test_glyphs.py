@@ -1,7 +1,7 @@
 """No label is paired with an image that lacks one of its glyphs: every line drawn for a sample is looked at again by another route,
 the font's character map as fontTools reads it and a second shaping. KHMER_OCR_MANY=50000 raises the number of samples."""
 
-import os, unicodedata
+import os
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path

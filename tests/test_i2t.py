@@ -1,15 +1,15 @@
 "The dataset layout of founding document 003: any source, any interruption, every fault of a list."
 
-import json, os, signal, subprocess, sys, time
+import json, signal, subprocess, sys, time
 from pathlib import Path
-import numpy as np, pytest
+import pytest
 from tiny import make_tiny
 from khmer_ocr.data.datasets import LineFolder, OnTheFlyDataset, check_labels, open_lines
 from khmer_ocr.data.mixing import MixedSource
 from khmer_ocr.synth.records import CHUNK
 from khmer_ocr.data.i2t import I2TDataset, check_i2t, export_i2t, i2t_stats, split_lines
 from khmer_ocr.synth.generator import Recipe
-from khmer_ocr.text.khmer import Charset, charset
+from khmer_ocr.text.khmer import charset
 from khmer_ocr.core.errors import KhmerOCRError
 
 

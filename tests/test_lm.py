@@ -7,17 +7,17 @@ import numpy as np, pytest, torch
 import khmer_ocr
 from khmer_ocr.text.rules import rule_line
 from khmer_ocr.models.ctc import CTCConfig, CTCNet
-from khmer_ocr.text.tokenizers import Units
-from khmer_ocr.models.decoding import greedy
+from khmer_ocr.text.tokenizers import SubscriptTokenizer
+from khmer_ocr.models.decoding import greedy_ctc
 from khmer_ocr.data.batching import collate
 from khmer_ocr.training.checkpoints import save_checkpoint
 from khmer_ocr.models.language_model import NGram
-from khmer_ocr.models.decoding import align_frames, beam_line, beams, prefix_beam
-from khmer_ocr.experiments.lm_tuning import changes, decode, frame_log_probs, odd_lines, weigh
+from khmer_ocr.models.decoding import align_frames, beam_line, ctc_beam_search, prefix_beam
+from khmer_ocr.experiments.lm_tuning import changes, decode, frame_log_probs, unpredictable_lines, weigh
 from khmer_ocr.text.khmer import Charset, charset
 from khmer_ocr.core.errors import KhmerOCRError
 
-abc, units = Units(Charset('abcde')), Units(charset())
+abc, units = SubscriptTokenizer(Charset('abcde')), SubscriptTokenizer(charset())
 
 
 @pytest.fixture(scope='module')
@@ -169,20 +169,20 @@ exact = dict(beam=10**6, least=0.0, top=99)
 def test_search_finds_what_all_paths_give(seed):
     f = frames_of(6, 4, seed)
     total, _ = all_texts(f)
-    got = {tuple(i): s for i, s in beams(f, **exact)}
+    got = {tuple(i): s for i, s in ctc_beam_search(f, **exact)}
     assert got.keys() == total.keys() and max(abs(got[k] - total[k]) for k in got) < 1e-9
-    assert beams(f, **exact)[0][0] == list(max(total, key=total.get))
+    assert ctc_beam_search(f, **exact)[0][0] == list(max(total, key=total.get))
 
 
 @pytest.mark.parametrize('seed', range(6))
 def test_search_with_a_model_finds_what_all_paths_give(seed):
-    three = Units(Charset('abc'))
+    three = SubscriptTokenizer(Charset('abc'))
     lm = NGram.train(['abc', 'cab', 'bca', 'abba'], three, 3, (1,))
     f = frames_of(5, 4, seed)
     total, _ = all_texts(f)
     says = lambda ids: sum(lm.logp((0, *ids[:i]))[u] for i, u in enumerate(ids))
     want = {k: v + 0.7 * says(k) + 0.4 * len(k) for k, v in total.items()}
-    got = {tuple(i): s for i, s in beams(f, lm=lm, alpha=0.7, beta=0.4, **exact)}
+    got = {tuple(i): s for i, s in ctc_beam_search(f, lm=lm, alpha=0.7, beta=0.4, **exact)}
     assert got.keys() == want.keys() and max(abs(got[k] - want[k]) for k in got) < 1e-9
     ids, value, at = prefix_beam(f, lm=lm, alpha=0.7, beta=0.4, **exact)
     assert ids == list(max(want, key=want.get)) and abs(value - max(want.values())) < 1e-9 and len(at) == len(ids)
@@ -198,7 +198,7 @@ def test_joining_frames_changes_nothing():
     f = np.log(p / p.sum(1, keepdims=True))
     cut = np.where(f >= math.log(1e-3), f, -np.inf)
     total = {k: v for k, v in all_texts(cut)[0].items() if v > -np.inf}
-    got = {tuple(i): s for i, s in beams(f, beam=10**6, least=1e-3, top=99)}
+    got = {tuple(i): s for i, s in ctc_beam_search(f, beam=10**6, least=1e-3, top=99)}
     assert got.keys() == total.keys() and max(abs(got[k] - total[k]) for k in got) < 1e-9
 
 
@@ -216,7 +216,7 @@ def test_a_line_as_the_greedy_reading_gives_it():
     rng = np.random.default_rng(0)
     logits = torch.tensor(rng.normal(0, 1, (4, 30, 20)), dtype=torch.float32)
     logits[torch.arange(4)[:, None], torch.arange(30), torch.tensor(rng.integers(0, 20, (4, 30)))] += 14
-    for l, want in zip(logits, greedy(logits, [30] * 4)):
+    for l, want in zip(logits, greedy_ctc(logits, [30] * 4)):
         ids, conf, at = beam_line(l.log_softmax(-1).numpy(), beam=4)
         assert ids == want[0] and at == want[2] and np.allclose(conf, want[1], atol=1e-6)
     assert beam_line(np.zeros((0, 20), np.float32)) == ([], [], [])
@@ -229,17 +229,17 @@ def test_a_wider_beam_is_not_worse():
     values = []
     for seed in range(20):
         f = frames_of(15, 6, seed)
-        values.append([beams(f, b, lm, 0.5, 0.3, least=0.0, top=99)[0][1] for b in (1, 8, 200)])
+        values.append([ctc_beam_search(f, b, lm, 0.5, 0.3, least=0.0, top=99)[0][1] for b in (1, 8, 200)])
     assert (np.mean(values, 0)[1:] >= np.mean(values, 0)[:-1]).all() and np.mean(values, 0)[2] > np.mean(values, 0)[0]
 
 
 def test_wrong_use():
     f = frames_of(5, 6, 0)
-    lm = NGram.train(['ab'], Units(Charset('abc')), 2, (1,))
+    lm = NGram.train(['ab'], SubscriptTokenizer(Charset('abc')), 2, (1,))
     with pytest.raises(KhmerOCRError, match='knows 4 units and the reader 6'):
-        beams(f, lm=lm)
+        ctc_beam_search(f, lm=lm)
     with pytest.raises(KhmerOCRError, match='at least 1'):
-        beams(f, beam=0)
+        ctc_beam_search(f, beam=0)
     with pytest.raises(KhmerOCRError, match='do not fit on 5 frames'):
         align_frames(f, [1] * 6)
 
@@ -254,12 +254,12 @@ def test_frames_of_a_network():
     assert all(abs(np.exp(f).sum(1) - 1).max() < 1e-5 for f in frames)
     assert decode(frames, units, 0) == [
         units.decode(i)
-        for i, *_ in greedy(torch.tensor(frames[0])[None], [13]) + greedy(torch.tensor(frames[1])[None], [31])
+        for i, *_ in greedy_ctc(torch.tensor(frames[0])[None], [13]) + greedy_ctc(torch.tensor(frames[1])[None], [31])
     ]
 
 
 def test_advice_helps_what_it_knows_and_hurts_what_it_does_not():
-    three = Units(Charset('abc'))
+    three = SubscriptTokenizer(Charset('abc'))
     lm = NGram.train(['aba'] * 20, three, 3, (1,))
     f = np.log(
         np.array([[0.01, 0.97, 0.01, 0.01], [0.01, 0.01, 0.45, 0.53], [0.01, 0.97, 0.01, 0.01]])
@@ -271,7 +271,7 @@ def test_advice_helps_what_it_knows_and_hurts_what_it_does_not():
 
 
 def test_odd_lines_can_be_written_and_are_not_guessed(lines):
-    odd = odd_lines(30, units, 3)
+    odd = unpredictable_lines(30, units, 3)
     lm = NGram.train(lines, units, 4, (1,))
     assert all(not units.charset.unknown(s) and s for v in odd.values() for s in v) and {
         len(v) for v in odd.values()
@@ -281,6 +281,6 @@ def test_odd_lines_can_be_written_and_are_not_guessed(lines):
 
 def test_the_model_that_ships():
     lm = NGram.load(units=units)
-    prose, odd = ['ព្រះរាជាណាចក្រកម្ពុជា', 'ជាតិ សាសនា ព្រះមហាក្សត្រ'], odd_lines(20, units, 9)
+    prose, odd = ['ព្រះរាជាណាចក្រកម្ពុជា', 'ជាតិ សាសនា ព្រះមហាក្សត្រ'], unpredictable_lines(20, units, 9)
     assert lm.order == 6 and lm.perplexity(prose) < 6 and min(lm.perplexity(v) for v in odd.values()) > 12
     assert (Path(khmer_ocr.__file__).parent / 'language_model/ngram.safetensors').stat().st_size < 3e6

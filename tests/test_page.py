@@ -5,11 +5,7 @@ from PIL import Image
 from khmer_ocr.synth.fonts import find_fonts
 from khmer_ocr.inference.page import (
     Box,
-    Page,
-    binarise,
     crop_line,
-    dark_on_light,
-    deskew_angle,
     find_lines,
     open_pages,
     page_text,

@@ -5,11 +5,9 @@ from itertools import islice
 from PIL import Image
 from khmer_ocr.synth.fonts import find_fonts
 from khmer_ocr.generative.pairs import (
-    LOOK,
     CropConfig,
-    Pair,
+    ImagePair,
     PairBatches,
-    as_batch,
     as_uint8,
     create_synthetic_dataloader,
     crop,
@@ -34,7 +32,7 @@ def coded(h=90, w=120, name='p', group=''):
     "A page whose mask is its red channel, so that a crop shows whether the two were cut at one place; green and blue are its coordinates"
     mask = np.random.default_rng(h).integers(0, 2, (h, w)).astype(np.uint8) * 255
     y, x = np.mgrid[:h, :w].astype(np.uint8)
-    return Pair(np.stack([mask, y, x], -1), mask, name, group)
+    return ImagePair(np.stack([mask, y, x], -1), mask, name, group)
 
 
 def error(f):
@@ -191,7 +189,7 @@ def test_small_pages_are_reflected():
 
 
 def test_zoom_makes_letters_larger():
-    page = Pair(
+    page = ImagePair(
         np.zeros((400, 400, 3), np.uint8),
         np.kron(np.indices((50, 50)).sum(0) % 2, np.ones((8, 8))).astype(np.uint8) * 255,
     )
@@ -213,7 +211,7 @@ def test_zoom_makes_letters_larger():
 
 
 def test_some_crops_come_from_anywhere():
-    page = Pair(np.zeros((64, 64 * 9, 3), np.uint8), np.zeros((64, 64 * 9), np.uint8))
+    page = ImagePair(np.zeros((64, 64 * 9, 3), np.uint8), np.zeros((64, 64 * 9), np.uint8))
     page.mask[:, : 64 * 3] = 255  # a third has ink
 
     def blank(**kw):

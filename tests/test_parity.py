@@ -3,14 +3,14 @@
 import copy, subprocess, sys
 from dataclasses import dataclass, replace
 from typing import Callable
-import cv2, numpy as np, pytest, torch
+import numpy as np, pytest, torch
 from PIL import Image, features
 from khmer_ocr.models.ctc import CTCConfig, CTCNet, header, load_ctc
 from khmer_ocr.models.ctc_training import CTCLoss, read_batches
-from khmer_ocr.text.tokenizers import Units
+from khmer_ocr.text.tokenizers import SubscriptTokenizer
 from khmer_ocr.data.datasets import OnTheFlyDataset, open_lines
 from khmer_ocr.data.batching import as_input, collate
-from khmer_ocr.data.preprocess import prepare
+from khmer_ocr.data.preprocess import preprocess
 from khmer_ocr.data.images import read_image
 from khmer_ocr.synth.fonts import find_fonts
 from khmer_ocr.training.checkpoints import save_checkpoint
@@ -166,7 +166,7 @@ def weights(tmp_path_factory):
     if 'fast' in models():
         return models()['fast']
     torch.manual_seed(0)
-    net = CTCNet(len(units := Units(charset())))
+    net = CTCNet(len(units := SubscriptTokenizer(charset())))
     save_checkpoint(
         path := tmp_path_factory.mktemp('weights') / 'random.safetensors', net.state_dict(), header(net.config, units)
     )
@@ -242,7 +242,7 @@ def test_same_pixels(name, folder, pair):
     same_input(evaluating.calls[0], reading.calls[0])
     assert got.text == wanted[0]
     if CASES[name].exact:
-        plain = as_input(torch.from_numpy(prepare(drawn(), reader.height)))
+        plain = as_input(torch.from_numpy(preprocess(drawn(), reader.height)))
         assert torch.equal(reading.calls[0][0][0, 0, :, : plain.shape[1]], plain)
 
 
@@ -298,7 +298,7 @@ def test_pages_too(folder):
 def test_other_networks_get_the_same(kw, folder):
     "Height and stride come from the checkpoint, not from a constant"
     torch.manual_seed(0)
-    units = Units(charset())
+    units = SubscriptTokenizer(charset())
     net = CTCNet(len(units), CTCConfig(**dict(channels=(8, 8, 8, 8, 16), hidden=8, layers=1) | kw)).eval()
     reader = Reader(net, units, header(net.config, units), dtype=torch.float32)
     for name in ('png', 'exif6_jpg', 'inverted', 'alpha_la'):

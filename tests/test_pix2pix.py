@@ -1,8 +1,7 @@
 "Pix2Pix: shapes and sizes of the networks, the losses by hand, growing, resuming to the same bits, seeds, tiles without seams, one pair learnt by heart, and what users get wrong."
 
-import cv2, json, math, numpy as np, pytest, torch
+import math, numpy as np, pytest, torch
 from dataclasses import replace
-from pathlib import Path
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from khmer_ocr.synth.fonts import find_fonts
@@ -10,21 +9,19 @@ from khmer_ocr.generative.artifacts import dot_grid
 from khmer_ocr.training.callbacks import read_history
 from khmer_ocr.training.callbacks import Callback, CancelFit
 from khmer_ocr.training.checkpoints import load_checkpoint, save_checkpoint
-from khmer_ocr.generative.pairs import CropConfig, Pair, PairBatches, rendered_pairs
+from khmer_ocr.generative.pairs import CropConfig, PairBatches, rendered_pairs
 from khmer_ocr.generative.pix2pix import (
     AttentionGate,
-    DoubleUNet,
     PatchGAN,
     Pix2Pix,
     Pix2PixConfig,
-    UNet,
     make_generator,
     match,
     pix2pix_turns,
 )
 from khmer_ocr.generative.pix2pix_training import (
     LinearDecay,
-    Stage,
+    ResolutionStage,
     check_stages,
     load_generator,
     similarity,
@@ -253,10 +250,10 @@ def test_noise_of_a_style_is_given_or_drawn_and_unknown_without():
 
 def test_grain_of_every_size_has_no_lattice():
     from khmer_ocr.generative.artifacts import dot_grid
-    from khmer_ocr.generative.pix2pix import Tuning
+    from khmer_ocr.generative.pix2pix import StyleModulation
 
     torch.manual_seed(0)
-    tuning, noise = Tuning(3, [4]), torch.randn(16, 3, 128, 128)
+    tuning, noise = StyleModulation(3, [4]), torch.randn(16, 3, 128, 128)
     z = torch.zeros(16, 3)
     with torch.no_grad():
         for k in range(4):
@@ -336,7 +333,7 @@ def test_stages_of_one_run(tmp_path, pages):
     c = replace(toy, resolution=64)
     data = PairBatches(pages[:2], 4, CropConfig(64))
     per = len(data)
-    train_pix2pix(tmp_path, data, c, stages=[Stage(32, 2), Stage(64, 4, 2)], ema=0.9, callbacks=[Look()], **quick)
+    train_pix2pix(tmp_path, data, c, stages=[ResolutionStage(32, 2), ResolutionStage(64, 4, 2)], ema=0.9, callbacks=[Look()], **quick)
     assert (
         per == 1
         and [s[0] for s in seen] == [s[1] for s in seen] == [(1, 1.0), (1, 1.0), (0, 0.0), (0, 0.5), (0, 1.0), (0, 1.0)]
@@ -360,10 +357,10 @@ def test_one_resolution_after_the_other(tmp_path, pages):
         first['generator.downs.0.0.weight']
     )
     assert 'its stages are 32, 64' in error(lambda: train_at_resolution(net, tmp_path / 'no', data, 128, 1))
-    assert 'must double' in error(lambda: check_stages([Stage(32), Stage(32)], toy)) and 'too small' in error(
-        lambda: check_stages([Stage(16), Stage(32)], toy)
+    assert 'must double' in error(lambda: check_stages([ResolutionStage(32), ResolutionStage(32)], toy)) and 'too small' in error(
+        lambda: check_stages([ResolutionStage(16), ResolutionStage(32)], toy)
     )
-    assert 'at least one' in error(lambda: check_stages([Stage(32, 0)], toy)) and 'must double' in error(
+    assert 'at least one' in error(lambda: check_stages([ResolutionStage(32, 0)], toy)) and 'must double' in error(
         lambda: check_stages([], toy)
     )
 
@@ -383,7 +380,7 @@ def test_resume_to_the_same_bits(tmp_path, pages, progressive):
         use_spectral_norm=not progressive,
     )
     data = PairBatches(pages[:2], 4, CropConfig(c.resolution))
-    stages = [Stage(32, 3), Stage(64, 4, 2)] if progressive else [Stage(32, 2)]
+    stages = [ResolutionStage(32, 3), ResolutionStage(64, 4, 2)] if progressive else [ResolutionStage(32, 2)]
     run = lambda name, **kw: train_pix2pix(
         tmp_path / name, data, c, stages=stages, held_out=pages[2:], ema=0.9, **quick, **kw
     )
@@ -448,7 +445,7 @@ def test_settings_of_the_learner_are_heard(tmp_path, pages):
 
 
 @pytest.mark.parametrize(
-    'kw, stages', [(dict(), ()), (dict(form='double'), ()), (dict(resolution=64), (Stage(32, 3), Stage(64, 4, 2)))]
+    'kw, stages', [(dict(), ()), (dict(form='double'), ()), (dict(resolution=64), (ResolutionStage(32, 3), ResolutionStage(64, 4, 2)))]
 )
 def test_styles_come_with_the_batch(tmp_path, pages, kw, stages):
     c = replace(toy, style=2, **kw)
@@ -514,7 +511,7 @@ def test_a_generator_of_one_s_own(tmp_path, pages):
     )
     assert 'Progressive' in error(
         lambda: train_pix2pix(
-            tmp_path / 'x', pages, replace(toy, resolution=64), stages=[Stage(32), Stage(64)], generator=Own(), **quick
+            tmp_path / 'x', pages, replace(toy, resolution=64), stages=[ResolutionStage(32), ResolutionStage(64)], generator=Own(), **quick
         )
     )
 

@@ -11,23 +11,21 @@ from khmer_ocr.data.batching import as_input, collate
 from khmer_ocr.training.callbacks import Callback, CancelFit
 from khmer_ocr.training.checkpoints import load_weights
 from khmer_ocr.models.pretraining import (
-    Filler,
     MaskedLoss,
     hide_spans,
     import_vit,
     load_backbone,
     pretrain,
     save_backbone,
-    vit_tensors,
     with_backbone,
 )
 from khmer_ocr.synth.generator import Recipe
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.training.settings import TrainConfig
-from khmer_ocr.models.transformer import ViT, VisionText, VisionTextConfig
+from khmer_ocr.models.transformer import ImageToText, ImageToTextConfig
 from khmer_ocr.models.transformer_training import load_vision_text, start_from, train_vision_text
 
-tiny = VisionTextConfig(
+tiny = ImageToTextConfig(
     channels=(4, 4, 8, 8),
     encoder_depth=2,
     encoder_width=16,
@@ -170,11 +168,11 @@ def test_faults(tmp_path, monkeypatch):
         (lambda: load_backbone('a/latest.safetensors'), 'not a backbone'),
         (lambda: run('b', 'masked', 1, replace(tiny, encoder_depth=3), init='mine'), 'with_backbone'),
         (
-            lambda: start_from(VisionText(9, replace(tiny, encoder_depth=3)), 'models/backbones/mine.safetensors'),
+            lambda: start_from(ImageToText(9, replace(tiny, encoder_depth=3)), 'models/backbones/mine.safetensors'),
             'does not fit',
         ),
         (
-            lambda: start_from(VisionText(9, replace(tiny, encoder_depth=1)), 'models/backbones/mine.safetensors'),
+            lambda: start_from(ImageToText(9, replace(tiny, encoder_depth=1)), 'models/backbones/mine.safetensors'),
             'does not fit',
         ),
         (lambda: save_backbone('models/backbones/mine.safetensors', 'x'), "'backbone'"),

@@ -1,10 +1,10 @@
 "The judge of painted sets: every measure by hand, what must not change it, the tricks that must not win, standard errors against a second way to compute them, and errors in one line."
 
-import cv2, math, numpy as np, pytest, torch
+import cv2, math, numpy as np, pytest
 from dataclasses import replace
 from types import SimpleNamespace
 from khmer_ocr.synth.fonts import find_fonts
-from khmer_ocr.generative.pairs import Pair, rendered_pairs, sauvola
+from khmer_ocr.generative.pairs import ImagePair, rendered_pairs, sauvola
 from khmer_ocr.generative.quality import (
     KID_FLOOR,
     LOOK_FEATURES,
@@ -15,15 +15,14 @@ from khmer_ocr.generative.quality import (
     distances,
     flat_colours,
     geometric_mean,
-    jackknife,
-    judge_looks,
+    evaluate_images,
     kid,
     look_features,
     mask_iou,
     no_grid,
     novelty,
     paper_of,
-    pasted,
+    paste_baseline,
     realism,
     same_mask,
     score_table,
@@ -64,7 +63,7 @@ def world(pages):
 
 
 def judge(w, made, **kw):
-    return judge_looks(made, w.masks, w.A, w.B, anchors=w.anchors, **kw)
+    return evaluate_images(made, w.masks, w.A, w.B, anchors=w.anchors, **kw)
 
 
 # --- tiles and baselines
@@ -101,7 +100,7 @@ def toy_page(paper, ink, side=64, noise=0.0, seed=0):
         if noise
         else np.where(mask[..., None] > 0, ink, paper)
     )
-    return Pair(image.clip(0, 255).round().astype(np.uint8), mask, f'toy{seed}')
+    return ImagePair(image.clip(0, 255).round().astype(np.uint8), mask, f'toy{seed}')
 
 
 def test_two_colours_are_medians():
@@ -145,19 +144,19 @@ def test_pasted_takes_ink_and_paper_of_two_pages():
     ps = [toy_page((200, 200, 200), (30, 0, 0)), toy_page((100, 160, 220), (0, 0, 90))]
     masks = np.zeros((16, 48, 48), np.uint8)
     masks[:, 16:32, 16:32] = 255
-    made = pasted(masks, ps)
+    made = paste_baseline(masks, ps)
     assert {(tuple(i[0, 0].tolist()), tuple(i[24, 24].tolist())) for i in made} == {
         ((200, 200, 200), (0, 0, 90)),
         ((100, 160, 220), (30, 0, 0)),
     }  # never both of one page
     edge = made[0, 24, 12:20, 0].astype(int)
     assert len(set(edge.tolist())) > 3  # soft
-    assert set(np.unique(pasted(masks, ps, soft=0)[..., 0]).tolist()) <= {200, 100, 30, 0}
-    assert (made == pasted(masks, ps, papers=[paper_of(p) for p in ps])).all() and (
-        made[:4] == pasted(masks[:4], ps)
+    assert set(np.unique(paste_baseline(masks, ps, soft=0)[..., 0]).tolist()) <= {200, 100, 30, 0}
+    assert (made == paste_baseline(masks, ps, papers=[paper_of(p) for p in ps])).all() and (
+        made[:4] == paste_baseline(masks[:4], ps)
     ).all()
-    assert pasted(np.zeros((1, 200, 150), np.uint8), ps).shape == (1, 200, 150, 3)  # larger than the page
-    assert 'fewer than two' in error(lambda: pasted(masks, ps[:1]))
+    assert paste_baseline(np.zeros((1, 200, 150), np.uint8), ps).shape == (1, 200, 150, 3)  # larger than the page
+    assert 'fewer than two' in error(lambda: paste_baseline(masks, ps[:1]))
 
 
 # --- the measures by hand
@@ -361,7 +360,7 @@ def test_real_pages_are_the_yardstick(world):
 
 
 def test_tricks_do_not_win(world):
-    flat, paste, train = flat_colours(world.masks, world.train), pasted(world.masks, world.train), stacked(world.A)[0]
+    flat, paste, train = flat_colours(world.masks, world.train), paste_baseline(world.masks, world.train), stacked(world.A)[0]
     got = {
         k: judge(world, v)
         for k, v in dict(
@@ -370,7 +369,7 @@ def test_tricks_do_not_win(world):
             other=np.roll(world.images, 1, 0),
             dots=dotted(world.images),
             train=train,
-            look=pasted(world.masks, world.train[:1] * 2),
+            look=paste_baseline(world.masks, world.train[:1] * 2),
             image=np.repeat(paste[:1], 64, 0),
         ).items()
     }
@@ -393,10 +392,10 @@ def test_tricks_do_not_win(world):
 
 
 def test_judgement_repeats_and_does_not_mind_the_order(world):
-    paste = pasted(world.masks, world.train)
+    paste = paste_baseline(world.masks, world.train)
     a = judge(world, paste)
     order = rng().permutation(64)
-    b = judge_looks(
+    b = evaluate_images(
         list(paste[order]), world.masks[order], world.A, world.B, [world.B[i].group for i in order]
     )  # computes its own anchors
     for k in (*'MRCDNG', 'mean'):
@@ -405,14 +404,14 @@ def test_judgement_repeats_and_does_not_mind_the_order(world):
 
 
 def test_standard_errors_against_judging_anew(world):
-    paste = pasted(world.masks, world.train)
+    paste = paste_baseline(world.masks, world.train)
     a = judge(world, paste, text=0.5)
     found = []
     for side in 'ab':
         for g in sorted({t.group for t in (world.A if side == 'a' else world.B)}):
             keep = [i for i, t in enumerate(world.B) if side == 'a' or t.group != g]
             A = [t for t in world.A if side == 'b' or t.group != g]
-            got = judge_looks(
+            got = evaluate_images(
                 paste[keep], world.masks[keep], A, [world.B[i] for i in keep], text=0.5, anchors=smaller(world, A, keep)
             )
             found.append((side, [got[k] for k in (*'MRCDN', 'mean')]))
@@ -491,8 +490,8 @@ def test_what_cannot_be_judged(world):
         'at least 8' in error(lambda: judge(world, im[:7]))
         and 'both must be of one size' in error(lambda: judge(world, im[:, :100]))
         and 'belong together'
-        in error(lambda: judge_looks(im, world.masks[:9], world.A, world.B, anchors=world.anchors))
+        in error(lambda: evaluate_images(im, world.masks[:9], world.A, world.B, anchors=world.anchors))
     )
     assert 'name the page of each mask' in error(
-        lambda: judge_looks(im[:9], world.masks[:9], world.A, world.B, anchors=world.anchors)
+        lambda: evaluate_images(im[:9], world.masks[:9], world.A, world.B, anchors=world.anchors)
     )

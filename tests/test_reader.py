@@ -1,24 +1,24 @@
 "Reading lines: order, width, memory, bad input. Runs with the weights that ship, or with an untrained network where there are none."
 
-import resource, subprocess, sys, textwrap
+import subprocess, sys, textwrap
 import numpy as np, pytest, torch
 from PIL import Image
 from khmer_ocr import reader
 from khmer_ocr.models.ctc import CTCConfig, CTCNet, header, load_ctc
-from khmer_ocr.text.tokenizers import Units
+from khmer_ocr.text.tokenizers import SubscriptTokenizer
 from khmer_ocr.data.batching import collate
-from khmer_ocr.data.preprocess import prepare
+from khmer_ocr.data.preprocess import preprocess
 from khmer_ocr.synth.fonts import find_fonts
 from khmer_ocr.training.checkpoints import load_weights, save_checkpoint
 from khmer_ocr.models.language_model import NGram
-from khmer_ocr.inference.reader import DECODERS, Reader, Reading, choose_decoder, read_files, working
+from khmer_ocr.inference.reader import DECODERS, Reader, Prediction, read_files, prepare_for_inference
 from khmer_ocr.models.zoo import _checkpoint, models, open_model
 from khmer_ocr.synth.rendering import render
 from khmer_ocr.models.attention import Seq2Seq, Seq2SeqConfig, make_units
 from khmer_ocr.models.attention_training import read_lines
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.text.khmer import charset
-from khmer_ocr.models.transformer import VisionText, VisionTextConfig
+from khmer_ocr.models.transformer import ImageToText, ImageToTextConfig
 from khmer_ocr.models.transformer_training import vision_text_header
 
 
@@ -27,7 +27,7 @@ def weights(tmp_path_factory):
     if 'fast' in models():
         return models()['fast']
     torch.manual_seed(0)
-    units, path = Units(charset()), tmp_path_factory.mktemp('weights') / 'random.safetensors'
+    units, path = SubscriptTokenizer(charset()), tmp_path_factory.mktemp('weights') / 'random.safetensors'
     net = CTCNet(len(units))
     for n, p in net.named_parameters():
         if 'weight_ih' in n or n == 'name.weight':
@@ -64,7 +64,7 @@ def same(a, b):
 def test_order_and_company(reader, lines):
     "A line reads the same alone, in any order and in any batch"
     whole = reader.read(lines)
-    assert len(whole) == len(lines) and all(isinstance(r, Reading) for r in whole)
+    assert len(whole) == len(lines) and all(isinstance(r, Prediction) for r in whole)
     for size in (1, 3):
         assert all(map(same, reader.read(lines, size), whole))
     assert all(map(same, reader.read(lines[::-1]), whole[::-1]))
@@ -85,7 +85,7 @@ def test_chars(reader, lines):
     + [np.zeros((1, 1), np.uint8), np.full((1, 500), 255, np.uint8), np.full((500, 1), 255, np.uint8)],
 )
 def test_blank(reader, image):
-    assert reader.read([image])[0] == Reading('', 1.0)
+    assert reader.read([image])[0] == Prediction('', 1.0)
 
 
 @pytest.mark.parametrize('shape', [(1, 1), (1, 400), (400, 1), (2, 3), (700, 20), (3, 5000)])
@@ -112,7 +112,7 @@ def frames(reader, line):
 
 def test_windows(reader):
     "Cut into windows, a line of 3,000 px says what it says whole"
-    cut, whole = frames(reader, prepare(scribble(3900))[:, :3000])
+    cut, whole = frames(reader, preprocess(scribble(3900))[:, :3000])
     assert len(cut) == len(whole) == 750
     assert (cut == whole).mean() > 0.97
 
@@ -132,7 +132,7 @@ KINDS = dict(
 def kind(request, tmp_path_factory):
     "A reader of every kind of network, from a file, with random weights that say many things"
     torch.manual_seed(1)
-    units, path = Units(charset()), tmp_path_factory.mktemp('kind') / 'toy.safetensors'
+    units, path = SubscriptTokenizer(charset()), tmp_path_factory.mktemp('kind') / 'toy.safetensors'
     net = CTCNet(len(units), CTCConfig(**dict(channels=(8, 8, 16, 16, 32), hidden=16, layers=1) | request.param))
     for n, p in net.named_parameters():
         if p.ndim > 1:
@@ -153,7 +153,7 @@ def test_kinds_of_network(kind, lines):
 
 
 def test_kinds_of_network_in_windows(kind):
-    line = prepare(scribble(round(3900 * 40 / kind.height)), kind.height)
+    line = preprocess(scribble(round(3900 * 40 / kind.height)), kind.height)
     line = np.ascontiguousarray(np.hstack([line] * 2)[:, :2900])
     cut, whole = frames(kind, line)
     assert len(cut) == len(whole) == -(-2900 // kind.stride)
@@ -168,7 +168,7 @@ def test_padding_does_not_matter(kind):
     "The network is told how wide a line is: with attention, paper behind its end changes nothing"
     if kind.net.config.reading != 'attention':
         pytest.skip('an LSTM reads the padding too: lines go in buckets')
-    line = prepare(scribble(300), kind.height)
+    line = preprocess(scribble(300), kind.height)
     with torch.inference_mode():
         (a, p), (b, q) = (kind.decoder.look(*kind._input([line], w))[0] for w in (320, 960))
     assert (a == b).mean() > 0.99 and np.abs(p - q).max() < 0.05
@@ -196,7 +196,7 @@ def writer(request, tmp_path_factory):
     path = tmp_path_factory.mktemp('writer') / 'toy.safetensors'
     if 'text' in request.param:
         config, units = (
-            VisionTextConfig(
+            ImageToTextConfig(
                 channels=(8, 8, 16, 16),
                 encoder_depth=2,
                 encoder_width=16,
@@ -206,10 +206,10 @@ def writer(request, tmp_path_factory):
                 decoder_heads=2,
                 stem='patches' if 'patches' in request.param else 'conv',
             ),
-            Units(charset()),
+            SubscriptTokenizer(charset()),
         )
         save_checkpoint(
-            path, strong(VisionText(len(units), config), 0.3).state_dict(), vision_text_header(config, units)
+            path, strong(ImageToText(len(units), config), 0.3).state_dict(), vision_text_header(config, units)
         )
         return path
     config = (
@@ -244,7 +244,7 @@ def test_readers_that_write(writer, lines):
             xs = [x for *_, a, b in r.chars for x in (a, b)]
             assert xs == sorted(xs) and all(0 <= x <= im.shape[1] for x in xs)
         line = np.ascontiguousarray(
-            prepare(scribble(900), reader.height)[:, :320]
+            preprocess(scribble(900), reader.height)[:, :320]
         )  # as wide as its bucket: both sides pad nothing
         with torch.inference_mode():
             ((_, said),) = reader._said([line], 1)
@@ -257,7 +257,7 @@ def test_readers_that_write(writer, lines):
 def test_wide_lines_of_readers_that_write(writer):
     "Windows are joined where the decoder looked: no unit of one that is believed is lost, none comes twice"
     reader = Reader.load(writer)
-    line = np.ascontiguousarray(np.hstack([prepare(scribble(1500, i), reader.height) for i in range(4)])[:, :3500])
+    line = np.ascontiguousarray(np.hstack([preprocess(scribble(1500, i), reader.height) for i in range(4)])[:, :3500])
     with torch.inference_mode():
         ((_, (ids, conf, at, _)),) = reader._said([line], 32)
         pieces = [
@@ -282,7 +282,7 @@ def test_decoders_of_a_ctc_reader(weights, lines):
     for im, r in zip(lines, whole):
         xs = [x for *_, p, q in r.chars for x in (p, q)]
         assert xs == sorted(xs) and all(0 <= x <= im.shape[1] for x in xs) and 0 <= r.confidence <= 1
-    assert beam.read([np.full((40, 300), 255, np.uint8)]) == [Reading('', 1.0)]
+    assert beam.read([np.full((40, 300), 255, np.uint8)]) == [Prediction('', 1.0)]
 
 
 def test_a_language_model_advises(weights, tmp_path):
@@ -307,7 +307,7 @@ def test_a_language_model_advises(weights, tmp_path):
     reader.decoder.lm = Spy()
     reader.read([scribble(400)])
     assert len(asked) > 3
-    other = NGram.train(['ab'], Units(type(units.charset)(('a', 'b'))), order=2, cuts=(1,))
+    other = NGram.train(['ab'], SubscriptTokenizer(type(units.charset)(('a', 'b'))), order=2, cuts=(1,))
     other.save(tmp_path / 'other.safetensors')
     with pytest.raises(KhmerOCRError, match='units'):
         Reader.load(weights, decoder='beam', lm=tmp_path / 'other.safetensors')
@@ -351,10 +351,10 @@ def test_wide_memory(weights, tmp_path, decoder):
 def test_precisions(weights):
     "bfloat16 and float32 agree; folding the norms changes nothing"
     net, units, head = load_ctc(weights)
-    line = torch.from_numpy(prepare(scribble(600))[None, None]).float() / 255
+    line = torch.from_numpy(preprocess(scribble(600))[None, None]).float() / 255
     with torch.inference_mode():
-        plain, folded = net(line).softmax(-1), working(net)(line).softmax(-1)
-        half = working(net, torch.bfloat16)(line.bfloat16()).softmax(-1)
+        plain, folded = net(line).softmax(-1), prepare_for_inference(net)(line).softmax(-1)
+        half = prepare_for_inference(net, torch.bfloat16)(line.bfloat16()).softmax(-1)
     assert (plain - folded).abs().max() < 1e-3
     assert (plain - half).abs().mean() < 0.01
 

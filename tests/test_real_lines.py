@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 import pytest
 from khmer_ocr.text.metrics import score
-from khmer_ocr.inference.reader import Reader, Reading, read_files
+from khmer_ocr.inference.reader import Reader, Prediction, read_files
 from khmer_ocr.models.zoo import models
 
 folder = os.environ.get('KHMER_OCR_REAL_LINES')
@@ -17,7 +17,7 @@ def test_shipped_weights_read_real_lines():
     with open(Path(folder) / 'labels.tsv', encoding='utf-8', newline='') as f:
         rows = list(csv.DictReader(f, delimiter='\t', quoting=csv.QUOTE_NONE))
     read = [r for _, r in read_files(Reader.load('fast'), [Path(folder) / r['path'] for r in rows])]
-    assert all(isinstance(r, Reading) for r in read)
+    assert all(isinstance(r, Prediction) for r in read)
     kinds = defaultdict(list)
     for row, r in zip(rows, read):
         for k in ('all', row['kind'], 'part ' + row['part']):

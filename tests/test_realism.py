@@ -1,19 +1,16 @@
 "The one face of the generators, founding document 002 as code, a choice that explains itself, and a learned look as a degradation whose label stays true."
 
-import json, pickle, numpy as np, pytest, torch
-from pathlib import Path
+import pickle, numpy as np, pytest, torch
 from torch import nn
 from khmer_ocr.synth.fonts import find_fonts
-from khmer_ocr.generative.artifacts import write_png
 from khmer_ocr.training.checkpoints import load_checkpoint, save_checkpoint
-from khmer_ocr.generative.pairs import Pair, PairBatches, read_pairs, rendered_pairs, save_pairs
-from khmer_ocr.generative.pix2pix import AttentionGate, Pix2PixConfig, make_generator
-from khmer_ocr.generative.learned_degradation import Learned, _true, fold, hasten, line_mask, unfold
-from khmer_ocr.generative.painter import Look, Painter, choose_model, open_painter
+from khmer_ocr.generative.pairs import ImagePair, PairBatches, read_pairs, rendered_pairs, save_pairs
+from khmer_ocr.generative.pix2pix import AttentionGate
+from khmer_ocr.generative.learned_degradation import LearnedDegradation, _true, fold, optimise_for_inference, line_mask, unfold
+from khmer_ocr.generative.painter import Look, choose_model, open_painter
 from khmer_ocr.generative.synthetic_data import (
     SyntheticDataGenerator,
     as_mask,
-    draw_styles,
     ink_iou,
     load_mask,
     paint_looks,
@@ -329,7 +326,7 @@ def test_folding_and_unfolding_changes_nothing():
 
 
 def test_lines_keep_shape_and_type_and_follow_the_seed(model):
-    f = Learned(model)
+    f = LearnedDegradation(model)
     line = text_line(words[3], 12)
     a = f(line, rng(1))
     assert (
@@ -348,7 +345,7 @@ def test_lines_keep_shape_and_type_and_follow_the_seed(model):
 
 
 def test_many_is_one_by_one(model):
-    f = Learned(model, batch_size=3)
+    f = LearnedDegradation(model, batch_size=3)
     lines = [text_line(t, s) for s in (10, 14) for t in words]
     together = f.many(lines, [rng(k) for k in range(len(lines))])
     assert all((a == f(im, rng(k))).all() for k, (im, a) in enumerate(zip(lines, together)))
@@ -361,7 +358,7 @@ def test_many_is_one_by_one(model):
 
 
 def test_survives_the_way_to_a_worker(model):
-    f = Learned(model, batch_size=2, least=0.4)
+    f = LearnedDegradation(model, batch_size=2, least=0.4)
     g = pickle.loads(pickle.dumps(f))
     line = text_line(words[0], 12)
     assert (g.least, len(pickle.dumps(f)) < 1000) == (0.4, True) and (g(line, rng(0)) == f(line, rng(0))).all()
@@ -376,7 +373,7 @@ def test_a_line_whose_ink_would_vanish_is_handed_on(model):
         and not _true(m, m, 0.5)
         and _true(np.full_like(m, 9), m * 0, 0.5)
     )
-    f = Learned(model, least=2.0)
+    f = LearnedDegradation(model, least=2.0)
     assert (f(line, rng(0)) == line).all()
 
 
@@ -391,7 +388,7 @@ def test_texture_bank_and_dcgan_as_a_look(tmp_path):
     papers = [p[..., 0] for p in procedural_paper(4, 32)]
     TextureBank(papers).save(tmp_path / 'bank.safetensors')
     line = text_line(words[0])
-    f = Learned(tmp_path / 'bank.safetensors')
+    f = LearnedDegradation(tmp_path / 'bank.safetensors')
     assert (f(line, rng(3)) == TextureBank(papers)(line, rng(3))).all() and (
         f.many([line] * 2, [rng(3), rng(4)])[0] == f(line, rng(3))
     ).all()
@@ -403,21 +400,21 @@ def test_texture_bank_and_dcgan_as_a_look(tmp_path):
         device='cpu',
         tensorboard=False,
     )
-    out = Learned(tmp_path / 'd' / 'generator_model.safetensors')(line, rng(0))
+    out = LearnedDegradation(tmp_path / 'd' / 'generator_model.safetensors')(line, rng(0))
     assert out.shape == line.shape and out[line == 0].max() == 0
 
 
 def test_compiled_paints_the_same_and_goes_on_without_a_compiler(model, capsys):
     m = (torch.rand(1, 1, 32, 32) > 0.7).float()
-    plain = hasten(open_painter(model))
-    eager = hasten(open_painter(model), compiled=True, backend='eager')
+    plain = optimise_for_inference(open_painter(model))
+    eager = optimise_for_inference(open_painter(model), compiled=True, backend='eager')
     with torch.inference_mode():
         assert eager(m).equal(plain(m)) and capsys.readouterr().err == ''
 
         def broken(graph, inputs):
             raise RuntimeError('no compiler here')
 
-        none = hasten(open_painter(model), compiled=True, backend=broken)
+        none = optimise_for_inference(open_painter(model), compiled=True, backend=broken)
         assert none(m).equal(plain(m)) and none(m).equal(plain(m))
     assert capsys.readouterr().err.count('painting goes on without') == 1
     assert (
@@ -443,7 +440,7 @@ def test_the_label_stays_true(tmp_path):
     g.train_pix2pix(pages, 20, lr=0.002, ema=0.9, samples_every=1000, **quick)
     texts = words * 2
     lines = [text_line(t, s) for s in (22, 28) for t in words]
-    painted = Learned(tmp_path / 'pix2pix' / 'generator.safetensors', least=-1.0).many(
+    painted = LearnedDegradation(tmp_path / 'pix2pix' / 'generator.safetensors', least=-1.0).many(
         lines, [rng(k) for k in range(len(lines))]
     )
     reader = Reader.load('fast')
@@ -465,7 +462,7 @@ def coloured(loader):
     "The same pages on light and on brown paper"
 
     def brown(p):
-        return Pair((p.image * np.array([0.8, 0.6, 0.4])).astype(np.uint8), p.mask, p.name + 'b', p.group)
+        return ImagePair((p.image * np.array([0.8, 0.6, 0.4])).astype(np.uint8), p.mask, p.name + 'b', p.group)
 
     return [q for p in loader.pairs for q in (p, brown(p))]
 
@@ -600,7 +597,7 @@ def test_styled_looks_as_operations(which, hybrid, tmp_path):
 
     if which == 'vae':
         save_painter(tmp_path / 'p.safetensors', hybrid.painter.other)
-    f = Learned(
+    f = LearnedDegradation(
         hybrid.out_dir / 'painter.safetensors' if which == 'hybrid' else tmp_path / 'p.safetensors',
         batch_size=3,
         least=-1.0,
@@ -639,7 +636,7 @@ def recipe(folder, model):
 
 def test_preset_learned_in_a_set(model, tmp_path):
     from khmer_ocr.synth.store import generate_set, verify_set
-    from khmer_ocr.synth.generator import Synth
+    from khmer_ocr.synth.generator import LineGenerator
 
     r = recipe(tmp_path, model)
     for w in (1, 2):
@@ -652,8 +649,8 @@ def test_preset_learned_in_a_set(model, tmp_path):
         and all((tmp_path / 'w1' / f).read_bytes() == (tmp_path / 'w2' / f).read_bytes() for f in files)
         and verify_set(tmp_path / 'w1') == []
     )
-    s = Synth(r)('train', 3)
-    clean = Synth(type(r)(corpus=r.corpus, preset='clean'))('train', 3)
+    s = LineGenerator(r)('train', 3)
+    clean = LineGenerator(type(r)(corpus=r.corpus, preset='clean'))('train', 3)
     assert s.text == clean.text and (s.image.shape != clean.image.shape or (s.image != clean.image).any())
 
 
@@ -661,15 +658,15 @@ def test_the_model_is_part_of_what_a_set_is_made_of_wherever_it_lies(model, tmp_
     import shutil
     from khmer_ocr.synth.store import generate_set
     from khmer_ocr.synth.records import provenance
-    from khmer_ocr.synth.generator import Synth
+    from khmer_ocr.synth.generator import LineGenerator
 
     shutil.copy(model, tmp_path / 'moved.safetensors')
-    a, b = (provenance(Synth(recipe(tmp_path, m))) for m in (model, tmp_path / 'moved.safetensors'))
+    a, b = (provenance(LineGenerator(recipe(tmp_path, m))) for m in (model, tmp_path / 'moved.safetensors'))
     assert (
         a == b
         and a['recipe']['preset'] == 'learned'
         and len(a['look']['model']) == 64
-        and 'look' not in provenance(Synth(type(recipe(tmp_path, model))(corpus=str(tmp_path))))
+        and 'look' not in provenance(LineGenerator(type(recipe(tmp_path, model))(corpus=str(tmp_path))))
     )
     generate_set(recipe(tmp_path, model), tmp_path / 'set', max_lines=2, splits=('val',), progress=False)
     w, h = load_checkpoint(model)
@@ -684,16 +681,16 @@ def test_a_model_trained_again_is_opened_again(model, hybrid, tmp_path):
     import os, shutil
     from khmer_ocr.synth.degradation import open_look
     from khmer_ocr.synth.records import provenance
-    from khmer_ocr.synth.generator import Synth
+    from khmer_ocr.synth.generator import LineGenerator
 
     shutil.copy(model, f := tmp_path / 'm.safetensors')
-    a, first = open_look('learned', str(f)), provenance(Synth(recipe(tmp_path, f)))['look']
+    a, first = open_look('learned', str(f)), provenance(LineGenerator(recipe(tmp_path, f)))['look']
     assert open_look('learned', str(f)) is a
     shutil.copy(hybrid.out_dir / 'painter.safetensors', f)
     os.utime(f, ns=(1, 1))
     assert (
         open_look('learned', str(f)).painter.kind == 'hybrid'
-        and provenance(Synth(recipe(tmp_path, f)))['look']['model'] != first['model']
+        and provenance(LineGenerator(recipe(tmp_path, f)))['look']['model'] != first['model']
     )
 
 

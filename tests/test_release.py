@@ -7,7 +7,7 @@ import pytest
 import khmer_ocr
 from khmer_ocr.training.checkpoints import load_weights
 from khmer_ocr.models.zoo import models
-from khmer_ocr.models.release import carry_out, plans, read_plan
+from khmer_ocr.models.release import run_plan, plans, read_plan
 from khmer_ocr.core.errors import KhmerOCRError
 
 weights = Path(khmer_ocr.__file__).parent / 'weights'
@@ -64,5 +64,5 @@ def test_bad_plans(tmp_path, change, words):
 def test_missing_start(tmp_path):
     plan = read_plan(write(tmp_path, start=str(tmp_path / 'none.safetensors')))
     with pytest.raises(KhmerOCRError, match='none.safetensors'):
-        carry_out(plan, tmp_path / 'models', texts=['កក'], verbose=False)
+        run_plan(plan, tmp_path / 'models', texts=['កក'], verbose=False)
     assert not (tmp_path / 'models/1_one/latest.safetensors').exists()

@@ -2,7 +2,7 @@
 
 import numpy as np, pytest
 from khmer_ocr.synth.fonts import Font, find_fonts
-from khmer_ocr.synth.rendering import RenderError, abreast, latin_scale, render, runs, _Pen, _pens
+from khmer_ocr.synth.rendering import RenderError, hconcat, latin_scale, render, runs, _Pen, _pens
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.text.khmer import clusters
 from khmer_ocr.synth import rendering as R
@@ -152,7 +152,7 @@ def test_abreast_in_one_font_is_the_whole_line(size):
             cs, whole = clusters(text), render(text, f, size)
             cuts = [i for i in range(1, len(cs)) if cs[i] != ' ' and i % 3 == 0]
             pieces = [''.join(cs[a:b]) for a, b in zip([0, *cuts], [*cuts, len(cs)])]
-            line = abreast([render(p, f, size) for p in pieces])
+            line = hconcat([render(p, f, size) for p in pieces])
             assert line.text == text and line.baseline == whole.baseline and line.ink.shape[0] == whole.ink.shape[0]
             assert [b[0] for b in line.boxes] == [b[0] for b in whole.boxes]
             assert abs(line.advance - whole.advance) < 1, f.name  # a face may kern over the cut
@@ -163,7 +163,7 @@ def test_abreast_in_one_font_is_the_whole_line(size):
 
 def test_abreast_gaps_and_baseline(noto):
     a, b = render('ខ្មែរ ', noto, 40), render('ស្ត្រី', noto, 24)
-    near, far = abreast([a, b]), abreast([a, b], [10])
+    near, far = hconcat([a, b]), hconcat([a, b], [10])
     assert (
         near.text == 'ខ្មែរ ស្ត្រី'
         and near.baseline == max(a.baseline, b.baseline)
@@ -172,12 +172,12 @@ def test_abreast_gaps_and_baseline(noto):
     assert far.ink.shape[1] - near.ink.shape[1] == 10 == far.boxes[-1][1] - near.boxes[-1][1]
     for _, x0, y0, x1, y1 in far.boxes:
         assert far.ink[y0:y1, x0:x1].any()
-    assert (abreast([a]).ink == a.ink).all() and abreast([a]).boxes == a.boxes
+    assert (hconcat([a]).ink == a.ink).all() and hconcat([a]).boxes == a.boxes
     for bad in ([], [1, 2]):
         with pytest.raises(RenderError, match='2 pieces have 1 gaps'):
-            abreast([a, b], bad)
+            hconcat([a, b], bad)
     with pytest.raises(RenderError, match='no piece'):
-        abreast([])
+        hconcat([])
 
 
 @pytest.mark.parametrize('stride', [56, 64, 112])

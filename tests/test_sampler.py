@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from khmer_ocr.text.rules import rule_line
-from khmer_ocr.text.sampler import BANDS, KINDS, Sampler, Wording, kind, rare_clusters, stretch, symbol_deficits, twin
+from khmer_ocr.text.sampler import BANDS, KINDS, Sampler, TextConfig, kind, rare_clusters, stretch, symbol_deficits, twin
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.text.khmer import clusters, normalise
 
@@ -32,14 +32,14 @@ def drawn():
 
 def test_lengths_are_balanced(drawn):
     n = [sum(a <= len(t) <= b for t in drawn) / len(drawn) for a, b in BANDS]
-    assert abs(n[0] - n[2]) < 0.06 and abs(n[0] - Wording().lengths[0]) < 0.06, n
+    assert abs(n[0] - n[2]) < 0.06 and abs(n[0] - TextConfig().lengths[0]) < 0.06, n
     assert max(map(len, drawn)) <= 112
 
 
 def test_kinds_in_their_shares(drawn):
     n = Counter(map(kind, drawn))
-    assert all(abs(n[k] / len(drawn) - s) < 0.06 for k, s in zip(KINDS, Wording().kinds)), n
-    assert abs(n['blank'] / len(drawn) - Wording().blank) < 0.005
+    assert all(abs(n[k] / len(drawn) - s) < 0.06 for k, s in zip(KINDS, TextConfig().kinds)), n
+    assert abs(n['blank'] / len(drawn) - TextConfig().blank) < 0.005
 
 
 def test_labels_are_in_normal_form_and_cut_between_clusters(drawn):
@@ -54,14 +54,14 @@ def test_a_scarce_symbol_reaches_its_floor():
     lacks = symbol_deficits(lines, floor)
     symbol = max(lacks, key=lacks.get)
     assert lacks[symbol] > 0.7 * floor
-    with_floor, without = (Sampler(lines, Wording(floor=f, rare=0.0)) for f in (floor, 0.0))
+    with_floor, without = (Sampler(lines, TextConfig(floor=f, rare=0.0)) for f in (floor, 0.0))
     n, m = (np.mean([symbol in s(rng(9, i)) for i in range(6000)]) for s in (with_floor, without))
     assert n > 0.7 * floor and m < 0.5 * floor, (symbol, n, m)
 
 
 def test_rare_clusters_are_drawn_for_their_own_sake():
     rare = rare_clusters(lines, 20)
-    s = Sampler(lines, Wording(rare=0.5))
+    s = Sampler(lines, TextConfig(rare=0.5))
     s._rare = list(rare.items())
     n = Counter(c for i in range(4000) for c in clusters(s(rng(10, i))))
     assert np.mean([c in n for c in rare]) > 0.9

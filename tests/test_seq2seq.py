@@ -2,19 +2,17 @@
 
 import itertools, math
 import numpy as np, pytest, torch
-from dataclasses import asdict, replace
-from pathlib import Path
-import khmer_ocr
+from dataclasses import replace
 from khmer_ocr.models.ctc import CTCConfig, CTCNet, header
-from khmer_ocr.text.tokenizers import Units
+from khmer_ocr.text.tokenizers import SubscriptTokenizer
 from khmer_ocr.models.ctc_training import train_ctc
 from khmer_ocr.data.batching import as_input, collate
 from khmer_ocr.training.callbacks import Callback, CancelFit
 from khmer_ocr.training.settings import TrainConfig
 from khmer_ocr.training.checkpoints import save_checkpoint
 from khmer_ocr.text.metrics import lost_runs
-from khmer_ocr.models.attention import Seq2Seq, Seq2SeqConfig, load_seq2seq, make_units, visible
-from khmer_ocr.models.attention_training import Seq2SeqLoss, guidance, read_lines, seq2seq_preset, train_seq2seq
+from khmer_ocr.models.attention import Seq2Seq, Seq2SeqConfig, load_seq2seq, make_units
+from khmer_ocr.models.attention_training import Seq2SeqLoss, guided_attention_loss, read_lines, seq2seq_preset, train_seq2seq
 from khmer_ocr.text.tokenizers import Symbols, as_targets, end_id
 from khmer_ocr.models.decoding import (
     beam_search,
@@ -24,9 +22,9 @@ from khmer_ocr.models.decoding import (
     ctc_frames,
     ctc_prefix_scores,
     ctc_whole,
-    guard,
-    slipped,
-    write_greedy,
+    ctc_fallback,
+    has_diverged,
+    greedy_decode,
 )
 from khmer_ocr.synth.generator import Recipe
 from khmer_ocr.core.errors import KhmerOCRError
@@ -107,7 +105,7 @@ def test_padding_changes_nothing(more):
         x = as_input(many['images'])
         logits, heard, _, looks = net(x, many['widths'], ids)
         memory = net.encode(x, many['widths'])
-        wrote = write_greedy(net, memory, 1, 9)
+        wrote = greedy_decode(net, memory, 1, 9)
         found = beam_search(net, memory, 1, limit=9)
         for i, item in enumerate(items):
             one = collate([item])
@@ -120,7 +118,7 @@ def test_padding_changes_nothing(more):
             n = int(m.lengths[0])
             if heard is not None:
                 assert torch.allclose(b[0, :n], heard[i, :n], atol=1e-5)
-            w = write_greedy(net, m, 1, 9)[0]
+            w = greedy_decode(net, m, 1, 9)[0]
             assert (
                 w.ids == wrote[i].ids
                 and torch.allclose(w.looks, wrote[i].looks, atol=1e-5)
@@ -139,8 +137,8 @@ def test_what_stands_in_the_padding_is_not_looked_at():
         other[0, 16:] = 7.0
         far = m._replace(values=other, keys=net.key(other))
         for k in (m, far):
-            assert write_greedy(net, k, 0, 5)[0].looks.shape[1] == 16
-        assert write_greedy(net, m, 0, 5)[0].probs == write_greedy(net, far, 0, 5)[0].probs
+            assert greedy_decode(net, k, 0, 5)[0].looks.shape[1] == 16
+        assert greedy_decode(net, m, 0, 5)[0].probs == greedy_decode(net, far, 0, 5)[0].probs
         assert torch.equal(
             ctc_whole(ctc_begin(ctc_frames(net.ctc_logits(m), m.lengths)))[0],
             ctc_whole(ctc_begin(ctc_frames(net.ctc_logits(far), m.lengths)))[0],
@@ -219,13 +217,13 @@ def test_guard_lets_no_run_through():
             dropped, twice = line[:at] + line[at + n :], line[: at + n] + line[at:]
             misread = dropped.replace(dropped[5], 'អ')
             for bad in (dropped, twice, misread):
-                assert lost_runs([bad], [line]) and slipped(bad, line)
-            assert lost_runs([t for (t,) in guard([(dropped,), (twice,)], [(line,), (line,)])], [line] * 2) == []
+                assert lost_runs([bad], [line]) and has_diverged(bad, line)
+            assert lost_runs([t for (t,) in ctc_fallback([(dropped,), (twice,)], [(line,), (line,)])], [line] * 2) == []
     assert (
-        not slipped(line, line)
-        and not slipped(line[:40] + 'អ' + line[41:], line)
-        and not slipped('', '')
-        and slipped('', line)
+        not has_diverged(line, line)
+        and not has_diverged(line[:40] + 'អ' + line[41:], line)
+        and not has_diverged('', '')
+        and has_diverged('', line)
     )
 
 
@@ -318,7 +316,7 @@ def test_label_smoothing_and_forcing_are_settings(tmp_path):
 
 def test_units():
     s = Symbols(charset('buoy2022'))
-    assert s.charset == charset('buoy2022') and end_id(s) == 1 and end_id(Units(charset())) == 0
+    assert s.charset == charset('buoy2022') and end_id(s) == 1 and end_id(SubscriptTokenizer(charset())) == 0
     for t in texts:
         assert s.decode(s.encode(t)) == t
     with pytest.raises(KhmerOCRError, match='U\\+0061'):
@@ -341,7 +339,7 @@ def test_bad_settings_and_foreign_checkpoints(tmp_path):
     with pytest.raises(KhmerOCRError, match='dcgan'):
         train(tmp_path / 'm', joint, 1, init=tmp_path / 'gan.safetensors')
     save_checkpoint(
-        tmp_path / 'c.safetensors', CTCNet(len(Units(charset())), ctc).state_dict(), header(ctc, Units(charset()))
+        tmp_path / 'c.safetensors', CTCNet(len(SubscriptTokenizer(charset())), ctc).state_dict(), header(ctc, SubscriptTokenizer(charset()))
     )
     with pytest.raises(KhmerOCRError, match='cannot start'):
         train(tmp_path / 'm', buoy, 1, init=tmp_path / 'c.safetensors')
@@ -374,7 +372,7 @@ def test_guide_pulls_the_eye_to_where_ctc_hears():
     def strays():
         ids, n = as_targets(units, batch['texts'])
         _, heard, frames, looks = net(as_input(batch['images']), batch['widths'], ids)
-        return guidance(looks, ctc_align(ctc_frames(heard, frames), ids[:, :-1], n), n)
+        return guided_attention_loss(looks, ctc_align(ctc_frames(heard, frames), ids[:, :-1], n), n)
 
     opt = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 1e-2)
     first = strays().item()

@@ -9,7 +9,7 @@ from khmer_ocr import sets
 from khmer_ocr.text.corpus import load_lines
 from khmer_ocr.core.files import _put
 from khmer_ocr.synth.records import _seal, read_shard
-from khmer_ocr.synth.store import generate_set, make_validation_set, set_stats, validate_validation_set, verify_set
+from khmer_ocr.synth.store import generate_set, make_validation_set, validate_validation_set, verify_set
 from khmer_ocr.synth.generator import Recipe
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.text.khmer import normalise

@@ -3,7 +3,7 @@
 from dataclasses import replace
 import pytest
 from khmer_ocr.synth.fonts import find_fonts
-from khmer_ocr.synth.generator import Recipe, Synth, sample_rng
+from khmer_ocr.synth.generator import Recipe, LineGenerator, sample_rng
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.text.khmer import normalise
 
@@ -24,12 +24,12 @@ def corpus(tmp_path_factory):
 
 def test_validation_images_do_not_depend_on_what_is_asked_for(corpus):
     r = Recipe(corpus=corpus)
-    a, b = Synth(r)('val', 3), Synth(replace(r, preset='hard', styles=0.9))('val', 3)
+    a, b = LineGenerator(r)('val', 3), LineGenerator(replace(r, preset='hard', styles=0.9))('val', 3)
     assert (a.image == b.image).all() and a.meta == b.meta and a.meta['ops'] == []
 
 
 def test_every_sample_is_its_own(corpus):
-    s = Synth(Recipe(corpus=corpus, random_text=True))
+    s = LineGenerator(Recipe(corpus=corpus, random_text=True))
     images = [s('train', i).image.tobytes() for i in range(40)]
     assert len(set(images)) == 40
     assert s('train', 7).image.tobytes() == images[7]
@@ -37,7 +37,7 @@ def test_every_sample_is_its_own(corpus):
 
 
 def test_labels_are_normal_and_drawn_in_training_fonts(corpus):
-    s, held = Synth(Recipe(corpus=corpus, random_text=True)), {f.family for f in find_fonts() if f.split == 'heldout'}
+    s, held = LineGenerator(Recipe(corpus=corpus, random_text=True)), {f.family for f in find_fonts() if f.split == 'heldout'}
     for i in range(60):
         x = s('train', i)
         assert x.text == normalise(x.text) and not any(
@@ -50,7 +50,7 @@ def test_faults(corpus):
         (lambda: Recipe.from_dict(dict(presett='hard')), 'preset'),
         (lambda: Recipe.from_dict(dict(preset='hrad')), 'hard'),
         (lambda: Recipe.from_dict(dict(size=[50, 20])), 'size'),
-        (lambda: Synth(Recipe(corpus=corpus, families=('Nonesuch',))), 'Nonesuch'),
+        (lambda: LineGenerator(Recipe(corpus=corpus, families=('Nonesuch',))), 'Nonesuch'),
         (lambda: sample_rng(1, 'dev', 0), 'dev'),
     ):
         with pytest.raises(KhmerOCRError, match=why):

@@ -3,25 +3,25 @@
 import json
 import numpy as np, pytest, torch
 from khmer_ocr.text.rules import rule_line
-from khmer_ocr.text.tokenizers import Units
+from khmer_ocr.text.tokenizers import SubscriptTokenizer
 from khmer_ocr.training.checkpoints import load_weights, save_checkpoint
 from khmer_ocr.text.tokenizers import as_targets, end_id
 from khmer_ocr.text.tokenizers import (
     KINDS,
-    Clusters,
+    ClusterTokenizer,
     frequent_clusters,
-    make_targets,
-    targets_from_dict,
+    make_tokenizer,
+    tokenizer_from_dict,
     train_subwords,
 )
-from khmer_ocr.text.khmer import COENG, Charset, charset, clusters, normalise, random_runs
+from khmer_ocr.text.khmer import COENG, charset, clusters, normalise, random_runs
 from khmer_ocr.core.errors import KhmerOCRError
 
 lines = [rule_line(np.random.default_rng(i)) for i in range(600)]
 
 
 def make(kind, algorithm='bpe'):
-    return make_targets(kind, lines if algorithm == 'bpe' else lines[:100], size=400, algorithm=algorithm)
+    return make_tokenizer(kind, lines if algorithm == 'bpe' else lines[:100], size=400, algorithm=algorithm)
 
 
 four = {k: make(k) for k in KINDS}
@@ -53,7 +53,7 @@ def test_ids_are_whole_and_distinct(t):
 @each
 def test_it_goes_through_a_checkpoint(t, tmp_path):
     save_checkpoint(tmp_path / 'a.safetensors', {'w': torch.zeros(1)}, dict(targets=t.to_dict()))
-    again = targets_from_dict(load_weights(tmp_path / 'a.safetensors')[1]['targets'])
+    again = tokenizer_from_dict(load_weights(tmp_path / 'a.safetensors')[1]['targets'])
     assert type(again) is type(t) and again.units == t.units and again.charset == t.charset
     assert all(again.encode(s) == t.encode(s) for s in lines[:200]) and again.to_dict() == t.to_dict()
 
@@ -73,15 +73,15 @@ def test_the_same_lines_give_the_same_bytes(kind, algorithm):
 
 
 def test_subscripts_are_the_units_of_the_readers():
-    assert make('subscripts').units == Units(charset()).units
+    assert make('subscripts').units == SubscriptTokenizer(charset()).units
 
 
 def test_clusters_by_frequency_and_longest_match():
     assert frequent_clusters(['ខេគីកាកា', 'គី'], 9) == ['កា', 'គី', 'ខេ']
-    t = Clusters(charset(), ['ស្ត', 'ស្ត្រ', 'កា'])
+    t = ClusterTokenizer(charset(), ['ស្ត', 'ស្ត្រ', 'កា'])
     assert t.split('ស្ត្រីស្តាកាំ') == ['ស្ត្រ', 'ី', 'ស្ត', 'ា', 'កា', 'ំ']
-    assert t.split('ស្ក្រ') == ['ស', '្ក', '្រ'] and t.units[: len(Units(charset()))] == Units(charset()).units
-    big = make_targets('clusters', lines, size=10**6)
+    assert t.split('ស្ក្រ') == ['ស', '្ក', '្រ'] and t.units[: len(SubscriptTokenizer(charset()))] == SubscriptTokenizer(charset()).units
+    big = make_tokenizer('clusters', lines, size=10**6)
     assert all(len(u) == 1 or u in big.units for l in lines for u in clusters(l))
     assert sum(len(big.encode(l)) for l in lines) == sum(len(clusters(l)) for l in lines)
 
@@ -89,24 +89,24 @@ def test_clusters_by_frequency_and_longest_match():
 def test_a_small_corpus_has_fewer_pieces():
     for algorithm in ('unigram', 'bpe'):
         for texts in (['ក'], ['កា', 'ខា'], ['a b']):
-            t = make_targets('subwords', texts, size=5000, algorithm=algorithm)
+            t = make_tokenizer('subwords', texts, size=5000, algorithm=algorithm)
             assert len(charset()) < len(t) < 300 and all(t.decode(t.encode(c)) == c for c in charset().symbols)
 
 
 def test_digits_stay_alone():
     for algorithm in ('unigram', 'bpe'):
-        t = make_targets('subwords', ['ឆ្នាំ២០២៦ 2026'] * 50 + lines[:100], size=400, algorithm=algorithm)
+        t = make_tokenizer('subwords', ['ឆ្នាំ២០២៦ 2026'] * 50 + lines[:100], size=400, algorithm=algorithm)
         assert t.split('២០២៦2026') == list('២០២៦2026') and not any(
             len(u) > 1 and set(u) & set('0123456789០១២៣៤៥៦៧៨៩') for u in t.units
         )
 
 
 def test_a_charset_from_the_texts():
-    t = make_targets('characters', ['ab', 'bc '], symbols=None)
+    t = make_tokenizer('characters', ['ab', 'bc '], symbols=None)
     assert t.units == ('', ' ', 'a', 'b', 'c')
-    t = make_targets('subwords', ['the cat sat on the mat', 'the hat'] * 20, symbols=None, size=40, algorithm='bpe')
+    t = make_tokenizer('subwords', ['the cat sat on the mat', 'the hat'] * 20, symbols=None, size=40, algorithm='bpe')
     assert t.decode(t.encode('the mat')) == 'the mat' and len(t.encode('the')) < 3
-    assert make_targets('clusters', ['កា', 'カ'], size=5).inventory == (
+    assert make_tokenizer('clusters', ['កា', 'カ'], size=5).inventory == (
         'កា',
     )  # a line that the charset cannot write teaches nothing
 
@@ -114,17 +114,17 @@ def test_a_charset_from_the_texts():
 def test_mistakes_get_one_line():
     good = make('subwords').to_dict()
     for call, say in (
-        (lambda: make_targets('subword', lines), 'did you mean subwords'),
-        (lambda: make_targets('clusters'), 'give the lines'),
-        (lambda: make_targets('characters', symbols=None), 'give the lines'),
-        (lambda: make_targets('subwords', ['カ']), 'No line'),
-        (lambda: make_targets('subwords', lines, size=50), 'cannot hold'),
+        (lambda: make_tokenizer('subword', lines), 'did you mean subwords'),
+        (lambda: make_tokenizer('clusters'), 'give the lines'),
+        (lambda: make_tokenizer('characters', symbols=None), 'give the lines'),
+        (lambda: make_tokenizer('subwords', ['カ']), 'No line'),
+        (lambda: make_tokenizer('subwords', lines, size=50), 'cannot hold'),
         (lambda: train_subwords(lines, charset(), 400, 'bp'), 'did you mean bpe'),
-        (lambda: targets_from_dict({}), 'None'),
-        (lambda: targets_from_dict(dict(kind='clusters', symbols=['a'])), 'damaged'),
-        (lambda: targets_from_dict(good | dict(model='?')), 'damaged'),
-        (lambda: targets_from_dict(good | dict(model='AAAA')), 'damaged'),
-        (lambda: targets_from_dict(good | dict(symbols=['é'])), 'another charset'),
+        (lambda: tokenizer_from_dict({}), 'None'),
+        (lambda: tokenizer_from_dict(dict(kind='clusters', symbols=['a'])), 'damaged'),
+        (lambda: tokenizer_from_dict(good | dict(model='?')), 'damaged'),
+        (lambda: tokenizer_from_dict(good | dict(model='AAAA')), 'damaged'),
+        (lambda: tokenizer_from_dict(good | dict(symbols=['é'])), 'another charset'),
     ):
         with pytest.raises(KhmerOCRError, match=say) as e:
             call()
@@ -133,5 +133,5 @@ def test_mistakes_get_one_line():
 
 def test_a_charset_with_specials():
     for k in KINDS:
-        t = make_targets(k, ['កា ខា', 'ស្ត្រី'] * 40, symbols='buoy2022', size=200, algorithm='bpe')
+        t = make_tokenizer(k, ['កា ខា', 'ស្ត្រី'] * 40, symbols='buoy2022', size=200, algorithm='bpe')
         assert t.decode(t.encode('ស្ត្រី កា')) == 'ស្ត្រី កា'

@@ -1,6 +1,6 @@
 "Properties of the normal form, clusters, look-alikes and charsets that must hold for any text"
 
-import os, subprocess, sys, time, unicodedata
+import os, subprocess, sys, time
 
 import numpy as np
 import pytest

@@ -1,12 +1,10 @@
 "The words of founding document 003 at the command: its dataset, its settings file, its options; two steps, resumed; one clear line for everything that is wrong."
 
 import json, shutil
-from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 from tiny import make_tiny
 from khmer_ocr.cli.common import _our_words, app
-from khmer_ocr.data.datasets import open_lines
 from khmer_ocr.data.i2t import export_i2t
 from khmer_ocr.models.i2t_training import (
     EXAMPLE,

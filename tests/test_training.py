@@ -1,17 +1,15 @@
 "Settings that act in the loop: float16, memory, freezing, the best few, enough, weights of samples, several processes."
 
-import csv, json, math, os, signal, socket, subprocess, sys
-from dataclasses import replace
+import math, os, socket, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from torch import nn
-from khmer_ocr import learner
-from khmer_ocr.training.callbacks import Callback, CancelFit, KeepBest, Progress, read_history
+from khmer_ocr.training.callbacks import Callback, CancelFit, read_history
 from khmer_ocr.training.learner import Learner
 from khmer_ocr.training.checkpoints import load_checkpoint, load_weights
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.training.settings import TrainConfig, lr_at
-from khmer_ocr.training.memory import auto_batch_size, is_out_of_memory, kept_bytes, split_batch
+from khmer_ocr.training.memory import auto_batch_size, kept_bytes, split_batch
 from khmer_ocr.core.config import configure
 
 

@@ -9,7 +9,7 @@ from khmer_ocr.training.callbacks import Callback, CancelFit
 from khmer_ocr.training.checkpoints import save_checkpoint
 from khmer_ocr.inference.reader import Reader
 from khmer_ocr.models.zoo import models
-from khmer_ocr.synth.generator import Recipe, Synth
+from khmer_ocr.synth.generator import Recipe, LineGenerator
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.text.khmer import charset, normalise
 from khmer_ocr.experiments.translation import (
@@ -24,14 +24,13 @@ from khmer_ocr.experiments.translation import (
     english_words,
     khmer_value,
     khmer_words,
-    number_key,
     parallel_batches,
     side,
     train_translator,
     translation_scores,
     translator_preset,
 )
-from khmer_ocr.models.transformer import VisionText
+from khmer_ocr.models.transformer import ImageToText
 from khmer_ocr.models.transformer_training import load_vision_text, start_from, train_vision_text
 
 edges = [
@@ -367,12 +366,12 @@ def test_a_reader_that_answers_in_english(once, tmp_path):
         )
     net, units, head = load_vision_text(tmp_path / 'm/best.safetensors')
     assert units.units == t.units and head['targets']['kind'] == 'subwords' and not net.hears
-    fresh = VisionText(len(t), p.config)
+    fresh = ImageToText(len(t), p.config)
     start_from(fresh, eye)
     assert all(
         torch.equal(v, net.state_dict()['encoder.stem.' + k]) for k, v in fresh.encoder.stem.state_dict().items()
     )
-    images = [Synth(replace(recipe, random_text=False), KhmerSide(Pairs('test')))('val', i).image for i in range(3)]
+    images = [LineGenerator(replace(recipe, random_text=False), KhmerSide(Pairs('test')))('val', i).image for i in range(3)]
     said = Reader.load(tmp_path / 'm').read(images)
     assert len(said) == 3 and all(set(r.text) <= set(ENGLISH.symbols) for r in said)
 

@@ -28,7 +28,6 @@ from khmer_ocr.generative.vae import (
     beta_at,
     colours,
     grain,
-    grain_loss,
     kl_loss,
     kl_units,
     reparameterise,

@@ -6,23 +6,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 import khmer_ocr
 from khmer_ocr.models.ctc import CTCConfig, CTCNet, header, load_ctc
-from khmer_ocr.text.tokenizers import Units
+from khmer_ocr.text.tokenizers import SubscriptTokenizer
 from khmer_ocr.data.datasets import LineSource
 from khmer_ocr.data.batching import as_input, collate
 from khmer_ocr.training.callbacks import Callback, CancelFit
 from khmer_ocr.training.checkpoints import save_checkpoint
-from khmer_ocr.models.decoding import beam_search, ctc_begin, ctc_extend, ctc_frames, ctc_whole, write_greedy
+from khmer_ocr.models.decoding import beam_search, ctc_begin, ctc_extend, ctc_frames, ctc_whole, greedy_decode
 from khmer_ocr.models.attention_training import read_lines
 from khmer_ocr.synth.generator import Recipe
-from khmer_ocr.text.tokenizers import make_targets
+from khmer_ocr.text.tokenizers import make_tokenizer
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.text.khmer import charset, normalise
 from khmer_ocr.training.settings import TrainConfig
 from khmer_ocr.core.config import configure
 from khmer_ocr.training.memory import kept_bytes
 from khmer_ocr.models.transformer_training import (
-    Blocks,
-    VisionTextLoss,
+    ParagraphSource,
+    ImageToTextLoss,
     evaluate_vision_text,
     load_vision_text,
     start_from,
@@ -30,11 +30,11 @@ from khmer_ocr.models.transformer_training import (
     vision_text_header,
     vision_text_preset,
 )
-from khmer_ocr.models.transformer import VisionText, VisionTextConfig, shifted, targets_of
+from khmer_ocr.models.transformer import ImageToText, ImageToTextConfig, shifted, targets_of
 
 texts = [normalise(t) for t in ('ព្រះរាជាណាចក្រ', 'ភ្នំពេញ', 'សុខសប្បាយទេ?', 'ឆ្នាំ២០២៥')]
 reader = CTCConfig(channels=(4, 4, 4, 4, 8), hidden=8, layers=2, blocks=(1, 1, 1))
-tiny = VisionTextConfig(
+tiny = ImageToTextConfig(
     channels=(4, 4, 8, 8),
     encoder_depth=2,
     encoder_width=16,
@@ -65,7 +65,7 @@ each = pytest.mark.parametrize('kind', kinds)
 
 def net_of(kind, n=20, seed=0):
     torch.manual_seed(seed)
-    net = VisionText(n, replace(tiny, **kinds[kind])).eval()
+    net = ImageToText(n, replace(tiny, **kinds[kind])).eval()
     for m in net.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
             m.running_mean.normal_()
@@ -122,7 +122,7 @@ def test_padding_changes_nothing(kind):
         x = as_input(many['images'])
         logits, heard, n, _ = net(x, many['widths'], ids)
         memory = net.encode(x, many['widths'])
-        wrote, found = write_greedy(net, memory, 0, 9), beam_search(net, memory, 0, limit=9)
+        wrote, found = greedy_decode(net, memory, 0, 9), beam_search(net, memory, 0, limit=9)
         for i, (image, _) in enumerate(items):
             for extra in (0, 50):
                 y = torch.nn.functional.pad(as_input(torch.from_numpy(image)[None, None]), (0, extra))
@@ -132,7 +132,7 @@ def test_padding_changes_nothing(kind):
                 if heard is not None:
                     assert torch.allclose(b[0, :m], heard[i, :m], atol=1e-5)
                 alone = net.encode(y, w)
-                got = write_greedy(net, alone, 0, 9)[0]
+                got = greedy_decode(net, alone, 0, 9)[0]
                 assert (
                     got.ids == wrote[i].ids
                     and torch.allclose(got.looks, wrote[i].looks, atol=1e-5)
@@ -184,8 +184,8 @@ def test_checkpointing_changes_nothing_but_memory(kind):
 
     def gradients(again):
         torch.manual_seed(0)
-        net = VisionText(len(units), replace(tiny, **kinds[kind], guide=0.5, checkpointing=again)).train()
-        loss = VisionTextLoss(units, net.config)
+        net = ImageToText(len(units), replace(tiny, **kinds[kind], guide=0.5, checkpointing=again)).train()
+        loss = ImageToTextLoss(units, net.config)
         torch.manual_seed(1)
         loss(net, batch).backward()
         got = [p.grad.clone() for p in net.parameters()]  # with dropout
@@ -227,7 +227,7 @@ def test_the_gate():
     set_gates(0.0)
     half = net_of('plain')
     half.load_state_dict(net.state_dict())
-    plain = VisionText(20, replace(tiny, gate=False)).eval()
+    plain = ImageToText(20, replace(tiny, gate=False)).eval()
     plain.load_state_dict({k: v for k, v in half.state_dict().items() if '.gate.' not in k})
     with torch.inference_mode():
         assert torch.allclose(half(x, w, ids)[0], plain(x, w, ids)[0], atol=1e-5)  # half open: plain addition
@@ -238,7 +238,7 @@ def test_the_gate():
 
 def test_beam_search_finds_the_best_text():
     torch.manual_seed(1)
-    toy = VisionText(4, tiny).eval()
+    toy = ImageToText(4, tiny).eval()
     toy.name.weight.data *= 6
     b = collate(lines(48, 40))
     with torch.inference_mode():
@@ -265,9 +265,9 @@ def test_beam_search_finds_the_best_text():
 def test_the_loss():
     units = targets_of(tiny)
     torch.manual_seed(0)
-    net = VisionText(len(units), tiny).eval()
+    net = ImageToText(len(units), tiny).eval()
     batch = collate([(i, t) for (i, _), t in zip(lines(48, 64, 90), ('កខ', 'គ'))])
-    value = lambda w=0.3, s=0.0, g=0.0: VisionTextLoss(units, replace(tiny, ctc_weight=w, guide=g), s)(
+    value = lambda w=0.3, s=0.0, g=0.0: ImageToTextLoss(units, replace(tiny, ctc_weight=w, guide=g), s)(
         net, batch
     ).item()
     assert value(0.25) == pytest.approx(0.75 * value(0.0) + 0.25 * value(1.0), rel=1e-5)
@@ -334,14 +334,14 @@ def test_other_targets_travel_in_the_checkpoint(kind, tmp_path):
         and all(units.decode(units.encode(t)) == t for t in texts)
         and net.n_units == len(units)
     )
-    mine = make_targets('characters')
+    mine = make_tokenizer('characters')
     train(tmp_path / 'own', steps=1, targets=mine)
     assert load_vision_text(tmp_path / 'own/latest.safetensors')[1].units == mine.units
 
 
 @pytest.mark.parametrize('stem', ('ctc', 'reader'))
 def test_starting_from_a_ctc_reader(stem, tmp_path):
-    units = Units(charset())
+    units = SubscriptTokenizer(charset())
     torch.manual_seed(3)
     net = CTCNet(len(units), reader).eval()
     save_checkpoint(tmp_path / 'c.safetensors', net.state_dict(), header(reader, units))
@@ -374,7 +374,7 @@ def test_the_stem_of_a_shipped_reader_sees_what_it_saw(name):
     if not path.exists():
         pytest.skip('no weights are installed')
     net, units, _ = load_ctc(path)
-    seeing = VisionText(len(units), vision_text_preset('tiny', ctc=path).config).eval()
+    seeing = ImageToText(len(units), vision_text_preset('tiny', ctc=path).config).eval()
     start_from(seeing, path)
     image, _ = lines(40, 203)[0]
     x, w = as_input(torch.from_numpy(image)[None, None]), torch.tensor([203])
@@ -386,7 +386,7 @@ def test_starting_from_its_own_kind(tmp_path):
     train(tmp_path / 'a', steps=1, more=dict(schedule='noam', lr=1.0))
     path = tmp_path / 'a/latest.safetensors'
     was = weights(path)
-    net = VisionText(len(targets_of(tiny)), tiny)
+    net = ImageToText(len(targets_of(tiny)), tiny)
     assert load_vision_text(path)[2]['train']['d_model'] == 16  # the transformer's rate goes by the decoder's width
     start_from(net, path, ('encoder.layers', 'name'))
     now = net.state_dict()
@@ -399,7 +399,7 @@ def test_starting_from_its_own_kind(tmp_path):
     assert all(net.state_dict()[k].equal(was[k]) for k in was)
     for parts, says in ((('eye',), 'no part'), ((), 'does not fit')):
         with pytest.raises(KhmerOCRError, match=says):
-            start_from(VisionText(9, tiny), path, parts)
+            start_from(ImageToText(9, tiny), path, parts)
     with pytest.raises(KhmerOCRError, match='Backbone not found'):
         train(tmp_path / 'b', replace(tiny, backbone='nowhere'))
 
@@ -435,16 +435,16 @@ def test_wrong_settings(wrong, says):
 
 def test_settings():
     with pytest.raises(KhmerOCRError, match='did you mean'):
-        configure(VisionTextConfig, dict(encoder_dpth=2))
+        configure(ImageToTextConfig, dict(encoder_dpth=2))
     for name in ('tiny', 'small', 'base', 'seed003'):
         p = vision_text_preset(name, 10)
         assert (
             p.train.label_smoothing == 0.1
             and p.config.dropout == 0.1
-            and VisionTextConfig(**asdict(p.config)) == p.config
+            and ImageToTextConfig(**asdict(p.config)) == p.config
         )
     with torch.device('meta'):
-        assert sum(q.numel() for q in VisionText(183, vision_text_preset('small').config).parameters()) < 10e6
+        assert sum(q.numel() for q in ImageToText(183, vision_text_preset('small').config).parameters()) < 10e6
     assert vision_text_preset('seed003').config.height == 384 and vision_text_preset('seed003').config.rows == 24
     with pytest.raises(KhmerOCRError, match='did you mean'):
         vision_text_preset('smal')
@@ -463,7 +463,7 @@ def test_evaluation_and_foreign_files(tmp_path):
         'x_nats',
         'x_ctc_cer',
     }
-    silent = VisionText(len(units), replace(tiny, ctc_weight=0.0))
+    silent = ImageToText(len(units), replace(tiny, ctc_weight=0.0))
     assert 'ctc_cer' not in evaluate_vision_text(silent, units, [batch])
     with pytest.raises(KhmerOCRError, match='no CTC head'):
         read_lines(silent, units, [batch], 'ctc')
@@ -486,7 +486,7 @@ def test_blocks(tmp_path):
         def take(self, a, b, seed=None):
             return [(lines(24, 60 + 20 * (n % 3), seed=n)[0][0], texts[n % 4]) for n in range(a, b)]
 
-    blocks = Blocks(Lines(), 3, 64)
+    blocks = ParagraphSource(Lines(), 3, 64)
     some = blocks.take(0, 8)
     assert all(
         (a[0] == b[0]).all() and a[1] == b[1] for a, b in zip(some, blocks.take(0, 3) + blocks.take(3, 8))
@@ -500,12 +500,12 @@ def test_blocks(tmp_path):
 
 
 def test_a_reader_keeps_its_own_ctc_head_and_it_stays_as_it_was(tmp_path):
-    units = Units(charset('khmer-latin'))
+    units = SubscriptTokenizer(charset('khmer-latin'))
     torch.manual_seed(0)
     old = CTCNet(len(units), reader).eval()
     save_checkpoint(tmp_path / 'reader.safetensors', old.state_dict(), header(reader, units))
     config = replace(tiny, stem='reader', ctc=reader, ctc_head='stem')
-    net = VisionText(len(units), config)
+    net = ImageToText(len(units), config)
     start_from(net, tmp_path / 'reader.safetensors')
     x = torch.rand(2, 1, config.height, 64)
     w = torch.tensor([64, 64])
@@ -513,7 +513,7 @@ def test_a_reader_keeps_its_own_ctc_head_and_it_stays_as_it_was(tmp_path):
         assert torch.allclose(net.eval().ctc_logits(net.encode(x, w)), old(x), atol=1e-5)
     batch = dict(collate([(np.full((config.height, 64), 255, np.uint8), texts[1])]), texts=[texts[1]])
     got = evaluate_vision_text(net, units, [batch])
-    assert got['nats'] > 0 and 'ctc_cer' in got and VisionTextLoss(units, config)(net, batch).item() > 0
+    assert got['nats'] > 0 and 'ctc_cer' in got and ImageToTextLoss(units, config)(net, batch).item() > 0
     with pytest.raises(KhmerOCRError, match='ctc_head'):
         replace(tiny, ctc_head='stem')
     with pytest.raises(KhmerOCRError, match='ctc_head'):

@@ -18,11 +18,11 @@ def _names(given: str | None) -> list[str]:
 
 def _evaluation_sets(data, limit, corpus, room) -> list:
     "The sets to read: the battery, or the one at `data`"
-    from khmer_ocr.evaluation.benchmark import battery, open_set, real_lines
+    from khmer_ocr.evaluation.benchmark import standard_sets, open_set, real_lines
 
     if data != 'battery':
         return [open_set(data, room, limit=limit, title=Path(data).name)]
-    return battery(room, limit or 500, corpus=corpus, progress=True) + [s for s in [real_lines()] if s]
+    return standard_sets(room, limit or 500, corpus=corpus, progress=True) + [s for s in [real_lines()] if s]
 
 
 def _evaluated(readers: dict, sets: list, peers: list[str], batch_size: int) -> tuple[dict, dict]:

@@ -107,7 +107,6 @@ def _recogniser(name):
 
         return Kind(name=name, shape=ctc.CTCConfig, train=ctc.train_ctc, load=ctc.load_ctc, parts=parts)
     if name == 'vision-text':
-        from khmer_ocr import vision_text
 
         def parts(c):
             units = vt.targets_of(c)
@@ -115,7 +114,7 @@ def _recogniser(name):
 
         return Kind(
             name='vision_text',
-            shape=vt.VisionTextConfig,
+            shape=vt.ImageToTextConfig,
             train=vt.train_vision_text,
             load=vt.load_vision_text,
             parts=parts,
@@ -235,7 +234,7 @@ def _epoch(o, mix) -> int:
 # %% ../../nbs/12_cli/03_train.ipynb #ef11172f
 def _train_settings(o):
     "Kind of reader, its shape, TrainConfig, Recipe, Feed and stages, from file and options"
-    from khmer_ocr.data.mixing import Feed, read_stages
+    from khmer_ocr.data.mixing import DataConfig, read_stages
     from khmer_ocr.synth.generator import Recipe
     from khmer_ocr.training.settings import TrainConfig
     from khmer_ocr.core.config import configure
@@ -245,7 +244,7 @@ def _train_settings(o):
     recipe = Recipe.from_dict(
         dict(random_text=True) | t['recipe'] | given(seed=o.seed, preset=o.preset, corpus=o.corpus)
     )
-    feed = configure(Feed, t['data'] | given(mix=o.mix, scale=o.scale, skip_unknown=o.skip_unknown or None))
+    feed = configure(DataConfig, t['data'] | given(mix=o.mix, scale=o.scale, skip_unknown=o.skip_unknown or None))
     gentle = [dict(steps=o.gentle_start, **_gentle), {}] if o.gentle_start else t['curriculum']
     stages = read_stages(gentle, recipe)
     kind, preset = _recogniser(o.model), None if document else _named_settings(o)

@@ -17,9 +17,9 @@ from dataclasses import replace
 from fastcore.basics import patch
 from pathlib import Path
 from torch.utils.data import Dataset
-from .batching import POOL, Pools, bucket_batches, _rng
-from .preprocess import HEIGHT, prepare
-from ..synth.generator import Recipe, Synth, SPLITS, Sample
+from .batching import POOL, BatchPools, bucket_batches, _rng
+from .preprocess import HEIGHT, preprocess
+from ..synth.generator import Recipe, LineGenerator, SPLITS, Sample
 from ..core.errors import KhmerOCRError
 from ..text.khmer import normalise, Charset
 from .images import read_image
@@ -34,7 +34,7 @@ class LineSource(Dataset):
 
     def stream(self, batch_size=64, seed=None, pool=POOL, step=0, workers=0) -> Iterator[dict]:
         "Endless batches from batch number `step` on; they depend on all arguments but `workers`. `seed`: of the order; None: the source's own"
-        return Pools(self, batch_size, pool, self.seed if seed is None else seed).batches(step, workers)
+        return BatchPools(self, batch_size, pool, self.seed if seed is None else seed).batches(step, workers)
 
     def _checked(self, i):
         "An index as Python's lists take it"
@@ -86,9 +86,9 @@ def sample(self: OnTheFlyDataset, n: int):  # (prepared image, label)
     "Training sample `n` of the recipe"
     if self._synth is None:
         cv2.setNumThreads(1)
-        self._synth = Synth(self.recipe, self._texts)
+        self._synth = LineGenerator(self.recipe, self._texts)
     s = self._synth('train', n)
-    return s.image if self.raw else prepare(s.image, self.height), s.text
+    return s.image if self.raw else preprocess(s.image, self.height), s.text
 
 
 @patch
@@ -97,8 +97,8 @@ def take(self: OnTheFlyDataset, a, b, seed=None):
     return [self.sample(n) for n in range(a, b)]
 
 # %% ../../nbs/05_data/04_datasets.ipynb #5e8934d8
-class OnTheFly(Pools):
-    "`Pools` over an `OnTheFlyDataset`"
+class OnTheFly(BatchPools):
+    "`BatchPools` over an `OnTheFlyDataset`"
 
     def __init__(self, recipe: Recipe, batch_size=64, pool=POOL, height=HEIGHT, pools=1_000_000, texts=None):
         super().__init__(OnTheFlyDataset(recipe, height=height, texts=texts), batch_size, pool, recipe.seed, pools)
@@ -235,7 +235,7 @@ class LineFolder(LineSource):
     def __getitem__(self, i):
         path, text, _ = self.rows[i]
         im = read_image(path)
-        return im if self.raw else prepare(im, self.height), text
+        return im if self.raw else preprocess(im, self.height), text
 
     def batches(self, batch_size=64) -> list[dict]:
         "All lines in batches of like width"
@@ -295,7 +295,7 @@ class SyntheticImageGenerator:
 
     def images(self, texts: list[str], split='train') -> Iterator[Sample]:
         "An image of each text: random font and damage in 'train', the font of the text's hash and no damage elsewhere"
-        synth = Synth(replace(self.recipe, random_text=False), [normalise(t) for t in texts])
+        synth = LineGenerator(replace(self.recipe, random_text=False), [normalise(t) for t in texts])
         return (synth(split, i) for i in range(len(texts)))
 
     def generate(self, out='data/synthetic', max_lines=None, workers=1, **more) -> dict:
@@ -358,7 +358,7 @@ def __getitem__(self: ShardedDataset, i):
     im = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_GRAYSCALE)
     if im is None:
         raise KhmerOCRError(f'{self.shards[k]}: image {i} cannot be read: make the set again')
-    return im if self.raw else prepare(im, self.height), text
+    return im if self.raw else preprocess(im, self.height), text
 
 
 @patch

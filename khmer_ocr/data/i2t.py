@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from ..text.khmer import Charset
 from ..core.errors import KhmerOCRError
-from ..synth.generator import Recipe, Synth
+from ..synth.generator import Recipe, LineGenerator
 from ..synth.records import CHUNK, _deaf_to_ctrl_c, _draw, _png, _pool, _progress, _worker_synth, provenance
 from ..core.files import _alone, _put
 from ..synth.store import _sweep
@@ -134,7 +134,7 @@ class Drawn:
 
     def about(self) -> dict:
         "What tells this source from another: all that decides its bytes"
-        return dict(source='drawn', lines=self.n, **provenance(Synth(self.recipe), 'i2t'))
+        return dict(source='drawn', lines=self.n, **provenance(LineGenerator(self.recipe), 'i2t'))
 
 # %% ../../nbs/05_data/06_i2t.ipynb #9652038f
 def split_lines(
@@ -160,7 +160,7 @@ def _sources(data, most, val, seed) -> dict:
     "The source of each split"
     few = lambda s: (most or {}).get(s) if isinstance(most, dict) else most
     if isinstance(data, Recipe):
-        have = {s: len(Synth(data).lines(s)) for s in ('train', 'val')}
+        have = {s: len(LineGenerator(data).lines(s)) for s in ('train', 'val')}
         return {s: Drawn(data, s, few(s) or n if data.random_text else min(n, few(s) or n)) for s, n in have.items()}
     if (Path(data) / 'val').is_dir() and not (Path(data) / 'labels').is_dir():
         lines = {s: open_lines(Path(data) / s, limit=few(s)) for s in ('train', 'val')}

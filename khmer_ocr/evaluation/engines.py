@@ -13,7 +13,6 @@ import numpy as np
 from dataclasses import dataclass
 from pathlib import Path
 from ..core.errors import KhmerOCRError, suggest
-from ..data.images import read_image
 from ..text.metrics import score
 from ..inference.reader import Reader, read_files
 

@@ -16,9 +16,9 @@ import numpy as np
 from ..text.khmer import clusters, fold, strip_spaces
 from ..data.images import read_image
 from ..text.metrics import align, line_edits
-from .benchmark import Judged, visible
+from .benchmark import EvaluatedSet, visible
 from ..reporting.tables import Table, _letter
-from ..reporting.figures import error_by, khmer_mpl_font, new_figure
+from ..reporting.figures import error_by, new_figure
 
 # %% ../../nbs/10_evaluation/03_error_analysis.ipynb #009e0dec
 def cluster_pairs(
@@ -67,8 +67,8 @@ class Difference:
 
 # %% ../../nbs/10_evaluation/03_error_analysis.ipynb #2ee3af25
 def worst_lines(
-    judged: list[Judged], most: int = 50
-) -> list[tuple[Judged, int, int]]:  # (set, number of the line, edits), set by set, the worst first
+    judged: list[EvaluatedSet], most: int = 50
+) -> list[tuple[EvaluatedSet, int, int]]:  # (set, number of the line, edits), set by set, the worst first
     "The lines with the most edits, from each set in turn; only of sets that may be shown, and only lines with an error"
     shown = visible(judged)
     edits = [line_edits(j.texts, j.lines.truths)[0] for j in shown]
@@ -91,7 +91,7 @@ def _jpeg_url(image, widest=1000, quality=70) -> str:
 class Worst:
     "The worst lines as cards: image, truth and reading with their difference, set, font and damage"
 
-    def __init__(self, judged: list[Judged], most: int = 50):
+    def __init__(self, judged: list[EvaluatedSet], most: int = 50):
         self.rows = worst_lines(judged, most)
 
     def __repr__(self):
@@ -118,7 +118,7 @@ class Worst:
 
 # %% ../../nbs/10_evaluation/03_error_analysis.ipynb #0e7995af
 def cluster_places(
-    reading,  # a `Reading`
+    reading,  # a `Prediction`
 ) -> list[
     tuple[str, float, float]
 ]:  # (cluster with look-alikes folded, x0, x1 in px of the image); [] where the symbols do not spell the text
@@ -133,7 +133,7 @@ def cluster_places(
 
 
 def confusion_spots(
-    judged: list[Judged],
+    judged: list[EvaluatedSet],
     most: float = 0.3,  # lines with a higher error rate are left out
 ) -> dict:  # (cluster of the truth, cluster that was read) -> list of (set, line, x0, x1), x in px or None; '' where one side has none
     "Every confusion of clusters with its places, without spaces and with look-alikes folded; only of sets that may be shown"
@@ -178,7 +178,7 @@ def crop_spot(
 class Examples:
     "The most frequent confusions, each with the places where it happened"
 
-    def __init__(self, judged: list[Judged], most: int = 15, crops: int = 4):
+    def __init__(self, judged: list[EvaluatedSet], most: int = 15, crops: int = 4):
         self.spots, self.crops = sorted(confusion_spots(judged).items(), key=lambda o: (-len(o[1]), o[0]))[:most], crops
 
     def __repr__(self):
@@ -363,7 +363,7 @@ def rejection_figure(
 
 # %% ../../nbs/10_evaluation/03_error_analysis.ipynb #427d7498
 def operation_errors(
-    judged: list[Judged],
+    judged: list[EvaluatedSet],
     least: int = 10,  # lines that must have gone through an operation
 ) -> dict:  # operation -> rate, a fraction, the worst first; '(none)' for lines without any
     "Character error rate without spaces, look-alikes folded, of the lines that went through each operation"

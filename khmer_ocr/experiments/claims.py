@@ -14,11 +14,11 @@ from collections import Counter
 from itertools import islice
 from ..text.khmer import DIGITS
 from ..core.errors import KhmerOCRError
-from ..synth.generator import Recipe, Synth
-from ..data.preprocess import HEIGHT, prepare
+from ..synth.generator import Recipe, LineGenerator
+from ..data.preprocess import HEIGHT, preprocess
 from ..data.batching import bucket_batches, collate
 from ..training.memory import kept_bytes
-from ..core.files import _deaf
+from ..core.files import block_signals
 
 # %% ../../nbs/11_experiments/05_claims.ipynb #7bc14090
 def in_turn(
@@ -95,7 +95,7 @@ def loading_rate(
     "How fast a source gives lines"
     stream = source.stream(batch_size, pool=pool, workers=workers)
     skip = max(1, workers) * pool
-    with _deaf():
+    with block_signals():
         next(stream)  # here the processes are started
     for _ in islice(stream, skip + 3):
         pass
@@ -135,8 +135,8 @@ def pair_lines(
 
 def toy_batches(texts: list[str], recipe: Recipe, height: int = HEIGHT, batch_size: int = 32) -> list[dict]:
     "A picture of each text, damaged as training lines of the recipe are, in batches: to judge by"
-    synth = Synth(recipe, texts)
-    return bucket_batches([(prepare(synth('train', i).image, height), t) for i, t in enumerate(texts)], batch_size)
+    synth = LineGenerator(recipe, texts)
+    return bucket_batches([(preprocess(synth('train', i).image, height), t) for i, t in enumerate(texts)], batch_size)
 
 # %% ../../nbs/11_experiments/05_claims.ipynb #4eb976cc
 def claim(

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.image import structural_similarity_index_measure
 from ..core.errors import KhmerOCRError, suggest
 from ..training.settings import best_precision
-from ..generative.pairs import Pair
+from ..generative.pairs import ImagePair
 from ..generative.dcgan import Generator
 from ..generative.pix2pix import Pix2PixConfig, make_generator
 from ..generative.pix2pix_training import train_pix2pix
@@ -316,7 +316,7 @@ def training_mb(
 ) -> tuple[float, float]:  # as in `generating_mb`
     "Memory of two steps of training: networks, averages, the optimiser's memory, activations. To be called through `alone`"
     before, size, width = peak_mb(device), shape['size'], shape['width']
-    page = Pair(np.full((size, size, 3), 200, np.uint8), np.zeros((size, size), np.uint8))
+    page = ImagePair(np.full((size, size, 3), 200, np.uint8), np.zeros((size, size), np.uint8))
     loop = dict(
         epochs=1, steps=2, batch_size=batch, verbose=False, tensorboard=False, device=device, precision=precision
     )

@@ -18,11 +18,11 @@ from ..data.mixing import MixedSource
 from ..training.settings import TrainConfig
 from ..models.ctc import load_ctc
 from ..models.ctc_training import train_ctc
-from ..inference.reader import Reader, Reading, read_files
+from ..inference.reader import Reader, Prediction, read_files
 from ..models.zoo import _checkpoint
 
 # %% ../../nbs/11_experiments/01_self_training.ipynb #352908c2
-def trust(reading: Reading) -> float:
+def trust(reading: Prediction) -> float:
     "Geometric mean of the letters' confidences, 0..1; of the line's own where there are no letters; 0 for an empty line"
     if not reading.text.strip():
         return 0.0
@@ -31,7 +31,7 @@ def trust(reading: Reading) -> float:
 
 
 def choose(
-    readings: list[Reading],
+    readings: list[Prediction],
     keep: float = 0.5,  # share of the lines that say something
 ) -> list[int]:  # their numbers, in the order of the lines
     "The surest lines; of equals the earlier ones"
@@ -48,7 +48,7 @@ def label_lines(
     keep: float = 0.5,  # see `choose`
 ) -> int:  # lines kept
     "Label images of lines with what a reader is surest of"
-    read = [(p, r) for p, r in read_files(reader, paths) if isinstance(r, Reading)]
+    read = [(p, r) for p, r in read_files(reader, paths) if isinstance(r, Prediction)]
     kept = choose([r for _, r in read], keep)
     if not kept:
         raise KhmerOCRError(f'None of the {len(read)} lines can be believed: the reader saw no text in them')

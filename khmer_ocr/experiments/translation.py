@@ -22,19 +22,19 @@ from ..text.khmer import Charset
 from ..core.errors import KhmerOCRError, suggest
 from ..text.rules import lunar_year
 from ..text.corpus import split_of
-from ..synth.generator import Recipe, Synth, sample_rng
-from ..data.preprocess import HEIGHT, prepare
+from ..synth.generator import Recipe, LineGenerator, sample_rng
+from ..data.preprocess import HEIGHT, preprocess
 from ..data.datasets import OnTheFlyDataset
 from ..data.batching import as_input, bucket_batches, collate
 from ..text.metrics import CER, ExactLines
 from ..training.learner import Learner
 from ..training.settings import TrainConfig
-from ..text.tokenizers import make_targets
-from ..models.attention import Memory, visible
+from ..text.tokenizers import make_tokenizer
+from ..models.attention import EncoderOutput, length_mask
 from ..text.tokenizers import as_targets
 from ..models.attention_training import read_lines
 from ..models.transformer_training import Preset, start_from, vision_text_header, vision_text_preset
-from ..models.transformer import VisionText, shifted
+from ..models.transformer import ImageToText, shifted
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #3a52a0b1
 _units = 'សូន្យ មួយ ពីរ បី បួន ប្រាំ ប្រាំមួយ ប្រាំពីរ ប្រាំបី ប្រាំបួន'.split()
@@ -389,7 +389,7 @@ class Pairs:
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #9af7d8a8
 class KhmerSide:
-    "The Khmer of `Pairs`, for `Synth`"
+    "The Khmer of `Pairs`, for `LineGenerator`"
 
     def __init__(self, pairs):
         self.pairs = pairs
@@ -429,9 +429,9 @@ def parallel_batches(
 ) -> list[dict]:  # batches of `collate`, labels in English
     "Pictures of Khmer with English labels, to judge by"
     lines = ParallelLines(recipe, pairs, height)
-    synth = Synth(lines.recipe, KhmerSide(pairs))
+    synth = LineGenerator(lines.recipe, KhmerSide(pairs))
     items = [
-        lines.sample(i) if split == 'train' else (prepare(synth(split, i).image, height), pairs[i].english)
+        lines.sample(i) if split == 'train' else (preprocess(synth(split, i).image, height), pairs[i].english)
         for i in range(n)
     ]
     return bucket_batches(items, batch_size)
@@ -445,9 +445,9 @@ def english_targets(
     n=5000,  # learn from so many, from the first
     kind='subwords',  # or characters
     size=400,  # subwords at most
-):  # a target of `make_targets`
+):  # a target of `make_tokenizer`
     "Output units for the English of pairs; any text of `ENGLISH` can be written with them"
-    return make_targets(kind, [pairs[i].english for i in range(n)], ENGLISH, size, 'bpe')
+    return make_tokenizer(kind, [pairs[i].english for i in range(n)], ENGLISH, size, 'bpe')
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #85b14b20
 def translation_scores(
@@ -489,12 +489,12 @@ def translator_preset(
     return Preset(p.config, train, Recipe())
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #007b70b7
-class Recalling(VisionText):
-    "`VisionText` behind an eye that has looked: features (B, c, T), columns of each line (B,), true unit ids (B, U) -> logits of each next unit (B, U, n_units)"
+class Recalling(ImageToText):
+    "`ImageToText` behind an eye that has looked: features (B, c, T), columns of each line (B,), true unit ids (B, U) -> logits of each next unit (B, U, n_units)"
 
     def forward(self, features, n, ids):
         values, n, mask = self.encoder.deepen(features[:, :, None].float(), n)
-        memory = Memory(values, tuple(self.decoder[i].keys(values) for i in self.config.looking), mask, n)
+        memory = EncoderOutput(values, tuple(self.decoder[i].keys(values) for i in self.config.looking), mask, n)
         return self.name(self.drop(self.say(memory, shifted(ids)[:, None], keep=False).out[:, 0]))
 
 
@@ -554,7 +554,7 @@ def train_translator(
         logits = model(batch['features'], batch['columns'], ids)
         return F.cross_entropy(
             logits.float().flatten(0, 1),
-            ids.masked_fill(~visible(ids.shape[1], n.to(ids.device) + 1), -100).flatten(),
+            ids.masked_fill(~length_mask(ids.shape[1], n.to(ids.device) + 1), -100).flatten(),
             label_smoothing=train.label_smoothing,
         )
 

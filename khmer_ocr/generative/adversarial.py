@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'AUGMENTATIONS', 'init_weights', 'bce', 'lsgan', 'hinge', 'pick_loss', 'discriminator_loss',
-           'generator_loss', 'belief', 'aug_color', 'aug_translation', 'aug_cutout', 'read_policy', 'diffaugment',
-           'r1_penalty', 'spectral', 'GAN', 'Turn', 'Clock', 'DiscriminatorTurn', 'GeneratorTurn', 'steady', 'believed',
-           'Statistics', 'Samples', 'Snapshots', 'rival_adam', 'gan_learner', 'balance', 'plot_statistics']
+           'generator_loss', 'p_real', 'aug_color', 'aug_translation', 'aug_cutout', 'read_policy', 'diffaugment',
+           'r1_penalty', 'spectral', 'GAN', 'Phase', 'Clock', 'DiscriminatorPhase', 'GeneratorPhase', 'steady',
+           'believed', 'Statistics', 'Samples', 'Snapshots', 'rival_adam', 'gan_learner', 'balance', 'plot_statistics']
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #e57745df
 import math
@@ -79,7 +79,7 @@ def generator_loss(name, fake):
     return -fake.mean() if name == 'hinge' else pick_loss(name)(fake, True)
 
 
-def belief(name, logits):
+def p_real(name, logits):
     "How real the discriminator believes images to be: mean over the logits, 0 (made) .. 1 (real)"
     return (
         dict(bce=torch.sigmoid, lsgan=lambda v: v, hinge=lambda v: (v + 1) / 2)[name](logits.float()).clamp(0, 1).mean()
@@ -191,7 +191,7 @@ class GAN(nn.Module):
         return turn.loss(self, *(batch if isinstance(batch, (tuple, list)) else (batch, None)))
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #a25198ac
-class Turn:
+class Phase:
     "One player's part of a step; `seen` keeps the last values of what it measured"
 
     parts, share = (), 0.0
@@ -221,7 +221,7 @@ class Clock(Callback):
             turn.share = learn.step / learn.config.steps
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #eb67caa5
-class DiscriminatorTurn(Turn):
+class DiscriminatorPhase(Phase):
     "Real images up, made ones down; with R1 of weight `r1` (gamma) at one step in `r1_every`"
 
     parts = ('discriminator',)
@@ -238,12 +238,12 @@ class DiscriminatorTurn(Turn):
         with torch.no_grad():
             made = net.generate(net.draw(image, condition))
         fake = self.look(net, made.detach(), condition)
-        self.seen = dict(real=belief(self.kind, real.detach()), fake=belief(self.kind, fake.detach()))
+        self.seen = dict(real=p_real(self.kind, real.detach()), fake=p_real(self.kind, fake.detach()))
         loss = discriminator_loss(self.kind, real, fake)
         return loss + self.r1 / 2 * self.r1_every * r1_penalty(real, image) if lazy else loss
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #fcb93bc5
-class GeneratorTurn(Turn):
+class GeneratorPhase(Phase):
     "Made images up; `extra`: more terms of the loss as (name, weight, f), f(net, made, image, condition) -> scalar"
 
     parts = ('generator',)
@@ -280,7 +280,7 @@ def steady(net):
 def believed(net, turn) -> float:
     "What the discriminator believes of the images that the generator makes from its last start"
     with steady(net):
-        return belief(turn.kind, net.judge(net.generate(turn.start), turn.condition)).item()
+        return p_real(turn.kind, net.judge(net.generate(turn.start), turn.condition)).item()
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #0eae5f64
 class Statistics(Callback):

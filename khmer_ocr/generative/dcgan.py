@@ -26,8 +26,8 @@ from ..training.learner import Learner
 from ..training.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from khmer_ocr.generative.adversarial import (
     GAN,
-    DiscriminatorTurn,
-    GeneratorTurn,
+    DiscriminatorPhase,
+    GeneratorPhase,
     Samples,
     Snapshots,
     Statistics,
@@ -37,7 +37,7 @@ from khmer_ocr.generative.adversarial import (
     read_policy,
     spectral,
 )
-from .artifacts import ResizeConv, grid, write_png
+from .artifacts import ResizeConv, image_grid, write_png
 from .pairs import image_files, read_colour
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #05a4fe82
@@ -304,8 +304,8 @@ def make_gan(config: DCGANConfig) -> GAN:
 def make_turns(config: DCGANConfig) -> list:
     "The turns of a step: the discriminator's, `critic_steps` times, then the generator's"
     c = config
-    return [DiscriminatorTurn(c.loss, c.diffaug, c.noise, c.r1)] * c.critic_steps + [
-        GeneratorTurn(c.loss, c.diffaug, c.noise)
+    return [DiscriminatorPhase(c.loss, c.diffaug, c.noise, c.r1)] * c.critic_steps + [
+        GeneratorPhase(c.loss, c.diffaug, c.noise)
     ]
 
 
@@ -493,7 +493,7 @@ def generate(
     images = (im for x in sample_images(net, n, seed, start, batch_size, scale) for im in x)
     paths = [Path(out_dir) / f'synthetic_{i}.png' for i in range(start, start + n)]
     for p, im in zip(paths, images):
-        write_png(p, grid(im))
+        write_png(p, image_grid(im))
     return paths
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #63fa6731
@@ -569,7 +569,7 @@ class TextureBank:
 def texture_bank(model, n: int = 64, seed: int = 0) -> TextureBank:
     "A bank of `n` textures that a generator (or its file) makes"
     net = model if isinstance(model, nn.Module) else load_generator(model)[0]
-    return TextureBank([grid(im.mean(0, keepdim=True)) for x in sample_images(net, n, seed) for im in x])
+    return TextureBank([image_grid(im.mean(0, keepdim=True)) for x in sample_images(net, n, seed) for im in x])
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #e00b337a
 def main(data: str | Path | None = None, out_dir: str | Path | None = None, **settings):

@@ -20,19 +20,19 @@ from ..core.errors import KhmerOCRError, suggest
 from ..core.config import configure
 from .pix2pix import Pix2PixConfig, Pix2Pix
 from .vae import VAEConfig, VAE
-from .pairs import PairBatches, CropConfig, Pair, read_masks, sauvola, save_pairs
+from .pairs import PairBatches, CropConfig, ImagePair, read_masks, sauvola, save_pairs
 from ..training.learner import Learner
 from khmer_ocr.generative.pix2pix_training import (
     train_pix2pix as _train_pix2pix,
     train_at_resolution as _train_at_resolution,
 )
-from .painter import Painter, save_painter, vae_painter, Look, open_painter
+from .painter import TrainedGenerator, save_painter, vae_painter, Look, open_painter
 from .vae_training import train_vae as _train_vae, style_of
 from ..training.callbacks import plot_history, read_history
 from .adversarial import balance
 from ..training.checkpoints import save_checkpoint
 from .tiling import paint
-from .artifacts import grid, write_png
+from .artifacts import image_grid, write_png
 
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #40e1b4e8
 MODELS = ('pix2pix', 'vae', 'hybrid')
@@ -163,12 +163,12 @@ def _loop(self: SyntheticDataGenerator, lr, usual, settings) -> dict:
 @patch
 def train_pix2pix(
     self: SyntheticDataGenerator,
-    dataloader: PairBatches | list[Pair] | None = None,  # None: as the time before
+    dataloader: PairBatches | list[ImagePair] | None = None,  # None: as the time before
     num_epochs: int = 100,
     lr: float | None = None,  # None: the constructor's
     lambda_l1: float | None = None,  # None: the constructor's
     use_least_squares: bool = False,  # LSGAN in the place of BCE
-    held_out: list[Pair] = (),  # pages to measure on; none: the training pages
+    held_out: list[ImagePair] = (),  # pages to measure on; none: the training pages
     patience: int = 0,  # checkpoints without a better score before it stops; 0: never
     resume: str | Path | None = None,  # 'latest'
     **settings,  # of `train_pix2pix` and `TrainConfig`
@@ -199,7 +199,7 @@ def train_pix2pix(
         **loop,
     )
     hybrid = dict(codes=self.vae.codes, spread=self.spread, other=self.vae) if styles else {}
-    return self._keep(Painter(self.model_type, _best(self.run).generator, config.resolution, config.style, **hybrid))
+    return self._keep(TrainedGenerator(self.model_type, _best(self.run).generator, config.resolution, config.style, **hybrid))
 
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #d9b394ba
 def _best(learn):
@@ -207,7 +207,7 @@ def _best(learn):
 
 
 @patch
-def _keep(self: SyntheticDataGenerator, painter: Painter) -> Learner:
+def _keep(self: SyntheticDataGenerator, painter: TrainedGenerator) -> Learner:
     "Paint with what was just trained; painter.safetensors is all that is needed to do so elsewhere (not for a generator of one's own, nor for one that grows)"
     painter.net.eval()
     self.painter = painter
@@ -219,11 +219,11 @@ def _keep(self: SyntheticDataGenerator, painter: Painter) -> Learner:
 @patch
 def train_vae(
     self: SyntheticDataGenerator,
-    dataloader: PairBatches | list[Pair] | None = None,  # None: as the time before
+    dataloader: PairBatches | list[ImagePair] | None = None,  # None: as the time before
     num_epochs: int = 100,
     lr: float | None = None,  # None: the constructor's
     beta: float | None = None,  # weight of the KL divergence; None: the constructor's, or 1
-    held_out: list[Pair] = (),  # pages to measure on; none: the training pages
+    held_out: list[ImagePair] = (),  # pages to measure on; none: the training pages
     patience: int = 0,  # checkpoints without a better score before it stops; 0: never
     resume: str | Path | None = None,  # 'latest'
     **settings,  # of `train_vae` and `TrainConfig`
@@ -376,9 +376,9 @@ def train_at_resolution(
         self.run.header | dict(kind='weights', part='generator', step=self.run.step),
     )
     return (
-        self._keep(Painter('pix2pix', net, resolution))
+        self._keep(TrainedGenerator('pix2pix', net, resolution))
         if k > 1
-        else self._keep(Painter('pix2pix', net, self.resolution))
+        else self._keep(TrainedGenerator('pix2pix', net, self.resolution))
     )
 
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #fdeb9f30
@@ -413,7 +413,7 @@ def ink_iou(
     return float((found & want).sum() / either) if either else 1.0
 
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #3cf64b9e
-def draw_styles(painter: Painter, n: int, rng) -> torch.Tensor:  # (n, style)
+def draw_styles(painter: TrainedGenerator, n: int, rng) -> torch.Tensor:  # (n, style)
     "Style codes, `painter.spread` times as far from their mean as: mixtures of two training codes where they are known, else N(0, 1), in which a VAE was trained"
     if painter.codes is None:
         return torch.from_numpy(rng.standard_normal((n, painter.style), np.float32)) * painter.spread
@@ -427,7 +427,7 @@ def draw_styles(painter: Painter, n: int, rng) -> torch.Tensor:  # (n, style)
 
 
 def paint_looks(
-    painter: Painter,
+    painter: TrainedGenerator,
     mask: np.ndarray,  # uint8 (H, W), of any size
     n: int,
     seed: int = 0,
@@ -448,7 +448,7 @@ def paint_looks(
 
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #74b3d283
 @patch
-def _ready(self: SyntheticDataGenerator) -> Painter:
+def _ready(self: SyntheticDataGenerator) -> TrainedGenerator:
     if self.painter is None:
         raise KhmerOCRError('There is no trained generator yet: train one, or give model_path')
     return self.painter
@@ -501,7 +501,7 @@ def generate_synthetic_data(
     output_dir: str | Path | None = None,  # gets images/, masks/ and manifest.csv; None: nothing is written
     model_path: str | Path | None = None,  # None: what was trained or loaded
     seed: int | None = None,
-) -> list[Pair]:  # len(input_masks) * num_variations
+) -> list[ImagePair]:  # len(input_masks) * num_variations
     "Paint every mask several times"
     if model_path is not None:
         self.load(model_path)
@@ -511,7 +511,7 @@ def generate_synthetic_data(
     for i, m in enumerate(masks):
         looks = self.generate_variations(m, num_variations, (self.seed if seed is None else seed) + i)
         made += [
-            Pair(im, np.where(m > 127, 255, 0).astype(np.uint8), f'synthetic{i:04d}_{k:02d}', f'mask{i:04d}')
+            ImagePair(im, np.where(m > 127, 255, 0).astype(np.uint8), f'synthetic{i:04d}_{k:02d}', f'mask{i:04d}')
             for k, im in enumerate(looks)
         ]
     if output_dir is not None:
@@ -530,7 +530,7 @@ def visualize_generation(
     "A mask, dark on light, and looks of it in one row"
     m = as_mask(input_mask)
     looks = self.generate_variations(m, num_samples, seed)
-    row = grid(
+    row = image_grid(
         torch.from_numpy(np.stack([np.repeat(255 - m[..., None], 3, 2), *looks])).permute(0, 3, 1, 2) / 127.5 - 1,
         nrow=num_samples + 1,
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 from .vae import VAEConfig, kl_loss, grain_loss, kl_units, beta_at, active_units, VAE
 from ..training.callbacks import Callback, write_csv, read_history
-from .pairs import PairBatches, Pair, CropConfig
+from .pairs import PairBatches, ImagePair, CropConfig
 from .pix2pix_training import similarity
 from ..training.learner import Learner
 from ..core.errors import KhmerOCRError
@@ -83,7 +83,7 @@ class Watch(Callback):
         return active_units(mu)
 
 # %% ../../nbs/07_generative/09_vae_training.ipynb #c102abb5
-def reconstruction_scores(held_out: list[Pair], config: VAEConfig, crops: int = 16, batch_size: int = 8):
+def reconstruction_scores(held_out: list[ImagePair], config: VAEConfig, crops: int = 16, batch_size: int = 8):
     "evaluate(model) for the Learner: `mse` (of -1..1), `ssim`, `kl` (nats) and `active` units on fixed crops"
     data = PairBatches(held_out, batch_size, CropConfig(config.resolution), seed=0)
 
@@ -110,7 +110,7 @@ def vae_learner(
     pairs: PairBatches,
     config: VAEConfig = VAEConfig(),
     epochs: int = 100,
-    held_out: list[Pair] = (),  # pages to measure on; none: nothing is measured
+    held_out: list[ImagePair] = (),  # pages to measure on; none: nothing is measured
     samples_every: int = 10,  # epochs from one picture of samples to the next: eight looks of one mask
     callbacks=(),
     verbose: bool = True,
@@ -166,7 +166,7 @@ def _watched(pairs, n=32):
 # %% ../../nbs/07_generative/09_vae_training.ipynb #0dcb300f
 def train_vae(
     out_dir: str | Path,  # gets latest, best and vae.safetensors, history.csv, elbo.csv, speed.csv, samples/
-    pairs: PairBatches | list[Pair],
+    pairs: PairBatches | list[ImagePair],
     config: VAEConfig = VAEConfig(),
     epochs: int = 100,
     resume: str | Path | None = None,  # 'latest', or the path of a latest.safetensors

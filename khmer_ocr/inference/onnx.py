@@ -21,21 +21,21 @@ from ..synth.generator import Recipe
 from ..data.datasets import OnTheFlyDataset
 from ..data.batching import as_input, bucket_batches
 from khmer_ocr.data.preprocess import (
-    cleared,
+    normalise_line,
     edges_lighter,
-    evened,
-    lean,
+    subtract_background,
+    polarity_score,
     paper_grey,
-    prepare,
-    stretch,
+    preprocess,
+    stretch_contrast,
     trim,
-    unshaded,
+    flat_field,
     upright_polarity,
 )
 from ..core.config import configure
 from ..models.ctc import CTCConfig, CTCNet
-from ..text.tokenizers import Units
-from .reader import Reader, choose_decoder, fold_norms
+from ..text.tokenizers import SubscriptTokenizer
+from .reader import Reader, choose_decoder, fuse_conv_bn
 from ..models.zoo import _checkpoint, _ways, open_model
 
 # %% ../../nbs/09_inference/03_onnx.ipynb #d2668904
@@ -91,7 +91,7 @@ def export_onnx(
         raise KhmerOCRError(f'{path} reads with attention: only CTC readers with LSTMs or convolutions go into ONNX')
     with tempfile.TemporaryDirectory() as d, _quiet():
         torch.onnx.export(
-            _OnlyImages(fold_norms(net)),
+            _OnlyImages(fuse_conv_bn(net)),
             (torch.zeros(1, 1, net.config.height, 64),),
             f'{d}/a.onnx',
             dynamo=False,
@@ -153,7 +153,7 @@ class OnnxReader(Reader):
                 raise KhmerOCRError(
                     f'{path} was exported with {key} {theirs}, but this version of khmer_ocr does {mine[0]}: export it again'
                 )
-        self.units, self.height, self.stride = Units(Charset(head['charset'])), head['height'], head['stride']
+        self.units, self.height, self.stride = SubscriptTokenizer(Charset(head['charset'])), head['height'], head['stride']
         self.device, self.dtype, self.threads, self.decoder = (
             'cpu',
             torch.float32,
@@ -249,7 +249,7 @@ def write_program(
     "A program of its own that reads lines with an ONNX file"
     functions = '\n'.join(
         inspect.getsource(f).replace('height: int = HEIGHT', 'height')
-        for f in (lean, evened, edges_lighter, upright_polarity, paper_grey, unshaded, stretch, trim, cleared, prepare)
+        for f in (polarity_score, subtract_background, edges_lighter, upright_polarity, paper_grey, flat_field, stretch_contrast, trim, normalise_line, preprocess)
     )
     write_atomic(
         out,

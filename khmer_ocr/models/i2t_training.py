@@ -15,7 +15,7 @@ from ..core.errors import KhmerOCRError
 from ..core.config import read_settings
 from ..training.callbacks import Callback
 from ..core.config import configure
-from .transformer import VisionTextConfig
+from .transformer import ImageToTextConfig
 from .transformer_training import vision_text_preset
 
 # %% ../../nbs/06_models/10_i2t_training.ipynb #d94d63f5
@@ -139,13 +139,13 @@ def loop_settings(c: I2TConfig, steps: int | None = None) -> dict:  # for `Train
     )
 
 # %% ../../nbs/06_models/10_i2t_training.ipynb #56ec85eb
-def network(c: I2TConfig) -> VisionTextConfig:
+def network(c: I2TConfig) -> ImageToTextConfig:
     "The settings of the network"
     p = vision_text_preset(c.size).config
     depth = p.decoder_depth
     block = dict(stem='patches', patch=(16, 16), ctc_weight=0.0, guide=0.0) if c.image_size > 96 else {}
     return configure(
-        VisionTextConfig,
+        ImageToTextConfig,
         asdict(p)
         | dict(
             height=c.image_size,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from pathlib import Path
-from ..text.tokenizers import Units
+from ..text.tokenizers import SubscriptTokenizer
 from ..core.errors import KhmerOCRError
 from ..training.checkpoints import save_checkpoint, load_checkpoint
 from ..text.khmer import Charset
@@ -19,7 +19,7 @@ from ..text.khmer import Charset
 # %% ../../nbs/06_models/04_language_model.ipynb #3a5948a4
 def stream(
     lines,  # texts in normal form; empty ones are left out
-    units: Units,
+    units: SubscriptTokenizer,
 ) -> np.ndarray:  # int64 (N,): 0, ids of the first line, 0, ids of the second, 0, ...
     "The ids of all lines in one array"
     out = [0]
@@ -77,7 +77,7 @@ class NGram:
     "Probabilities of the next unit after up to `order`-1 units; id 0 is the end of the line, and, in a history, its beginning"
 
     def __init__(
-        self, units: Units, levels, about: dict | None = None
+        self, units: SubscriptTokenizer, levels, about: dict | None = None
     ):  # levels: for k = 1.. arrays (last unit, code of the share, number of runs that begin with this one)
         self.units, self.levels, self.order, self.about = units, levels, len(levels), about or {}
         self.n, self.bits, self._known = len(units), (len(units) - 1).bit_length(), {}
@@ -158,7 +158,7 @@ def _table(levels, cuts, bits):
 def train(
     cls: NGram,
     lines,  # texts in normal form
-    units: Units,
+    units: SubscriptTokenizer,
     order: int = 6,  # length of the longest runs
     cuts=CUTS,  # for each length, how often a run must occur; the last number holds for all longer ones
     **about,  # joins the header
@@ -203,13 +203,13 @@ def save(self: NGram, path) -> int:  # bytes written
 def load(
     cls: NGram,
     path=None,  # None: the model that ships with the package
-    units: Units | None = None,  # of the reader that it will advise; None: any
+    units: SubscriptTokenizer | None = None,  # of the reader that it will advise; None: any
 ):
     "Open a model; `KhmerOCRError` if it is none, or one for other units"
     tensors, head = load_checkpoint(path or _shipped())
     if head.get('model') != 'ngram':
         raise KhmerOCRError(f'{path} holds a model of kind {head.get("model")!r}, not a language model')
-    own, none = Units(Charset(head.pop('charset'))), torch.zeros(0, dtype=torch.uint8)
+    own, none = SubscriptTokenizer(Charset(head.pop('charset'))), torch.zeros(0, dtype=torch.uint8)
     if units is not None and own.units != units.units:
         raise KhmerOCRError(
             f'{path or _shipped()} was trained for {len(own)} units, not for the {len(units)} of this reader: train one with `khmer-ocr run language_model`'

@@ -27,10 +27,9 @@ from ..training.callbacks import Callback
 from ..training.learner import Learner
 from ..training.checkpoints import load_weights, save_checkpoint
 from .ctc_training import CTCLoss, Padding, evaluate_net
-from ..text.tokenizers import Units
+from ..text.tokenizers import SubscriptTokenizer
 from .ctc import header, n_frames
-from .attention import visible
-from .transformer import ViT, VisionText, VisionTextConfig
+from .transformer import ViT, ImageToText, ImageToTextConfig
 from .transformer_training import backbone_path, start_from
 
 # %% ../../nbs/06_models/11_pretraining.ipynb #fd534e1d
@@ -53,7 +52,7 @@ def hide_spans(
 class Filler(nn.Module):
     "Covered line images (B, 1, height, W), widths (B,) -> guessed pixels (B, 1, height, columns*stride), ink 1, paper 0"
 
-    def __init__(self, config: VisionTextConfig):
+    def __init__(self, config: ImageToTextConfig):
         super().__init__()
         self.config, self.encoder = config, ViT(config)
         self.paint = nn.Linear(config.encoder_width, config.height // config.rows * config.stride)
@@ -88,7 +87,7 @@ class MaskedLoss:
 class Hearing(nn.Module):
     "The encoder with a CTC head: images, widths -> logits (B, columns, n_units)"
 
-    def __init__(self, n_units, config: VisionTextConfig):
+    def __init__(self, n_units, config: ImageToTextConfig):
         super().__init__()
         self.config, self.encoder, self.head = config, ViT(config), nn.Linear(config.encoder_width, n_units)
 
@@ -126,7 +125,7 @@ def pretrain(
     way='masked',  # masked | ctc
     recipe: Recipe = Recipe(random_text=True),  # of the on-the-fly stream
     train: TrainConfig = TrainConfig(channels_last=True),
-    config: VisionTextConfig = VisionTextConfig(),  # only what concerns the encoder matters
+    config: ImageToTextConfig = ImageToTextConfig(),  # only what concerns the encoder matters
     data='onthefly',  # or a folder of labelled lines or shards, or a source of `data`'s kinds
     validation=None,  # batches, or a folder of labelled lines; None: no evaluation
     workers=0,
@@ -142,7 +141,7 @@ def pretrain(
     if way not in WAYS:
         raise KhmerOCRError(f'Unknown way of pretraining {way!r}: choose masked or ctc')
     torch.manual_seed(train.seed)
-    units = Units(charset(config.charset))
+    units = SubscriptTokenizer(charset(config.charset))
     net = Filler(config) if way == 'masked' else Hearing(len(units), config)
     if init:
         start_encoder(net.encoder, init)
@@ -210,7 +209,7 @@ def load_backbone(name) -> tuple[ViT, dict]:  # encoder in eval mode, header
         raise KhmerOCRError(
             f'{path} holds a model of kind {head.get("model")!r}, not a backbone: make one of it with save_backbone'
         )
-    vit = ViT(VisionTextConfig(**head['config']))
+    vit = ViT(ImageToTextConfig(**head['config']))
     _fill(vit, weights, path)
     return vit.eval(), head
 
@@ -244,7 +243,7 @@ _of_encoder = (
 )
 
 
-def with_backbone(config: VisionTextConfig, name) -> VisionTextConfig:
+def with_backbone(config: ImageToTextConfig, name) -> ImageToTextConfig:
     "The settings with the backbone `name`, and its encoder"
     theirs = load_backbone(name)[1]['config']
     return replace(config, **{k: theirs[k] for k in _of_encoder if k in theirs}, backbone=str(name))
@@ -350,7 +349,7 @@ def import_vit(
         raise KhmerOCRError(
             f'{path} has no {"layers" if not depth else "learned places"}: it is no plain vision transformer'
         )
-    config = VisionTextConfig(
+    config = ImageToTextConfig(
         height=height,
         stem='patches',
         patch=(p, q),
@@ -368,4 +367,4 @@ def import_vit(
         'place.table': stretch_places(t.pop('place'), config.rows, columns),
     }
     _fill(ViT(config), t, path)
-    return _keep(t, header(config, Units(charset(config.charset)), way=f'imported from {Path(path).name}'), name)
+    return _keep(t, header(config, SubscriptTokenizer(charset(config.charset)), way=f'imported from {Path(path).name}'), name)

@@ -11,10 +11,10 @@ from pathlib import Path
 from torch import nn
 from ..core.errors import KhmerOCRError, suggest
 from .attention import Seq2Seq, load_seq2seq
-from .transformer import VisionText
+from .transformer import ImageToText
 from .ctc import load_ctc
 from .transformer_training import load_vision_text
-from ..text.tokenizers import Units
+from ..text.tokenizers import SubscriptTokenizer
 from ..training.checkpoints import load_checkpoint
 
 # %% ../../nbs/06_models/12_zoo.ipynb #8b9b5fe6
@@ -40,14 +40,14 @@ def _checkpoint(name_or_path=None) -> Path:
 
 # %% ../../nbs/06_models/12_zoo.ipynb #2c6fa849
 _openers = dict(ctc=load_ctc, seq2seq=load_seq2seq, vision_text=load_vision_text)
-_writers = (Seq2Seq, VisionText)  # networks that write unit by unit
+_writers = (Seq2Seq, ImageToText)  # networks that write unit by unit
 # what this version does to a line and to a label, and which earlier ways it may stand in for: a reader of prepare/2, which left shadows in, reads better without them
 _ways = dict(
     preprocess=('khmer_ocr.data.prepare/3', 'khmer_ocr.data.prepare/2'), normal_form=('khmer_ocr.text.normalise/1',)
 )
 
 
-def open_model(path) -> tuple[nn.Module, Units, dict]:  # network in eval mode, its units, the header
+def open_model(path) -> tuple[nn.Module, SubscriptTokenizer, dict]:  # network in eval mode, its units, the header
     "Open a checkpoint of any kind that reads lines; KhmerOCRError for others, and for one that was trained on lines or labels made in another way than this version makes them"
     head = load_checkpoint(path)[1]
     kind = head.get('model')

@@ -31,7 +31,7 @@ from pathlib import Path
 from tqdm import tqdm
 from ..core.files import _put
 from ..core.errors import KhmerOCRError
-from .generator import Recipe, Synth, SPLITS
+from .generator import Recipe, LineGenerator, SPLITS
 
 # %% ../../nbs/03_synth/06_records.ipynb #0d050df2
 def _png(image, damaged: bool) -> bytes:
@@ -171,7 +171,7 @@ class _Job:
 # %% ../../nbs/03_synth/06_records.ipynb #02fa0845
 @lru_cache(2)
 def _worker_synth(recipe, texts):
-    return Synth(recipe, list(texts) if texts is not None else None)
+    return LineGenerator(recipe, list(texts) if texts is not None else None)
 
 
 _drawing = threading.Lock()
@@ -372,7 +372,7 @@ def _look(preset) -> dict:
     )
 
 
-def provenance(synth: Synth, layout='png') -> dict:
+def provenance(synth: LineGenerator, layout='png') -> dict:
     "All that decides the bytes of a set"
     cv = 'opencv-python' if _has('opencv-python') else 'opencv-python-headless'
     libs = {

@@ -38,7 +38,7 @@ from khmer_ocr.synth.records import (
     _Files,
     _faults,
 )
-from .generator import SPLITS, Recipe, Synth
+from .generator import SPLITS, Recipe, LineGenerator
 from ..core.errors import KhmerOCRError, suggest
 from ..text.corpus import load_lines
 
@@ -140,7 +140,7 @@ def generate_set(
     "Make (or complete) a pre-generated set in the layout of founding document 000; a second run finds all done"
     if format not in LAYOUTS:
         raise KhmerOCRError(f'Unknown format {format!r}{suggest(format, LAYOUTS)}: choose from {", ".join(LAYOUTS)}')
-    out, t0, synth, made = Path(out), time.time(), Synth(recipe), 0
+    out, t0, synth, made = Path(out), time.time(), LineGenerator(recipe), 0
     counts, meta = _counts(synth, splits, max_lines), provenance(synth, format)
     _refuse_another(out, meta, 'a set of another recipe', '--out')
     every = _room(out, counts)
@@ -349,7 +349,7 @@ def make_validation_set(
         )
     )
     texts = tuple(validation_texts(load_lines(corpus, 'val'), num_samples, random_seed))
-    meta = provenance(Synth(recipe)) | dict(num_samples=num_samples, random_seed=random_seed)
+    meta = provenance(LineGenerator(recipe)) | dict(num_samples=num_samples, random_seed=random_seed)
     _refuse_another(out, meta, 'another validation set', '--output-dir')
     with _alone(out), executor and nullcontext(executor) or _pool(workers) as pool:
         _folder(out / 'parts')

@@ -9,7 +9,7 @@ __all__ = ['lunar_year', 'rule_line', 'typeset']
 import itertools
 import re
 from bisect import bisect
-from .cleaning import _symbols, cut, fault
+from .cleaning import _symbols, cut, reject_reason
 from .khmer import normalise
 
 # %% ../../nbs/02_text/05_rules.ipynb #8d0bf007
@@ -556,7 +556,7 @@ def rule_line(
     while True:
         make = _kinds[bisect(_kind_cum, rng.random() * _kind_cum[-1])][0]
         s = cut(normalise(make(rng, sentences, words)), longest)[0]
-        if not fault(s):
+        if not reject_reason(s):
             return s
 
 # %% ../../nbs/02_text/05_rules.ipynb #eabe4157

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CancelFit', 'Callback', 'memory_mb', 'Timer', 'write_csv', 'read_history', 'History', 'Progress', 'TensorBoard',
-           'EarlyStop', 'Enough', 'KeepBest', 'plot_history']
+           'EarlyStop', 'StopAtTarget', 'KeepBest', 'plot_history']
 
 # %% ../../nbs/04_training/04_callbacks.ipynb #9d0c8647
 import csv
@@ -264,7 +264,7 @@ class EarlyStop(Callback):
             raise CancelFit(f'no better score in {self.bad} evaluations')
 
 
-class Enough(Callback):
+class StopAtTarget(Callback):
     "Stops the run when the score that decides is as good as `target`"
 
     order = 31
