@@ -3,7 +3,7 @@
 import io, pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from khmer_ocr.reporting.networks import draw_network, layer_table, layers
+from khmer_ocr.reporting.networks import draw_network, layer_table, trace_layers
 from khmer_ocr.generative.dcgan import Discriminator, Generator
 from khmer_ocr.generative.pix2pix import PatchGAN, Pix2PixConfig, make_generator
 from khmer_ocr.generative.vae import VAE, VAEConfig
@@ -52,7 +52,7 @@ class Wide(nn.Module):
 
 
 def test_shapes_sources_and_parameters_by_hand():
-    got = layers(Skips(), torch.zeros(3, 2, 8, 6))
+    got = trace_layers(Skips(), torch.zeros(3, 2, 8, 6))
     assert [(l.name, l.kind, l.shape, l.parameters, l.sources) for l in got] == [
         ('input', 'input', (2, 8, 6), 0, ()),
         ('a', 'convolution', (3, 8, 6), 2 * 3 * 9 + 3, (0,)),
@@ -72,7 +72,7 @@ def test_a_layer_hears_the_nearest_only():
         nn.ConvTranspose2d(4, 2, 4),
         nn.Tanh(),
     )
-    got = layers(net, torch.zeros(2, 2))
+    got = trace_layers(net, torch.zeros(2, 2))
     assert (
         [l.sources for l in got] == [(), (0,), (1,), (2,)]
         and [l.kind for l in got[1:]] == ['linear', 'linear', 'transposed']
@@ -82,7 +82,7 @@ def test_a_layer_hears_the_nearest_only():
 
 def test_a_layer_used_twice_stands_there_twice():
     conv = nn.Conv2d(2, 2, 3, padding=1)
-    got = layers(nn.Sequential(conv, nn.ReLU(), conv), torch.zeros(1, 2, 5, 5))
+    got = trace_layers(nn.Sequential(conv, nn.ReLU(), conv), torch.zeros(1, 2, 5, 5))
     assert [l.sources for l in got] == [(), (0,), (1,)] and layer_table(
         nn.Sequential(conv, conv), torch.zeros(1, 2, 5, 5)
     ).rows[-1][-1] == 2 * 2 * 9 + 2
@@ -90,7 +90,7 @@ def test_a_layer_used_twice_stands_there_twice():
 
 @pytest.mark.parametrize('size', (32, 64, 128))
 def test_every_level_of_a_unet_has_its_partner(size):
-    got = layers(unet(size), mask(size))
+    got = trace_layers(unet(size), mask(size))
     n = (len(got) - 1) // 2
     assert 2**n == size and got[n].shape[1:] == (1, 1) and got[-1].shape == (3, size, size)
     assert [l.sources for l in got[: n + 2]] == [()] + [(i,) for i in range(n + 1)]
@@ -101,7 +101,7 @@ def test_every_level_of_a_unet_has_its_partner(size):
 
 
 def test_styles_and_several_inputs():
-    got = layers(unet(style=5), mask(), torch.zeros(1, 5))
+    got = trace_layers(unet(style=5), mask(), torch.zeros(1, 5))
     assert (
         [l.name for l in got[:2]] == ['input 1', 'input 2']
         and any(1 in l.sources for l in got[2:])
@@ -120,7 +120,7 @@ def test_styles_and_several_inputs():
 )
 def test_the_painters_can_be_drawn(net, x):
     args = (x, mask()) if isinstance(net, VAE) else (x,)
-    got = layers(net, *args)
+    got = trace_layers(net, *args)
     assert (
         len(got) > 4
         and all(l.sources for l in got[len(args) :])
@@ -135,7 +135,7 @@ def test_the_network_is_left_as_it_was():
     before = {k: v.clone() for k, v in net.state_dict().items()}
     x = torch.ones(1, 2, 8, 8)
     with torch.no_grad():
-        got = layers(net, x)
+        got = trace_layers(net, x)
     assert got[3].sources == (1, 2)  # frozen layers and no_grad do not hide the way
     assert (
         net.training
@@ -148,12 +148,12 @@ def test_the_network_is_left_as_it_was():
         m._forward_hooks for m in net.modules()
     )
     with pytest.raises(RuntimeError):
-        layers(net, torch.ones(1, 7, 8, 8))
+        trace_layers(net, torch.ones(1, 7, 8, 8))
     assert net.training and not net.norm.training and not any(m._forward_hooks for m in net.modules())
 
 
 def test_forgotten_activations_do_not_hide_the_way():
-    assert [l.sources for l in layers(unet(checkpointing=True), mask())] == [l.sources for l in layers(unet(), mask())]
+    assert [l.sources for l in trace_layers(unet(checkpointing=True), mask())] == [l.sources for l in trace_layers(unet(), mask())]
 
 
 def test_table_counts_all():
@@ -193,7 +193,7 @@ def arrows(fig):
     ],
 )
 def test_every_arrow_stays_in_the_picture(net, x):
-    got, fig = layers(net, x), draw_network(net, x)
+    got, fig = trace_layers(net, x), draw_network(net, x)
     ax = fig.axes[0]
     fig.savefig(io.BytesIO())  # which lays it out
     assert len(boxes(fig)) == len(got) and len(arrows(fig)) == sum(len(l.sources) for l in got)

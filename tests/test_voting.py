@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from khmer_ocr.text.rules import rule_line
 from khmer_ocr.models.ctc import CTCConfig, CTCNet, header
 from khmer_ocr.text.tokenizers import SubscriptTokenizer
-from khmer_ocr.inference.voting import NOTHING, FromFiles, Mean, Rover, Word, vote_column, network, vote, words
+from khmer_ocr.inference.voting import NULL, FileFunctionReader, MeanProbabilityReader, Rover, Candidate, vote_column, confusion_network, vote, split_prediction
 from khmer_ocr.inference.reader import Reader, Prediction
 from khmer_ocr.models.attention import Seq2Seq, make_units
 from khmer_ocr.models.attention_training import seq2seq_preset
@@ -48,8 +48,8 @@ def spoilt(text, rng, n=3):
 def test_the_network_holds_every_reading():
     rng = np.random.default_rng(0)
     for t in texts:
-        said = [words(Prediction(spoilt(t, rng), 0.5)) for _ in range(4)]
-        assert [''.join(column[k].text for column in network(said)) for k in range(4)] == [
+        said = [split_prediction(Prediction(spoilt(t, rng), 0.5)) for _ in range(4)]
+        assert [''.join(column[k].text for column in confusion_network(said)) for k in range(4)] == [
             ''.join(w.text for w in s) for s in said
         ]
 
@@ -67,11 +67,11 @@ def test_three_readers_with_mistakes_in_other_places_are_right_together():
 @pytest.mark.parametrize(
     'column, settings, winner',
     [
-        ([Word('ក', 0.4), Word('ក', 0.4), Word('ខ', 0.9)], dict(alpha=1.0), 'ក'),
-        ([Word('ក', 0.4), Word('ក', 0.4), Word('ខ', 0.9)], dict(alpha=0.0), 'ខ'),
-        ([Word('ក', 0.4), NOTHING, NOTHING], dict(alpha=1.0), ''),
-        ([Word('ក', 0.4), NOTHING], dict(silence=0.3), 'ក'),
-        ([Word('ក', 0.4), NOTHING], dict(silence=0.6), ''),
+        ([Candidate('ក', 0.4), Candidate('ក', 0.4), Candidate('ខ', 0.9)], dict(alpha=1.0), 'ក'),
+        ([Candidate('ក', 0.4), Candidate('ក', 0.4), Candidate('ខ', 0.9)], dict(alpha=0.0), 'ខ'),
+        ([Candidate('ក', 0.4), NULL, NULL], dict(alpha=1.0), ''),
+        ([Candidate('ក', 0.4), NULL], dict(silence=0.3), 'ក'),
+        ([Candidate('ក', 0.4), NULL], dict(silence=0.6), ''),
     ],
 )
 def test_elections(column, settings, winner):
@@ -86,14 +86,14 @@ def test_readings_of_odd_text():
         Prediction('កា', 0.5, (('ា', 0.5, 0, 3), ('ក', 0.5, 3, 9))),
         Prediction('', 1.0),
     ):
-        assert ''.join(w.text for w in words(r)) == r.text and vote([r, r, r]).text == r.text
+        assert ''.join(w.text for w in split_prediction(r)) == r.text and vote([r, r, r]).text == r.text
 
 
 def test_a_committee_reads_as_its_members_agree():
     a = reader(1)
     images = [image(i) for i in range(5)]
     assert Rover([a, a]).read(images) == [Rover([a, a]).read([im])[0] for im in images]
-    outside = FromFiles(lambda paths: [r.text for r in a.read([image(i) for i in range(len(paths))])], 0.4)
+    outside = FileFunctionReader(lambda paths: [r.text for r in a.read([image(i) for i in range(len(paths))])], 0.4)
     assert [(r.text, r.confidence) for r in outside.read(images)] == [(r.text, 0.4) for r in a.read(images)]
     assert Rover([a, outside]).read([]) == []
     with pytest.raises(KhmerOCRError, match='at least one'):
@@ -102,7 +102,7 @@ def test_a_committee_reads_as_its_members_agree():
 
 def test_the_mean_of_a_reader_and_its_double_is_the_reader():
     a, wide = reader(1), [image(i, 100 + 400 * i) for i in range(8)]  # the last ones go in windows
-    one, two = a.read(wide), Mean([a, a]).read(wide)
+    one, two = a.read(wide), MeanProbabilityReader([a, a]).read(wide)
     assert [r.text for r in one] == [r.text for r in two] and np.allclose(
         [r.confidence for r in one], [r.confidence for r in two], atol=1e-4
     )
@@ -116,7 +116,7 @@ def test_the_mean_of_a_reader_and_its_double_is_the_reader():
 def test_readers_of_any_shape_have_a_mean(shape):
     a, b = reader(1), reader(2, **shape)
     for pair in ((a, b), (b, a)):
-        m = Mean(list(pair))
+        m = MeanProbabilityReader(list(pair))
         x = torch.rand(2, 1, m.height, 96)
         with torch.inference_mode():
             p = m.net(x, torch.tensor([96, 64])).exp()
@@ -133,10 +133,10 @@ def test_readers_that_cannot_be_averaged():
     theirs = make_units(config)
     writes = Reader(Seq2Seq(len(theirs), config), theirs, dict(height=config.height))
     with pytest.raises(KhmerOCRError, match='vote on texts'):
-        Mean([reader(1), writes])
+        MeanProbabilityReader([reader(1), writes])
     with pytest.raises(KhmerOCRError, match='as many numbers'):
-        Mean([reader(1), reader(2)], [1, -1])
+        MeanProbabilityReader([reader(1), reader(2)], [1, -1])
     latin = SubscriptTokenizer(charset('buoy2022'))
     n = CTCNet(len(latin), net(0).config).eval()
     with pytest.raises(KhmerOCRError, match='no unit for'):
-        Mean([reader(1), Reader(n, latin, header(n.config, latin))])
+        MeanProbabilityReader([reader(1), Reader(n, latin, header(n.config, latin))])
