@@ -5,32 +5,32 @@ import numpy as np
 import pytest
 from tiny import make_tiny
 from khmer_ocr.evaluation.benchmark import (
-    DAMAGES,
-    FIXED,
+    DEGRADATIONS,
+    FIXED_SETS,
     EvalSet,
     EvaluatedSet,
     standard_sets,
     held_out_fonts,
-    judge,
-    measure,
+    evaluate_set,
+    score_set,
     open_set,
-    parts_of,
-    pool,
-    rank_parts,
+    set_parts,
+    pool_sets,
+    rank_engines_by_part,
     real_lines,
-    visible,
+    publishable,
 )
 from khmer_ocr.data.images import read_image
 from khmer_ocr.evaluation.error_analysis import (
-    Difference,
-    Examples,
-    Worst,
+    TextDiff,
+    ConfusionExamples,
+    WorstLines,
     cluster_pairs,
     cluster_places,
     confusion_spots,
     worst_lines,
 )
-from khmer_ocr.evaluation.engines import Run
+from khmer_ocr.evaluation.engines import EngineResult
 from khmer_ocr.inference.reader import Reader, Prediction
 from khmer_ocr.reporting.html import outside_references
 from khmer_ocr.reporting.runs import run_notebook
@@ -84,9 +84,9 @@ def leaks(folder, readings=()) -> list:
 def expected():
     "Names of the battery's sets with the fonts that are installed"
     return (
-        [*FIXED, *DAMAGES, *(f'{d}_heldout' for d in DAMAGES)]
+        [*FIXED_SETS, *DEGRADATIONS, *(f'{d}_heldout' for d in DEGRADATIONS)]
         if held_out_fonts()
-        else [*(f for f in FIXED if f != 'heldout'), *DAMAGES]
+        else [*(f for f in FIXED_SETS if f != 'heldout'), *DEGRADATIONS]
     )
 
 
@@ -117,7 +117,7 @@ def test_a_report_on_the_battery_with_hidden_real_lines(tiny, model, hidden, tmp
         'real val speech',
     ]
     assert (
-        [m['scores'][n]['lines'] for n in own] == [3 if n in FIXED else 2 for n in own]
+        [m['scores'][n]['lines'] for n in own] == [3 if n in FIXED_SETS else 2 for n in own]
         and m['scores']['real']['lines'] == 3
         and m['lines'] == sum(m['scores'][n]['lines'] for n in own) + 3
     )
@@ -180,11 +180,11 @@ def test_show_lines_off_shows_no_line(model, hidden, tmp_path, shown):
 
 
 def test_peers_stand_beside_ours_on_the_same_lines(tiny, model, tmp_path):
-    from khmer_ocr.evaluation.engines import available_peers
+    from khmer_ocr.evaluation.engines import available_engines
 
     m = run_notebook('evaluate', dict(model=model, data=str(tiny / 'set'), peer_lines=2), tmp_path / 'report').metrics
-    assert [r['engine'] for r in m['ranked'].get('data', [])][:1] == ['khmer_ocr best'][: len(available_peers())]
-    assert len(m['ranked'].get('data', [])) == (1 + len(available_peers()) if available_peers() else 0)
+    assert [r['engine'] for r in m['ranked'].get('data', [])][:1] == ['khmer_ocr best'][: len(available_engines())]
+    assert len(m['ranked'].get('data', [])) == (1 + len(available_engines()) if available_engines() else 0)
     assert m['scores']['data']['lines'] == 4
     with pytest.raises(KhmerOCRError, match='No peer called'):
         run_notebook('evaluate', dict(model=model, data=str(tiny / 'set'), peers=['nobody']), tmp_path / 'r')
@@ -203,7 +203,7 @@ def test_shards_files_splits_and_tables_are_all_taken(tiny, tmp_path):
     a, b = open_set(tiny / 'set', tmp_path), open_set(tmp_path / 'shards', tmp_path / 'room')
     assert (
         a.truths == b.truths
-        and a.facts == b.facts
+        and a.metadata == b.metadata
         and all((read_image(p) == read_image(q)).all() for p, q in zip(a.paths, b.paths))
     )
     assert (
@@ -222,11 +222,11 @@ def test_the_battery_is_the_same_each_time(tiny, tmp_path):
     for s, t in zip(a, b):
         assert (
             s.truths == t.truths
-            and s.facts == t.facts
+            and s.metadata == t.metadata
             and [p.read_bytes() for p in s.paths] == [p.read_bytes() for p in t.paths]
         )
-    assert all(not f['ops'] for s in a for f in s.facts if s.name.startswith(('clean', 'fixed', 'heldout'))) and any(
-        f['ops'] for f in a[-1].facts
+    assert all(not f['ops'] for s in a for f in s.metadata if s.name.startswith(('clean', 'fixed', 'heldout'))) and any(
+        f['ops'] for f in a[-1].metadata
     )
     with pytest.raises(KhmerOCRError, match='from 1 up'):
         standard_sets(tmp_path / 'c', -1, corpus=tiny / 'corpus')
@@ -237,22 +237,22 @@ def test_real_lines_are_never_shown(hidden, monkeypatch):
     real = real_lines()
     assert (
         not real.shown
-        and not real.part([0]).shown
-        and set(parts_of(real)) == {'real test', 'real val', 'real test letter', 'real val letter', 'real val speech'}
+        and not real.subset([0]).shown
+        and set(set_parts(real)) == {'real test', 'real val', 'real test letter', 'real val letter', 'real val speech'}
     )
     j = EvaluatedSet(real, [Prediction('ខុស', 0.5, (('ខ', 0.5, 0, 9), ('ុ', 0.5, 9, 10), ('ស', 0.5, 10, 19)))] * 3)
     own = EvaluatedSet(EvalSet('own', real.paths, ['ក'] * 3, [{}] * 3), j.readings)
     assert (
-        visible([j, own]) == [own]
+        publishable([j, own]) == [own]
         and worst_lines([j]) == []
         and confusion_spots([j], 9.0) == {}
         and confusion_spots([own], 9.0)
         and confusion_spots([own]) == {}
-        and not pool([j, own], 'x').lines.shown
+        and not pool_sets([j, own], 'x').lines.shown
     )
-    for piece in (Worst([j]), Examples([j])):
+    for piece in (WorstLines([j]), ConfusionExamples([j])):
         assert 'img' not in piece._repr_html_() and 'ខ' not in piece._repr_html_() + repr(piece)
-    assert Worst([own])._repr_html_().count('<img') == 3
+    assert WorstLines([own])._repr_html_().count('<img') == 3
     monkeypatch.delenv('KHMER_OCR_REAL_LINES')
     assert real_lines() is None
 
@@ -266,7 +266,7 @@ def test_a_difference_never_splits_a_cluster_and_loses_nothing():
         assert ''.join(a for a, *_ in pairs) == t and ''.join(b for _, b, _ in pairs) == read
         whole = set(clusters(t)) | {''}
         assert all(a in whole for a, *_ in pairs)
-        marks = re.findall('<span[^>]*>([^<]*)</span>', Difference(t, read).line(0, 'x'))
+        marks = re.findall('<span[^>]*>([^<]*)</span>', TextDiff(t, read).line(0, 'x'))
         assert all(
             m == '∅' or clusters(m)[0] in {c.replace(' ', '␣') for c in whole} or '&' in m or '␣' in m for m in marks
         )
@@ -275,28 +275,28 @@ def test_a_difference_never_splits_a_cluster_and_loses_nothing():
 
 def test_places_of_a_real_reader_lie_on_the_image_in_order(tiny):
     reader, line_set = Reader.load('fast'), open_set(tiny / 'set', tiny)
-    for p, r in zip(line_set.paths, judge(reader, line_set).readings):
+    for p, r in zip(line_set.paths, evaluate_set(reader, line_set).readings):
         places, w = cluster_places(r), read_image(p).shape[1]
         assert [c for c, *_ in places] == [fold(c) or c for c in clusters(strip_spaces(r.text))]
         assert all(0 <= a < b <= w for _, a, b in places) and all(x[1] <= y[1] for x, y in zip(places, places[1:]))
 
 
 def test_measure_agrees_with_its_pieces(tiny):
-    j = judge(Reader.load('fast'), open_set(tiny / 'set', tiny))
-    m = measure(j)
-    same = measure(EvaluatedSet(j.lines, [Prediction(t, 1.0) for t in j.lines.truths]))
+    j = evaluate_set(Reader.load('fast'), open_set(tiny / 'set', tiny))
+    m = score_set(j)
+    same = score_set(EvaluatedSet(j.lines, [Prediction(t, 1.0) for t in j.lines.truths]))
     assert (
         same['cer'] == same['ece_lines'] == same['area'] == same['reject_1pc'] == 0 == same['runs']
         and 'ece_symbols' not in same
         and 'ece_symbols' in m
     )
-    worse = measure(EvaluatedSet(j.lines, [Prediction('', 0.5)] * 4))
+    worse = score_set(EvaluatedSet(j.lines, [Prediction('', 0.5)] * 4))
     assert (
         worse['cer'] == 1
         and worse['reject_1pc'] == 1
         and worse['dropped'] == sum(len(strip_spaces(fold(t))) > 5 for t in j.lines.truths)
     )
-    rows = rank_parts([Run('a', j.texts, 1.0), Run('b', [''] * 4, 1.0)], j.lines)['data']
+    rows = rank_engines_by_part([EngineResult('a', j.texts, 1.0), EngineResult('b', [''] * 4, 1.0)], j.lines)['data']
     assert rows[0]['cer_folded'] == m['cer_folded'] and rows[1]['behind_ours']['difference'] == pytest.approx(
         1 - m['cer_folded']
     )

@@ -105,8 +105,8 @@ def test_not_a_line(reader, bad):
 def frames(reader, line):
     "What the network says of each frame of a prepared line: in windows, and whole"
     with torch.inference_mode():
-        ((_, cut),) = reader._said([line], 32)
-        (whole,) = reader.decoder.look(*reader._input([line], -(-line.shape[1] // 64) * 64))
+        ((_, cut),) = reader._line_outputs([line], 32)
+        (whole,) = reader.decoder.forward(*reader._batch_input([line], -(-line.shape[1] // 64) * 64))
     return cut[0], whole[0]
 
 
@@ -170,7 +170,7 @@ def test_padding_does_not_matter(kind):
         pytest.skip('an LSTM reads the padding too: lines go in buckets')
     line = preprocess(scribble(300), kind.height)
     with torch.inference_mode():
-        (a, p), (b, q) = (kind.decoder.look(*kind._input([line], w))[0] for w in (320, 960))
+        (a, p), (b, q) = (kind.decoder.forward(*kind._batch_input([line], w))[0] for w in (320, 960))
     assert (a == b).mean() > 0.99 and np.abs(p - q).max() < 0.05
 
 
@@ -247,9 +247,9 @@ def test_readers_that_write(writer, lines):
             preprocess(scribble(900), reader.height)[:, :320]
         )  # as wide as its bucket: both sides pad nothing
         with torch.inference_mode():
-            ((_, said),) = reader._said([line], 1)
+            ((_, said),) = reader._line_outputs([line], 1)
         assert (
-            units.decode(reader.decoder.text(*said)[0])
+            units.decode(reader.decoder.decode(*said)[0])
             == read_lines(net, units, [collate([(line, '')])], decoder)[0][0]
         )
 
@@ -259,9 +259,9 @@ def test_wide_lines_of_readers_that_write(writer):
     reader = Reader.load(writer)
     line = np.ascontiguousarray(np.hstack([preprocess(scribble(1500, i), reader.height) for i in range(4)])[:, :3500])
     with torch.inference_mode():
-        ((_, (ids, conf, at, _)),) = reader._said([line], 32)
+        ((_, (ids, conf, at, _)),) = reader._line_outputs([line], 32)
         pieces = [
-            reader.decoder.look(*reader._input([np.ascontiguousarray(line[:, x0:x1])], -(-(x1 - x0) // 64) * 64))[0]
+            reader.decoder.forward(*reader._batch_input([np.ascontiguousarray(line[:, x0:x1])], -(-(x1 - x0) // 64) * 64))[0]
             for x0, x1 in ((0, 2048), (1536, 3500))
         ]
     left, right = (p[2] + f for p, f in zip(pieces, (0, 1536 // reader.stride)))
@@ -463,7 +463,7 @@ def test_the_command_takes_a_decoder(weights, writer, tmp_path):
 
 
 def check_looks(reader, im):
-    units, looks = reader.looks(im)
+    units, looks = reader.attention_map(im)
     (r,) = reader.read([im])
     assert (
         looks.shape == (len(units), im.shape[1])
@@ -480,13 +480,13 @@ def test_where_it_looked(weights, lines):
         check_looks(reader, im)
     check_looks(Reader.load(weights, decoder='beam'), lines[1])
     wide = np.hstack([scribble(1500, i) for i in range(3)])
-    units, looks = reader.looks(wide)
+    units, looks = reader.attention_map(wide)
     assert looks.shape[1] == wide.shape[1] and looks[-1].argmax() > 3000 and np.allclose(looks.sum(1), 1, atol=1e-3)
-    assert reader.looks(np.full((40, 300), 255, np.uint8))[0] == []
+    assert reader.attention_map(np.full((40, 300), 255, np.uint8))[0] == []
     if 'fast' not in models():
         return
     line = 255 - np.pad(render('ព្រះរាជាណាចក្រកម្ពុជា', find_fonts(split='train')[0], 32).ink, 8)  # a line that it can read
-    for row, (_, _, x0, x1) in zip(reader.looks(line)[1], reader.read([line])[0].chars):
+    for row, (_, _, x0, x1) in zip(reader.attention_map(line)[1], reader.read([line])[0].chars):
         assert x0 - 8 <= row.argmax() <= x1 + 8
 
 
