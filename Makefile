@@ -1,10 +1,12 @@
 # make demo: see it work      make test: check everything      make lab: open the notebooks
 BIN := .venv/bin
-NBS := $(wildcard nbs/*.ipynb)
+NBS := $(sort $(wildcard nbs/[0-9]*/*.ipynb))
+RUN := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH"
+QUICK := tests/test_nbs.py tests/test_layers.py tests/test_readme.py
 
-.PHONY: help demo test lab notebooks readme clean distclean
+.PHONY: help demo test lab export format notebooks readme docs clean distclean
 help:
-	@echo "make demo | test | lab | notebooks | readme | clean | distclean"
+	@echo "make demo | test | lab | export | format | notebooks | readme | docs | clean | distclean"
 
 # everything needed, in .venv; done again only when the pins or the settings change
 .venv/.ready: constraints.txt settings.ini setup.py tools/setup.sh
@@ -13,25 +15,37 @@ help:
 demo: .venv/.ready  ## fonts, text, line images, a short training, a page read and scored, a report
 	@$(BIN)/python tools/demo.py
 
-test: .venv/.ready  ## package = notebooks, notebooks clean, layers, README, every notebook runs, pytest
-	$(BIN)/python -m pytest -q tests/test_nbs.py tests/test_layers.py tests/test_readme.py
-	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q tests --ignore tests/test_nbs.py --ignore tests/test_layers.py --ignore tests/test_readme.py
+test: .venv/.ready  ## ruff, package = notebooks, layers, README, every notebook runs, pytest
+	$(BIN)/ruff check khmer_ocr nbs tests tools setup.py
+	$(BIN)/python -m pytest -q $(QUICK)
+	$(RUN) $(BIN)/nbdev_test --n_workers 2
+	$(RUN) $(BIN)/python -m pytest -q tests $(addprefix --ignore ,$(QUICK))
 
 lab: .venv/.ready  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir .
 
-notebooks: .venv/.ready  ## run every notebook again, with fresh outputs, export, clean, README
-	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/refresh.py $(NBS)
-	$(BIN)/nbdev_export
+export: .venv/.ready  ## notebooks -> package
+	$(BIN)/python tools/export.py
 	$(BIN)/nbdev_clean
-	$(BIN)/python tools/readme.py
+
+format: .venv/.ready  ## ruff format over notebooks, tests and tools, then export
+	$(BIN)/ruff format nbs tests tools setup.py
+	$(MAKE) export
+
+notebooks: .venv/.ready  ## run every notebook again, with fresh outputs, export, clean, README
+	$(RUN) $(BIN)/python tools/refresh.py $(NBS)
+	$(MAKE) export readme
 
 readme: .venv/.ready  ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
 
+docs: .venv/.ready  ## notebooks and API reference as static pages: _docs/index.html
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+	    $$(sed -n '/^docs_requirements/,/^[a-z]/{/^\t/p}' settings.ini)
+	$(BIN)/python tools/docs.py
+
 clean:  ## what tests and builds leave behind
-	rm -rf _proc _docs build dist .pytest_cache reports/demo
+	rm -rf _proc _docs _docs_src _mkdocs.json build dist .pytest_cache .ruff_cache reports/demo
 	find nbs khmer_ocr tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 distclean: clean  ## also .venv and everything fetched or generated

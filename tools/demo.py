@@ -1,8 +1,15 @@
 """make demo: the whole way, from fonts and text to a page that is read and scored.
 
-What an earlier run left behind is used again, so a second run is short. `python tools/demo.py --quick` does everything on a very small scale (for tests)."""
+What an earlier run left behind is used again, so a second run is short. `python tools/demo.py --quick` does everything on a
+very small scale (for tests)."""
 
-import argparse, io, json, os, shutil, sys, time
+import argparse
+import io
+import json
+import os
+import shutil
+import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -86,6 +93,10 @@ def make_lines(corpus, data, models, lines, fixed):
 
 
 # 4
+def loss_text(metrics):
+    return f'loss {metrics["first_loss"]:.2f} -> {metrics["last_loss"]:.2f}'
+
+
 def train_small(corpus, data, models, reports, steps):
     from khmer_ocr.reporting.runs import run_notebook
 
@@ -94,9 +105,7 @@ def train_small(corpus, data, models, reports, steps):
     if report.exists() and latest.exists() and (reports / 'training' / 'metrics.json').exists():
         metrics = json.loads((reports / 'training' / 'metrics.json').read_text())
         if metrics['steps'] >= steps:
-            return done(
-                f'there already: loss {metrics["first_loss"]:.2f} -> {metrics["last_loss"]:.2f} (delete {models} to train again)'
-            )
+            return done(f'there already: {loss_text(metrics)} (delete {models} to train again)')
     run = run_notebook(
         'train_ocr',
         dict(
@@ -119,24 +128,24 @@ def train_small(corpus, data, models, reports, steps):
         reports / 'training',
         echo=True,
     )
-    m = run.metrics
-    done(
-        f'loss {m["first_loss"]:.2f} -> {m["last_loss"]:.2f}, {100 * m["scores"]["cer_folded"]:.0f} % of the characters wrong after this much learning'
-    )
+    wrong = 100 * run.metrics['scores']['cer_folded']
+    done(f'{loss_text(run.metrics)}, {wrong:.0f} % of the characters wrong after this much training')
 
 
 # 5
-def judge(data, reports, model):
+def score_text(scores):
+    wrong, exact = 100 * scores['cer_folded'], 100 * scores['exact']
+    return f'{wrong:.2f} % of the characters wrong, {exact:.0f} % of the lines without any error'
+
+
+def evaluate(data, reports, model):
     from khmer_ocr.reporting.runs import run_notebook
 
     done = step(5, f'Evaluation: the weights that ship ({model}) on the fixed lines')
     run = run_notebook(
         'evaluate', dict(model=model, data=str(data / 'validation'), peers=[]), reports / 'evaluation', echo=True
     )
-    s = run.metrics['scores']['data']
-    done(
-        f'{100 * s["cer_folded"]:.2f} % of the characters wrong, {100 * s["exact"]:.0f} % of the lines without any error'
-    )
+    done(score_text(run.metrics['scores']['data']))
 
 
 # 6
@@ -256,38 +265,23 @@ def main():
     p.add_argument('--folder', default=str(root), help='where data/, models/ and reports/ go')
     a = p.parse_args()
     os.chdir(root)
-    base, t = Path(os.path.relpath(a.folder)), time.perf_counter()
-    corpus, data, models, reports = (
-        base / 'data/processed',
-        base / 'data/demo',
-        base / 'models/demo',
-        base / 'reports/demo',
-    )
+    start = time.perf_counter()
+    base = Path(os.path.relpath(a.folder))
+    corpus, data = base / 'data/processed', base / 'data/demo'
+    models, reports = base / 'models/demo', base / 'reports/demo'
     fonts = get_fonts()
     get_corpus(corpus, 600 if a.quick else None)
     make_lines(corpus, data, models, *((24, 8) if a.quick else (2000, 300)))
     train_small(corpus, data, models, reports, 4 if a.quick else 800)
-    judge(data, reports, a.model)
+    evaluate(data, reports, a.model)
     make_page(fonts, corpus, data)
     run = read_it(data, models, reports, a.model)
-    say(
-        '\n'
-        + '-' * 20
-        + ' what was read '
-        + '-' * 20
-        + '\n'
-        + (reports / 'page.txt').read_text(encoding='utf-8').rstrip()
-        + '\n'
-        + '-' * 55
-    )
+    say(f'\n{" what was read ":-^55}\n{(reports / "page.txt").read_text(encoding="utf-8").rstrip()}\n{"-" * 55}')
     s, f = run.metrics['page'], run.metrics['fixed']
-    say(
-        f'the page:        {100 * s["cer_folded"]:.2f} % of {s["chars"]:,} characters wrong (without spaces, look-alikes folded); {100 * s["cer"]:.2f} % with every space and mark'
-    )
-    say(
-        f'the fixed lines: {100 * f["cer_folded"]:.2f} % of the characters wrong, {100 * f["exact"]:.0f} % of the lines without any error'
-    )
-    say(f'all of it took {time.perf_counter() - t:.0f} s; the report: {run.folder / "report.html"}')
+    wrong = f'{100 * s["cer_folded"]:.2f} % of {s["chars"]:,} characters wrong (without spaces, look-alikes folded)'
+    say(f'the page:        {wrong}; {100 * s["cer"]:.2f} % with every space and mark')
+    say(f'the fixed lines: {score_text(f)}')
+    say(f'all of it took {time.perf_counter() - start:.0f} s; the report: {run.folder / "report.html"}')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 "README.md from nbs/index.ipynb, without Quarto: python tools/readme.py [--check]"
 
-import re, sys
+import re
+import sys
 from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
@@ -9,7 +10,7 @@ root = Path(__file__).resolve().parents[1]
 
 
 def readme() -> str:
-    "Markdown of the notebook: cells marked `#| hide` left out, other directives stripped, links made relative to the root"
+    "Markdown of the notebook: hidden cells left out, directives stripped, links made relative to the root"
     nb = nbformat.read(root / 'nbs/index.ipynb', as_version=4)
     nb.cells = [c for c in nb.cells if c.source.strip() and not re.match(r'#\|\s*hide\s*$', c.source, re.M)]
     for c in nb.cells:

@@ -1,7 +1,8 @@
 """The rooms of the house, in the order in which they may use each other: python tools/rooms.py [--check]
 
-Writes `khmer_ocr/<room>/__init__.py`, which hands out the public names of the room's modules (lazily: a name imports its module
-when it is asked for), so that `from khmer_ocr.data import OnTheFlyDataset` works. `--check` only says whether the files are up to date."""
+Writes `khmer_ocr/<room>/__init__.py`, which hands out the public names of the room's modules (lazily: a name imports its
+module when it is asked for), so that `from khmer_ocr.data import OnTheFlyDataset` works. `--check` only says whether the
+files are up to date."""
 
 import ast
 import sys
@@ -47,7 +48,9 @@ def public_names(room: str) -> dict[str, list[str]]:
     for module, exports in names.items():
         for name in exports:
             if name in seen:
-                sys.exit(f'khmer_ocr.{room}: {name} is exported by {seen[name]} and by {module}: one meaning for each name')
+                sys.exit(
+                    f'khmer_ocr.{room}: {name} is exported by {seen[name]} and by {module}: one meaning for each name'
+                )
             if name in names:
                 sys.exit(f'khmer_ocr.{room}: {name} is a module and a name that {module} exports: rename one of them')
             seen[name] = module
