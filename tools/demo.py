@@ -1,7 +1,7 @@
 """make demo: the whole way, from fonts and text to a page that is read and scored.
 
-What an earlier run left behind is used again, so a second run is short. `python tools/demo.py --quick` does everything on a
-very small scale (for tests)."""
+What an earlier run left behind is used again, so a second run is short. `python tools/demo.py --quick` does everything
+on a very small scale (for tests)."""
 
 import argparse
 import io
