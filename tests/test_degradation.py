@@ -5,7 +5,7 @@ from functools import partial
 import cv2
 import numpy as np
 import pytest
-from khmer_ocr.synth.degradation_ops import OPERATIONS
+from khmer_ocr.synth.degradation import OPERATIONS
 from khmer_ocr.synth.degradation import PRESETS, degrade
 from khmer_ocr.synth.fonts import find_fonts
 from khmer_ocr.synth.rendering import render
