@@ -17,7 +17,7 @@ import torch
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict
-from fastcore.basics import patch
+from fastcore.basics import patch, store_attr
 from inspect import signature
 from itertools import islice
 from lightning_fabric import Fabric
@@ -26,12 +26,14 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from operator import attrgetter
 from pathlib import Path
 from torch import nn
-from .settings import optimiser, TrainConfig, freeze, best_precision, lr_at
-from .callbacks import Timer, History, Progress, TensorBoard, KeepBest, EarlyStop, StopAtTarget, CancelFit
 from ..core.errors import KhmerOCRError, suggest
 from ..core.files import block_signals
-from .memory import split_batch, batch_length, is_out_of_memory
-from .checkpoints import ema_update, save_checkpoint, load_checkpoint, _part
+from khmer_ocr.training.callbacks import (
+    HISTORY_COLUMNS, CancelFit, EarlyStop, History, KeepBest, Progress, StopAtTarget, TensorBoard, Timer, is_due,
+)
+from .checkpoints import ema_update, load_checkpoint, save_checkpoint, tensors_under
+from .memory import batch_length, is_out_of_memory, split_batch
+from .settings import TrainConfig, best_precision, freeze, lr_at, make_optimizer, world_size
 
 # %% ../../nbs/04_training/05_learner.ipynb #747b7cfc
 class Learner:
@@ -40,81 +42,115 @@ class Learner:
     def __init__(
         self,
         model: nn.Module,
-        loss_fn,  # loss_fn(model, batch) -> scalar tensor; or a list of those, the turns of a step (see below)
+        loss_fn,  # loss_fn(model, batch) -> scalar tensor; or a list of those, the phases of a step (see below)
         batches,  # batches(n) -> iterator of batches from number n on; the same n gives the same batch
         config: TrainConfig,
         out_dir: str | Path,
         callbacks=(),  # `Callback`s beside the standard ones
         evaluate=None,  # evaluate(model) -> dict of floats, called with the averaged weights in eval mode
         header: dict | None = None,  # stored in every checkpoint
-        opt=optimiser,  # opt(model, config) -> torch optimiser
+        opt=make_optimizer,  # opt(model, config) -> torch optimiser
         verbose: bool = True,  # progress on stderr
     ):
-        self.net, self.loss_fn, self.batches, self.config = model, loss_fn, batches, config
-        self.out_dir, self.evaluate, self.header, self.opt_fn = Path(out_dir), evaluate, header or {}, opt
-        self.step = self.skipped = self.streak = 0
-        self.split, self.best, self.metrics, self.shown, self.stopping, self.saved_at = 1, None, {}, {}, None, -1
+        store_attr('loss_fn,batches,config,evaluate')
+        self.net = model
+        self.opt_fn = opt
+        self.header = header or {}
+        self.out_dir = Path(out_dir)
         self.log_dir = Path(config.logs) / self.out_dir.name if config.logs else self.out_dir
-        self.callbacks = sorted([*_standard(config, verbose), *callbacks], key=attrgetter('order'))
+        self.callbacks = sorted([*_standard_callbacks(config, verbose), *callbacks], key=attrgetter('order'))
+        self.reset()
+
+# %% ../../nbs/04_training/05_learner.ipynb #4ace70e7
+@patch
+def reset(self: Learner):
+    "The state before the first step"
+    self.step = 0
+    self.skipped = 0  # steps with a loss or gradient that was not finite
+    self.streak = 0  # of them, in a row up to now
+    self.split = 1  # parts in which each batch goes through the network
+    self.best = None  # best value of the monitored metric
+    self.metrics = {}  # of the last evaluation
+    self.logs = {}  # numbers that callbacks want to see in the log, by name
+    self.saved_at = -1  # step of the last `latest.safetensors`
+    self.stopping = None  # why the run is to stop, a text
 
 
-def _standard(c, verbose):
+def _standard_callbacks(config, verbose) -> list:
     "The callbacks that the settings ask for"
-    out = [Timer(), History(), Progress(verbose)]
-    if c.tensorboard:
-        out.append(TensorBoard())
-    if c.keep_best:
-        out.append(KeepBest(c.keep_best))
-    if c.patience:
-        out.append(EarlyStop(c.patience))
-    if c.stop_at:
-        out.append(StopAtTarget(c.stop_at))
-    return out
+    callbacks = [Timer(), History(), Progress(verbose)]
+    if config.tensorboard:
+        callbacks.append(TensorBoard())
+    if config.keep_best:
+        callbacks.append(KeepBest(config.keep_best))
+    if config.patience:
+        callbacks.append(EarlyStop(config.patience))
+    if config.stop_at:
+        callbacks.append(StopAtTarget(config.stop_at))
+    return callbacks
 
 # %% ../../nbs/04_training/05_learner.ipynb #629ac35f
 @patch
 def __call__(self: Learner, event: str):
     "Tell every callback that `event` has come"
-    for cb in self.callbacks:
+    for callback in self.callbacks:
+        handler = getattr(callback, event, None)
+        if handler is None:
+            continue
         try:
-            getattr(cb, event, lambda learn: None)(self)
+            handler(self)
         except CancelFit as e:
-            self.stopping = str(e) or type(cb).__name__
+            self.stopping = str(e) or type(callback).__name__
 
 # %% ../../nbs/04_training/05_learner.ipynb #6fb82e30
 @patch
 def setup(self: Learner):
     "Place model, average and optimiser on the device; called by `fit`"
-    c, world, local = self.config, int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    if c.threads:
-        torch.set_num_threads(c.threads)
-    cuda = c.device == 'cuda' or c.device == 'auto' and torch.cuda.is_available()
-    if cuda and not torch.cuda.is_available():
-        raise KhmerOCRError("Setting 'device' is 'cuda', but torch finds no GPU: use 'auto' or 'cpu'")
-    device = 'cuda' if cuda else 'cpu'
-    logging.getLogger('lightning_fabric').setLevel(logging.WARNING)
-    self.fabric = Fabric(
-        accelerator=device,
-        devices=local,
-        num_nodes=max(1, world // local),
-        strategy='ddp' if world > 1 else 'auto',
-        **_precision(c, device),
-    )
+    config = self.config
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    self.fabric = _make_fabric(config)
     self.fabric.launch()
-    if c.channels_last:
+    if config.channels_last:
         self.net.to(memory_format=torch.channels_last)
-    self.frozen = freeze(self.net, c.freeze)
-    self.ema = deepcopy(self.net).requires_grad_(False).eval().to(self.fabric.device) if c.ema else None
-    if world > 1 and isinstance(self.loss_fn, (list, tuple)):
+    self.frozen = freeze(self.net, config.freeze)
+    self.ema = None
+    if config.ema:
+        self.ema = deepcopy(self.net).requires_grad_(False).eval().to(self.fabric.device)
+    if world_size() > 1 and isinstance(self.loss_fn, (list, tuple)):
         raise KhmerOCRError('A model whose parts take turns trains in one process: start it without torchrun')
-    self.model, self.opt = self.fabric.setup(self.net, self.opt_fn(self.net, c))
-    torch.manual_seed(c.seed + self.fabric.global_rank)
+    self.model, self.opt = self.fabric.setup(self.net, self.opt_fn(self.net, config))
+    torch.manual_seed(config.seed + self.fabric.global_rank)
+
+# %% ../../nbs/04_training/05_learner.ipynb #819da8d7
+def _make_fabric(config) -> Fabric:
+    "Device, processes and precision of a run"
+    has_gpu = torch.cuda.is_available()
+    if config.device == 'cuda' and not has_gpu:
+        raise KhmerOCRError("Setting 'device' is 'cuda', but torch finds no GPU: use 'auto' or 'cpu'")
+    device = 'cuda' if has_gpu and config.device != 'cpu' else 'cpu'
+    processes = world_size()
+    on_this_machine = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    logging.getLogger('lightning_fabric').setLevel(logging.WARNING)
+    return Fabric(
+        accelerator=device,
+        devices=on_this_machine,
+        num_nodes=max(1, processes // on_this_machine),
+        strategy='ddp' if processes > 1 else 'auto',
+        **_precision(config, device),
+    )
 
 
-def _precision(c, device) -> dict:
+def _precision(config, device) -> dict:
     "How Fabric is told the precision; of itself it would put bfloat16 in the place of float16 on a CPU"
-    name = best_precision(device) if c.precision == 'auto' else c.precision
+    name = best_precision(device) if config.precision == 'auto' else config.precision
     return dict(plugins=MixedPrecision(name, device)) if name == '16-mixed' else dict(precision=name)
+
+# %% ../../nbs/04_training/05_learner.ipynb #b269d5f0
+@patch(as_prop=True)
+def averaged(self: Learner) -> nn.Module:
+    "The network to evaluate, save and use: the running average of the weights, or the weights where that is off"
+    return self.net if self.ema is None else self.ema
 
 # %% ../../nbs/04_training/05_learner.ipynb #19cf5518
 @patch
@@ -126,61 +162,75 @@ def train_mode(self: Learner):
 
 # %% ../../nbs/04_training/05_learner.ipynb #080a8b7b
 @patch
-def open(self: Learner, n: int):
+def open_source(self: Learner, n: int):
     "Iterator over this process's batches from its `n`-th on"
-    rank, world = self.fabric.global_rank, self.fabric.world_size
-    if world == 1:
+    rank = self.fabric.global_rank
+    processes = self.fabric.world_size
+    if processes == 1:
         return iter(self.batches(n))
     if 'shard' in signature(self.batches).parameters:
-        return iter(self.batches(n, shard=(rank, world)))
-    return islice(self.batches(n * world), rank, None, world)
+        return iter(self.batches(n, shard=(rank, processes)))
+    return islice(self.batches(n * processes), rank, None, processes)
 
 # %% ../../nbs/04_training/05_learner.ipynb #53fb4cc4
 @patch
 def next_batch(self: Learner):
     "The next batch, on the device; `KhmerOCRError` when the source is empty"
-    t, batch = time.perf_counter(), None
+    start = time.perf_counter()
+    batch = None
     if self.source is not None:
         batch = next(self.source, None)
     if batch is None:
         rng = torch.get_rng_state()
         with block_signals():
-            self.source = self.open(self.taken)
+            self.source = self.open_source(self.taken)
             batch = next(self.source, None)
         torch.set_rng_state(rng)
     if batch is None:
         raise KhmerOCRError(f'No data: the source of batches gave nothing for batch {self.taken}')
     self.taken += 1
-    self.waited += time.perf_counter() - t
+    self.waited += time.perf_counter() - start
     batch = self.fabric.to_device(batch)
-    if not self.config.channels_last:
-        return batch
-    return apply_to_collection(
-        batch, torch.Tensor, lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
-    )
+    return apply_to_collection(batch, torch.Tensor, _to_channels_last) if self.config.channels_last else batch
+
+
+def _to_channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 # %% ../../nbs/04_training/05_learner.ipynb #37255af4
 @patch
 def gradients(self: Learner, batches: list, loss_fn) -> list[torch.Tensor]:  # the loss of each batch
-    "Forward and backward through the batches of one turn"
-    c, losses = self.config, []
-    for i, batch in enumerate(batches):
-        weight, total = batch_length(batch) / c.batch_size if c.weigh == 'sample' else 1.0, 0.0
-        for part, share in (parts := list(split_batch(batch, self.split))):
-            last = i == len(batches) - 1 and part is parts[-1][0]
-            with self.fabric.no_backward_sync(self.model, enabled=not last):
-                loss = loss_fn(self.model, part)
-                self.fabric.backward(loss * (share * weight / c.accumulate))
-            total = total + loss.detach().float() * share
-        losses.append(total)
-    return losses
+    "Forward and backward through the batches of one phase"
+    return [self.batch_gradients(b, loss_fn, is_last=i == len(batches)) for i, b in enumerate(batches, 1)]
+
+
+@patch
+def batch_gradients(self: Learner, batch, loss_fn, is_last: bool) -> torch.Tensor:  # the mean loss of the batch
+    "Forward and backward through one batch; with the last one the processes exchange their gradients"
+    config = self.config
+    weight = batch_length(batch) / config.batch_size if config.loss_reduction == 'sample' else 1.0
+    parts = list(split_batch(batch, self.split))
+    total = 0.0
+    for i, (part, share) in enumerate(parts, 1):
+        exchange = is_last and i == len(parts)
+        with self.fabric.no_backward_sync(self.model, enabled=not exchange):
+            loss = loss_fn(self.model, part)
+            self.fabric.backward(loss * (share * weight / config.accumulate))
+        total = total + loss.detach().float() * share
+    return total
 
 # %% ../../nbs/04_training/05_learner.ipynb #e340ba4d
 @patch
-def gradients_in_memory(self: Learner, batches: list, kept: list, loss_fn) -> list[torch.Tensor]:
+def gradients_in_memory(
+    self: Learner,
+    batches: list,
+    kept: list,  # pairs (buffer, its copy before the step)
+    loss_fn,
+) -> list[torch.Tensor]:  # the loss of each batch
     "`gradients`, with the batches cut into more parts each time that memory runs out"
     gpu = self.fabric.device if self.fabric.device.type == 'cuda' else None
-    rng, gpu_rng = torch.get_rng_state(), torch.cuda.get_rng_state(gpu) if gpu else None
+    rng = torch.get_rng_state()
+    gpu_rng = torch.cuda.get_rng_state(gpu) if gpu else None
     while True:
         try:
             return self.gradients(batches, loss_fn)
@@ -188,27 +238,29 @@ def gradients_in_memory(self: Learner, batches: list, kept: list, loss_fn) -> li
             if not is_out_of_memory(e):
                 raise
         self.opt.zero_grad()
-        for b, old in kept:
-            b.copy_(old)
+        _put_back(kept)
         torch.set_rng_state(rng)
         if gpu:
             torch.cuda.set_rng_state(gpu_rng, gpu)
-        self.make_room(max(map(batch_length, batches)))
+        self.split_batches(max(map(batch_length, batches)))
 
 
 @patch
-def make_room(self: Learner, samples: int):
+def split_batches(
+    self: Learner,
+    samples: int,  # of the largest batch
+):
     "Twice as many parts from now on; `KhmerOCRError` where one sample is too much"
     if self.fabric.device.type == 'cuda':
         torch.cuda.empty_cache()
+    where = f'Out of memory at step {self.step + 1}'
     if self.fabric.world_size > 1:
         raise KhmerOCRError(
-            f"Out of memory at step {self.step + 1}: halve batch_size (now {self.config.batch_size}) and double accumulate (now {self.config.accumulate}); with several processes that is not done by itself"
+            f'{where}: halve batch_size (now {self.config.batch_size}) and double accumulate '
+            f'(now {self.config.accumulate}); with several processes that is not done by itself'
         )
     if self.split >= samples:
-        raise KhmerOCRError(
-            f'Out of memory at step {self.step + 1}, even with one sample at a time: use a smaller network or shorter lines'
-        )
+        raise KhmerOCRError(f'{where}, even with one sample at a time: use a smaller network or shorter lines')
     self.split *= 2
     self('out_of_memory')
 
@@ -223,51 +275,55 @@ def update(self: Learner, batches: list, loss_fn) -> bool:  # was it made?
     loss = torch.stack(losses).mean()
     if self.fabric.world_size > 1:
         loss = self.fabric.all_reduce(loss)
-    norm = self.fabric.clip_gradients(
-        self.model, self.opt, max_norm=self.config.clip or math.inf, error_if_nonfinite=False
-    )
+    max_norm = self.config.clip or math.inf
+    norm = self.fabric.clip_gradients(self.model, self.opt, max_norm=max_norm, error_if_nonfinite=False)
     self.losses.append(loss.item())
     self.norms.append(norm.item())
-    made = math.isfinite(self.losses[-1]) and math.isfinite(self.norms[-1])
-    if made:
+    is_finite = math.isfinite(self.losses[-1]) and math.isfinite(self.norms[-1])
+    if is_finite:
         self.opt.step()
     else:
-        for b, old in kept:
-            b.copy_(old)
+        _put_back(kept)
         if self.scaler:
             self.scaler.update()
     self.opt.zero_grad()
-    return made
+    return is_finite
+
+
+def _put_back(kept):
+    "Buffers as they were before the step"
+    for buffer, before in kept:
+        buffer.copy_(before)
 
 # %% ../../nbs/04_training/05_learner.ipynb #4baaeeee
 @contextmanager
-def _turn(net, parts):
+def _only_training(net, parts):
     "Only `parts` of `net` take gradients; no parts: all that do anyway"
-    still = (
-        [p for n, p in net.named_parameters() if p.requires_grad and not any(n.startswith(f'{k}.') for k in parts)]
-        if parts
-        else []
-    )
-    for p in still:
+    prefixes = tuple(f'{part}.' for part in parts)
+    others = []
+    if parts:
+        others = [p for name, p in net.named_parameters() if p.requires_grad and not name.startswith(prefixes)]
+    for p in others:
         p.requires_grad_(False)
     try:
         yield
     finally:
-        for p in still:
+        for p in others:
             p.requires_grad_(True)
 
 
 @patch
 def train_step(self: Learner, batches: list) -> bool:  # was all of it taken?
-    "All turns of one step; it ends at the first that cannot be made"
+    "All phases of one step; it ends at the first that cannot be made"
     self.losses, self.norms = [], []
-    turns = self.loss_fn if isinstance(self.loss_fn, (list, tuple)) else [self.loss_fn]
-    for self.turn, loss_fn in enumerate(turns):
-        with _turn(self.net, getattr(loss_fn, 'parts', ())):
+    loss_fns = self.loss_fn if isinstance(self.loss_fn, (list, tuple)) else [self.loss_fn]
+    for self.phase, loss_fn in enumerate(loss_fns):
+        with _only_training(self.net, getattr(loss_fn, 'parts', ())):
             taken = self.update(batches, loss_fn)
         if not taken:
             break
-    self.loss_value, self.grad_norm = sum(self.losses), max(self.norms)
+    self.loss_value = sum(self.losses)
+    self.grad_norm = max(self.norms)
     return taken
 
 # %% ../../nbs/04_training/05_learner.ipynb #2dc3fba0
@@ -280,8 +336,8 @@ def scaler(self: Learner):
 @patch
 def count_skipped(self: Learner, taken: bool):
     "Keep count, and give up after ten steps in a row"
-    seeking = self.scaler and math.isfinite(self.loss_value) and self.scaler.get_scale() >= 1
-    self.streak = 0 if taken or seeking else self.streak + 1
+    finding_scale = self.scaler and math.isfinite(self.loss_value) and self.scaler.get_scale() >= 1
+    self.streak = 0 if taken or finding_scale else self.streak + 1
     self.skipped += not taken
     if self.streak == 10:
         raise KhmerOCRError(
@@ -293,9 +349,10 @@ def count_skipped(self: Learner, taken: bool):
 @patch
 def one_step(self: Learner) -> bool:  # False: stopped before it began
     "A step with everything that surrounds it"
-    self.lr, before = lr_at(self.step, self.config), self.taken
-    for g in self.opt.param_groups:
-        g['lr'] = self.lr * g.get('scale', 1.0)
+    self.lr = lr_at(self.step, self.config)
+    for group in self.opt.param_groups:
+        group['lr'] = self.lr * group.get('scale', 1.0)
+    before = self.taken
     self('before_batch')
     try:
         batches = [self.next_batch() for _ in range(self.config.accumulate)]
@@ -316,16 +373,9 @@ def one_step(self: Learner) -> bool:  # False: stopped before it began
 @patch
 def run_evaluation(self: Learner):
     "Score the averaged weights, keep them if they are the best so far"
-    net = self.net if self.ema is None else self.ema
-    net.eval()
+    self.averaged.eval()
     if self.evaluate and self.fabric.is_global_zero:
-        with torch.no_grad():
-            got = self.evaluate(
-                self.fabric.setup_module(net) if self.fabric.world_size == 1 and self.ema is not None else net
-            )
-        self.metrics = {
-            f'valid_{k}' if k in ('step', 'loss', 'lr', 'grad', 'skipped') else k: float(v) for k, v in got.items()
-        }
+        self.metrics = self.scores()
     self.metrics = self.fabric.broadcast(self.metrics)
     self.train_mode()
     self.improved = self.is_better()
@@ -333,23 +383,37 @@ def run_evaluation(self: Learner):
         self.save('best')
     self('after_eval')
 
+
+
+@patch
+def scores(self: Learner) -> dict[str, float]:
+    "What `evaluate` gives for the averaged weights"
+    net = self.averaged
+    if self.ema is not None and self.fabric.world_size == 1:
+        net = self.fabric.setup_module(net)  # for the precision of the run; `net` itself has it already
+    with torch.no_grad():
+        scores = self.evaluate(net)
+    return {f'valid_{k}' if k in HISTORY_COLUMNS else k: float(v) for k, v in scores.items()}
+
 # %% ../../nbs/04_training/05_learner.ipynb #97ee6f69
 @patch
 def is_better(self: Learner) -> bool:
     "Compare `config.metric` with the best so far and remember it; without evaluation the newest is the best"
     if not self.evaluate:
         return True
-    _, new = self.deciding()
-    better = math.isfinite(new) and (
-        self.best is None or (new < self.best if self.config.mode == 'min' else new > self.best)
-    )
-    if better:
-        self.best = new
-    return better
+    _, new = self.monitored_metric()
+    if not math.isfinite(new):
+        return False
+    if self.best is not None:
+        improved = new < self.best if self.config.mode == 'min' else new > self.best
+        if not improved:
+            return False
+    self.best = new
+    return True
 
 
 @patch
-def deciding(self: Learner) -> tuple[str, float]:
+def monitored_metric(self: Learner) -> tuple[str, float]:
     "Name and value of the score that decides, at the last evaluation"
     name = self.config.metric or next(iter(self.metrics))
     if name not in self.metrics:
@@ -362,15 +426,17 @@ def deciding(self: Learner) -> tuple[str, float]:
 @patch
 def training_state(self: Learner) -> dict:
     "All tensors of the run, by name"
-    parts = dict(
-        model=self.net.state_dict(), ema=self.ema.state_dict() if self.ema is not None else {}, rng=self.rng_state()
-    )
-    parts['opt'] = {
-        f'{i}.{k}': torch.as_tensor(v)
-        for i, s in self.opt.optimizer.state_dict()['state'].items()
-        for k, v in s.items()
-    }
-    return {f'{p}.{k}': v for p, d in parts.items() for k, v in d.items()}
+    state = _prefixed('model', self.net.state_dict())
+    if self.ema is not None:
+        state |= _prefixed('ema', self.ema.state_dict())
+    state |= _prefixed('rng', self.rng_state())
+    for i, memory in self.opt.optimizer.state_dict()['state'].items():
+        state |= _prefixed(f'opt.{i}', {k: torch.as_tensor(v) for k, v in memory.items()})
+    return state
+
+
+def _prefixed(prefix, tensors):
+    return {f'{prefix}.{name}': v for name, v in tensors.items()}
 
 # %% ../../nbs/04_training/05_learner.ipynb #920772db
 @patch
@@ -381,10 +447,15 @@ def rng_state(self: Learner) -> dict:
         states['cuda'] = torch.cuda.get_rng_state(self.fabric.device)
     if self.fabric.world_size == 1:
         return {k: v[None] for k, v in states.items()}
-    rows = {k: [v.to(self.fabric.device, copy=True) for _ in range(self.fabric.world_size)] for k, v in states.items()}
-    for k, v in rows.items():
-        torch.distributed.all_gather(v, states[k].to(self.fabric.device))
-    return {k: torch.stack(v) for k, v in rows.items()}
+    return {k: self.gather(v.to(self.fabric.device)) for k, v in states.items()}
+
+
+@patch
+def gather(self: Learner, own: torch.Tensor) -> torch.Tensor:  # one row per process
+    "The tensors that the processes have in this place"
+    rows = [torch.empty_like(own) for _ in range(self.fabric.world_size)]
+    torch.distributed.all_gather(rows, own)
+    return torch.stack(rows)
 
 # %% ../../nbs/04_training/05_learner.ipynb #d6965a3a
 _counters = ('step', 'skipped', 'streak', 'best', 'taken', 'split')
@@ -393,36 +464,43 @@ _counters = ('step', 'skipped', 'streak', 'best', 'taken', 'split')
 @patch
 def save(self: Learner, name: str):
     "Write `latest` (everything), or weights to use under any other name, in `out_dir`; only the first process writes"
-    whole = name == 'latest'
-    tensors = self.training_state() if whole else (self.net if self.ema is None else self.ema).state_dict()
-    if whole:
+    everything = name == 'latest'
+    tensors = self.training_state() if everything else self.averaged.state_dict()  # gathered from all processes
+    if everything:
         self.saved_at = self.step
     if not self.fabric.is_global_zero:
         return
-    header = {
-        'settings': asdict(self.config),
-        **self.header,
-        'step': self.step,
-        'metrics': self.metrics,
-        'kind': 'training' if whole else 'weights',
-    }
-    if whole:
-        header['run'] = {k: getattr(self, k) for k in _counters} | {
-            'callbacks': {type(cb).__name__: s for cb in self.callbacks if (s := cb.state())}
-        }
-        if self.scaler:
-            header['run']['scaler'] = self.scaler.state_dict()
+    header = dict(settings=asdict(self.config)) | self.header | dict(step=self.step, metrics=self.metrics)
+    header['kind'] = 'training' if everything else 'weights'
+    if everything:
+        header['run'] = self.run_state()
     save_checkpoint(self.out_dir / f'{name}.safetensors', tensors, header)
 
+# %% ../../nbs/04_training/05_learner.ipynb #a1093a47
+@patch
+def run_state(self: Learner) -> dict:  # of JSON values
+    "What is needed to go on, beside tensors"
+    state = {name: getattr(self, name) for name in _counters}
+    states = {_key(callback): callback.state() for callback in self.callbacks}
+    state['callbacks'] = {key: s for key, s in states.items() if s}
+    if self.scaler:
+        state['scaler'] = self.scaler.state_dict()
+    return state
+
+
+def _key(callback):
+    "The name of a callback's state in checkpoints"
+    return callback.key or type(callback).__name__
+
 # %% ../../nbs/04_training/05_learner.ipynb #6a0cb92d
-def _fill(module, tensors, path):
-    own = module.state_dict()
-    bad = [
-        k for k in own.keys() | tensors.keys() if k not in own or k not in tensors or own[k].shape != tensors[k].shape
-    ]
-    if bad:
+def _load_exactly(module, tensors, path):
+    "`load_state_dict` with one line that says what does not fit"
+    shapes = {name: v.shape for name, v in module.state_dict().items()}
+    found = {name: v.shape for name, v in tensors.items()}
+    misfits = sorted(name for name in shapes | found if shapes.get(name) != found.get(name))
+    if misfits:
         raise KhmerOCRError(
-            f'{path} belongs to another model: {sorted(bad)[0]} and {len(bad) - 1} more tensors do not fit'
+            f'{path} belongs to another model: {misfits[0]} and {len(misfits) - 1} more tensors do not fit'
         )
     module.load_state_dict(tensors)
 
@@ -433,38 +511,56 @@ def restore(self: Learner, path: str | Path):
     tensors, header = load_checkpoint(path)
     if header.get('kind') != 'training':
         raise KhmerOCRError(f'{path} holds weights only and cannot be resumed: use latest.safetensors')
-    _fill(self.net, _part(tensors, 'model'), path)
+    model = tensors_under(tensors, 'model')
+    _load_exactly(self.net, model, path)
     if self.ema is not None:
-        _fill(self.ema, _part(tensors, 'ema') or _part(tensors, 'model'), path)
-    self.restore_opt(_part(tensors, 'opt'), path)
-    for k in _counters:
-        setattr(self, k, header['run'].get(k, getattr(self, k)))
-    if self.scaler and 'scaler' in header['run']:
-        self.scaler.load_state_dict(header['run']['scaler'])
-    self.metrics, self.saved_at = header['metrics'], self.step
-    for cb in self.callbacks:
-        cb.load_state(header['run']['callbacks'].get(type(cb).__name__, {}))
-    for k, rows in _part(tensors, 'rng').items():
-        if self.fabric.global_rank >= len(rows):
-            continue  # more processes than before: the seed must do
-        if k == 'cpu':
-            torch.set_rng_state(rows[self.fabric.global_rank].clone())
+        _load_exactly(self.ema, tensors_under(tensors, 'ema') or model, path)
+    self.restore_opt(tensors_under(tensors, 'opt'), path)
+    self.restore_run(header['run'])
+    self.metrics = header['metrics']
+    self.saved_at = self.step
+    self.restore_rng(tensors_under(tensors, 'rng'))
+
+
+@patch
+def restore_run(self: Learner, state: dict):
+    "Take back what `run_state` gave"
+    for name in _counters:
+        setattr(self, name, state.get(name, getattr(self, name)))
+    if self.scaler and 'scaler' in state:
+        self.scaler.load_state_dict(state['scaler'])
+    for callback in self.callbacks:
+        callback.load_state(state['callbacks'].get(_key(callback), {}))
+
+
+@patch
+def restore_rng(self: Learner, states: dict):
+    "Take back this process's row of `rng_state`; where there is none (more processes than before) the seed must do"
+    rank = self.fabric.global_rank
+    for name, rows in states.items():
+        if rank >= len(rows):
+            continue
+        if name == 'cpu':
+            torch.set_rng_state(rows[rank].clone())
         elif self.fabric.device.type == 'cuda':
-            torch.cuda.set_rng_state(rows[self.fabric.global_rank].clone(), self.fabric.device)
+            torch.cuda.set_rng_state(rows[rank].clone(), self.fabric.device)
 
 # %% ../../nbs/04_training/05_learner.ipynb #bfb61a22
 @patch
 def restore_opt(self: Learner, tensors: dict, path):
     "Put the optimiser's memory back, each tensor in the layout of its parameter"
-    opt, state = self.opt.optimizer, {}
-    ps = [p for g in opt.param_groups for p in g['params']]
-    if tensors and {int(n.split('.')[0]) for n in tensors} != set(range(len(ps))):
-        raise KhmerOCRError(f'{path} was trained with other parts frozen: resume with the settings it was started with')
+    opt = self.opt.optimizer
+    parameters = [p for group in opt.param_groups for p in group['params']]
+    state = {}
     for name, v in tensors.items():
-        i, k = name.split('.', 1)
-        state.setdefault(int(i), {})[k] = (
-            torch.empty_like(ps[int(i)]).copy_(v) if v.shape == ps[int(i)].shape and v.ndim else v
-        )
+        number, key = name.split('.', 1)
+        state.setdefault(int(number), {})[key] = v
+    if state and state.keys() != set(range(len(parameters))):
+        raise KhmerOCRError(f'{path} was trained with other parts frozen: resume with the settings it was started with')
+    for i, memory in state.items():
+        for key, v in memory.items():
+            if v.ndim and v.shape == parameters[i].shape:
+                memory[key] = torch.empty_like(parameters[i]).copy_(v)
     opt.load_state_dict(dict(state=state, param_groups=opt.state_dict()['param_groups']))
 
 # %% ../../nbs/04_training/05_learner.ipynb #177f6388
@@ -474,13 +570,14 @@ class GracefulInterrupt:
     names = {signal.SIGINT: 'Ctrl-C', signal.SIGTERM: 'SIGTERM'}
 
     def __init__(self, learn):
-        self.learn, self.old = learn, {}
+        self.learn = learn
+        self.handlers_before = {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self.old = {s: signal.signal(s, self.ask) for s in self.names}
+            self.handlers_before = {s: signal.signal(s, self.ask_to_stop) for s in self.names}
 
-    def ask(self, number, frame):
+    def ask_to_stop(self, number, frame):
         if self.learn.stopping:
             raise KeyboardInterrupt
         self.learn.stopping = self.names[number]
@@ -488,8 +585,8 @@ class GracefulInterrupt:
             print(f'Stopping after this step ({self.names[number]}; once more to stop at once)', file=sys.stderr)
 
     def __exit__(self, *_):
-        for s, old in self.old.items():
-            signal.signal(s, old)
+        for s, handler in self.handlers_before.items():
+            signal.signal(s, handler)
 
 # %% ../../nbs/04_training/05_learner.ipynb #e7d389cb
 @patch
@@ -498,31 +595,41 @@ def fit(
     resume: str | Path | None = None,  # None: start anew; 'latest': go on from out_dir; or a path
 ):
     "Train until `config.steps`, or until somebody asks to stop; returns the learner"
-    self.started, self.waited, self.taken, self.source, self.stopping = time.perf_counter(), 0.0, 0, None, None
+    self.started = time.perf_counter()
+    self.waited = 0.0  # seconds spent waiting for batches
+    self.taken = 0  # batches taken from the source
+    self.source = None
+    self.stopping = None
     self.setup()
     if resume:
         self.restore(self.out_dir / 'latest.safetensors' if resume == 'latest' else resume)
     self.out_dir.mkdir(parents=True, exist_ok=True)
     self.train_mode()
-    due = lambda every: self.step % every == 0 or self.step == self.config.steps
     with GracefulInterrupt(self):
         try:
             self('before_fit')
-            while self.step < self.config.steps and not self.agree_to_stop():
-                if not self.one_step():
-                    break
-                if due(self.config.eval_every):
-                    self.run_evaluation()
-                if due(self.config.save_every):
-                    self.save('latest')
-            if self.saved_at != self.step:
-                self.save('latest')
-            self.fabric.barrier()
+            self.train_loop()
         finally:
             self('after_fit')
             with suppress(OSError):
                 self.out_dir.rmdir()  # empty: not even the first step was made
     return self
+
+
+@patch
+def train_loop(self: Learner):
+    "Steps, with evaluating and saving between them, until the end or until somebody asks to stop"
+    config = self.config
+    while self.step < config.steps and not self.agree_to_stop():
+        if not self.one_step():
+            break
+        if is_due(self, config.eval_every):
+            self.run_evaluation()
+        if is_due(self, config.save_every):
+            self.save('latest')
+    if self.saved_at != self.step:
+        self.save('latest')
+    self.fabric.barrier()
 
 # %% ../../nbs/04_training/05_learner.ipynb #ffaa3354
 @patch
@@ -530,6 +637,5 @@ def agree_to_stop(self: Learner) -> bool:
     "Has any process been asked to stop?"
     if self.fabric.world_size == 1:
         return bool(self.stopping)
-    return bool(
-        self.fabric.all_reduce(torch.tensor(float(bool(self.stopping)), device=self.fabric.device), reduce_op='sum')
-    )
+    asked = torch.tensor(float(bool(self.stopping)), device=self.fabric.device)
+    return bool(self.fabric.all_reduce(asked, reduce_op='sum'))

@@ -13,42 +13,43 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # %% ../../nbs/04_training/02_memory.ipynb #049597cf
+# fmt: off
 _memory_words = (
-    'out of memory',
-    "can't allocate memory",
-    'cannot allocate memory',
-    'DefaultCPUAllocator',
-    'ALLOC_FAILED',
-    'bad_alloc',
+    'out of memory', "can't allocate memory", 'cannot allocate memory',
+    'DefaultCPUAllocator', 'ALLOC_FAILED', 'bad_alloc',
 )
+# fmt: on
 
 
 def is_out_of_memory(e: BaseException) -> bool:
     "Is `e` what PyTorch or Python says when memory is short?"
-    return (
-        isinstance(e, (torch.OutOfMemoryError, MemoryError))
-        or isinstance(e, RuntimeError)
-        and any(w in str(e) for w in _memory_words)
-    )
+    if isinstance(e, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(e, RuntimeError) and any(w in str(e) for w in _memory_words)
 
 # %% ../../nbs/04_training/02_memory.ipynb #e38c37c5
 def batch_length(batch) -> int:
     "Samples in a batch: the length of its first tensor; 0 without one"
     if isinstance(batch, torch.Tensor):
         return batch.shape[0] if batch.ndim else 1
-    inside = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else ()
-    return next((n for n in map(batch_length, inside) if n), 0)
+    if isinstance(batch, dict):
+        batch = list(batch.values())
+    if not isinstance(batch, (tuple, list)):
+        return 0
+    return next((n for n in map(batch_length, batch) if n), 0)
 
-
+# %% ../../nbs/04_training/02_memory.ipynb #859b7160
 def _slice(batch, a, b, n):
-    "Samples a..b-1 of `n`"
+    "Samples a..b-1 of the `n` of a batch; what has no entry per sample stays whole"
     if isinstance(batch, dict):
         return {k: _slice(v, a, b, n) for k, v in batch.items()}
     if isinstance(batch, torch.Tensor):
         return batch[a:b] if batch.ndim and len(batch) == n else batch
-    if isinstance(batch, (tuple, list)) and any(isinstance(v, (torch.Tensor, dict, tuple, list)) for v in batch):
+    if not isinstance(batch, (tuple, list)):
+        return batch
+    if any(isinstance(v, (torch.Tensor, dict, tuple, list)) for v in batch):
         return type(batch)(_slice(v, a, b, n) for v in batch)
-    return batch[a:b] if isinstance(batch, (tuple, list)) and len(batch) == n else batch
+    return batch[a:b] if len(batch) == n else batch
 
 # %% ../../nbs/04_training/02_memory.ipynb #8a637681
 def split_batch(
@@ -62,20 +63,28 @@ def split_batch(
         return
     size = -(-n // parts)
     for a in range(0, n, size):
-        yield _slice(batch, a, min(n, a + size), n), (min(n, a + size) - a) / n
+        b = min(n, a + size)
+        yield _slice(batch, a, b, n), (b - a) / n
 
 # %% ../../nbs/04_training/02_memory.ipynb #029b4df6
 def kept_bytes(model, loss_fn, batch) -> int:
     "Bytes that the forward pass of `batch` keeps for the backward pass, parameters not counted"
-    own, seen = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}  # address -> bytes: a storage that is saved several times counts once
 
     def note(t):
-        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        storage = t.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         loss = loss_fn(model, batch)
-    return sum(n for p, n in seen.items() if p not in own) if loss.requires_grad else 0
+    if not loss.requires_grad:
+        return 0
+    return sum(size for address, size in saved.items() if address not in parameters)
+
+# %% ../../nbs/04_training/02_memory.ipynb #e10f89ac
+_container = Path('/sys/fs/cgroup')
 
 
 def free_memory(device: str = 'cpu') -> int:
@@ -84,12 +93,11 @@ def free_memory(device: str = 'cpu') -> int:
         return torch.cuda.mem_get_info()[0]
     free = psutil.virtual_memory().available
     try:
-        return min(
-            free,
-            int(Path('/sys/fs/cgroup/memory.max').read_text()) - int(Path('/sys/fs/cgroup/memory.current').read_text()),
-        )
+        limit = int((_container / 'memory.max').read_text())
+        used = int((_container / 'memory.current').read_text())
     except (OSError, ValueError):
         return free  # no container, or one without a limit
+    return min(free, limit - used)
 
 # %% ../../nbs/04_training/02_memory.ipynb #4d174b5c
 def auto_batch_size(
@@ -100,7 +108,8 @@ def auto_batch_size(
     most: int,  # no more than this
 ) -> int:  # a power of two, or `most`
     "The largest batch that fits into four fifths of `memory`; at least 1"
-    each = 2 * kept_bytes(model, loss_fn, batch) / max(1, batch_length(batch))
-    room = 0.8 * memory - 5 * sum(p.numel() * p.element_size() for p in model.parameters())
-    fits = max(1, int(room / each)) if room > 0 else 1
+    per_sample = 2 * kept_bytes(model, loss_fn, batch) / max(1, batch_length(batch))
+    network = sum(p.numel() * p.element_size() for p in model.parameters())
+    available = 0.8 * memory - 5 * network
+    fits = max(1, int(available / per_sample)) if available > 0 else 1
     return most if fits >= most else 2 ** int(math.log2(fits))
