@@ -92,9 +92,9 @@ def test_rule_line_is_a_function_of_its_generator():
     assert a == b and len(set(a)) > 45
 
 
-def test_typeset_leaves_the_label_true():
+def test_typographic_marks_leave_the_label_true():
     rng = np.random.default_rng(0)
-    drawn = [(s, typeset(s, rng, 1.0)) for s in (rule_line(rng) for _ in range(2000))]
+    drawn = [(s, use_typographic_marks(s, rng, 1.0)) for s in (rule_line(rng) for _ in range(2000))]
     assert (
         all(normalise(d) == s for s, d in drawn) and any('“' in d for _, d in drawn) and any('–' in d for _, d in drawn)
     )

@@ -8,45 +8,49 @@ __all__ = ['split_of', 'WordSampler', 'place_line', 'load_ngram', 'build_corpus'
 # %% ../../nbs/02_text/06_corpus.ipynb #91ef75e3
 import csv
 import hashlib
-import itertools
 import json
-import numpy as np
 import re
 import sys
 from bisect import bisect
 from collections import Counter
+from fastcore.basics import patch
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from tqdm import tqdm
-from .cleaning import _key, reject_reason, _khmer, clean, held_out
-from .khmer import normalise, charset
-from khmer_ocr.text.sources import (
-    fetch_source,
-    read_text_source,
-    _mo_texts,
-    _cldr_texts,
-    plain_pickle,
-    _html_texts,
-    choose_sources,
-)
 from ..core.errors import KhmerOCRError, suggest
+from ..core.files import make_folder, write_atomic
+from ..core.rng import named_rng, text_hash
+from .cleaning import _khmer_character, clean, held_out, reject_reason, text_key
+from .khmer import charset, normalise
 from .rules import rule_line
-from ..core.files import write_atomic
+from khmer_ocr.text.sources import (
+    _cldr_texts,
+    _html_texts,
+    _mo_texts,
+    choose_sources,
+    fetch_source,
+    plain_pickle,
+    read_text_source,
+)
 
 # %% ../../nbs/02_text/06_corpus.ipynb #54ad10f1
-def _hash(s):
-    return int.from_bytes(hashlib.sha256(s.encode('utf-8', 'replace')).digest()[:8], 'big')
+_tenths = [*['train'] * 8, 'val', 'test']
 
 
 def split_of(
     text: str,  # a whole text, as one source gives it
 ) -> str:  # train, val or test
     "The side of the split that a text and all lines cut from it belong to"
-    return [*['train'] * 8, 'val', 'test'][_hash(_key(normalise(text))) % 10]
+    return _tenths[text_hash(text_key(normalise(text))) % 10]
 
 # %% ../../nbs/02_text/06_corpus.ipynb #e50ef213
+_after_final_mark = re.compile(r'(?<=[។៕?!])\s+(?=\S)')
+
+
 def _sentences(text):
     "A text whole, or sentence by sentence"
-    return re.split(r'(?<=[។៕?!])\s+(?=\S)', text) if _hash(text + 's') % 2 else [text]
+    return _after_final_mark.split(text) if text_hash(text + 's') % 2 else [text]
 
 # %% ../../nbs/02_text/06_corpus.ipynb #ff997198
 class WordSampler:
@@ -58,46 +62,51 @@ class WordSampler:
         bigram: dict,  # word -> {next word: count}
         trigram: dict,  # 'word\tword' -> [[next word, count], ...]
     ):
-        words = {w: n for w, n in unigram.items() if not reject_reason(w) and _khmer.search(w)}
-        self.words, self.cum = list(words), list(itertools.accumulate(words.values()))
-        self.bigram, self.trigram, self.known = bigram, trigram, set(words) | {'។'}
+        words = {w: n for w, n in unigram.items() if not reject_reason(w) and _khmer_character.search(w)}
+        self.words, self.cumulated = list(words), list(accumulate(words.values()))
+        self.bigram, self.trigram = bigram, trigram
+        self.known = set(words) | {'។'}
 
     def _draw(self, rng, table):
         "One of a table of (word, count), by its count; None if no word is known"
         table = [(w, n) for w, n in table if w in self.known]
         if not table:
             return None
-        cum = list(itertools.accumulate(n for _, n in table))
-        return table[bisect(cum, rng.random() * cum[-1])][0]
+        cumulated = list(accumulate(n for _, n in table))
+        return table[bisect(cumulated, rng.random() * cumulated[-1])][0]
 
 # %% ../../nbs/02_text/06_corpus.ipynb #25f33ae3
-def _line(
+@patch
+def _next_word(self: WordSampler, rng, before, last):
+    "A word to follow two others"
+    word = None
+    if rng.random() < 0.6:
+        word = self._draw(rng, self.trigram.get(f'{before}\t{last}', ()))
+    if not word:
+        word = self._draw(rng, list(self.bigram.get(last, {}).items())[:40])
+    return word or self.words[bisect(self.cumulated, rng.random() * self.cumulated[-1])]
+
+
+@patch
+def line(
     self: WordSampler,
     rng,  # numpy Generator
     longest: int = 80,  # code points, about
 ) -> str:  # normalised line
     "One line of plausible Khmer, up to a full stop or a random length"
-    n, out, last = 4 + int(rng.random() * (longest - 4)), '', ['', '']
-    while len(out) < n:
-        nxt = None
-        if rng.random() < 0.6:
-            nxt = self._draw(rng, self.trigram.get('\t'.join(last), ()))
-        nxt = (
-            nxt
-            or self._draw(rng, list(self.bigram.get(last[1], {}).items())[:40])
-            or self.words[bisect(self.cum, rng.random() * self.cum[-1])]
-        )
-        if nxt == '។' and out:
-            return normalise(out + nxt)
-        out += (' ' if out and rng.random() < 0.12 else '') + nxt
-        last = [last[1], nxt]
+    length = 4 + int(rng.random() * (longest - 4))
+    out, before, last = '', '', ''
+    while len(out) < length:
+        word = self._next_word(rng, before, last)
+        if word == '។' and out:
+            return normalise(out + word)
+        space = ' ' if out and rng.random() < 0.12 else ''
+        out += space + word
+        before, last = last, word
     return normalise(out)
 
-
-WordSampler.line = _line
-
 # %% ../../nbs/02_text/06_corpus.ipynb #82c3a71f
-def _tables(folder):
+def _places(folder):
     "{code: (Khmer name, Latin name)} over all four tables; codes have 2, 4, 6 and 8 digits"
     places = {}
     for path in sorted(Path(folder).rglob('*.csv')):
@@ -107,49 +116,60 @@ def _tables(folder):
     return places
 
 
+_place_kinds = {8: 'ភូមិ', 6: 'ឃុំ', 4: 'ស្រុក', 2: 'ខេត្ត'}  # by the length of the code: village ... province
+_capital_kinds = {8: 'ភូមិ', 6: 'សង្កាត់', 4: 'ខណ្ឌ', 2: 'រាជធានី'}
+
+# %% ../../nbs/02_text/06_corpus.ipynb #5dc00003
 def place_line(
     places: dict,  # code -> (Khmer, Latin)
     code: str,  # which place
     rng,  # numpy Generator
 ) -> str:  # a name, an address or a romanised address
     "One line about a place"
-    chain = [code[:n] for n in range(len(code), 0, -2) if code[:n] in places]
+    codes = [code[:n] for n in range(len(code), 0, -2) if code[:n] in places]
     style = rng.random()
     if style < 0.15:
-        return ', '.join(places[c][1] for c in chain)[:100].strip(', ')
+        return ', '.join(places[c][1] for c in codes)[:100].strip(', ')
     if style < 0.3:
         return places[code][0]
     if style < 0.4:
         return f'{places[code][0]} ({places[code][1]})'
-    kinds = {8: 'ភូមិ', 6: 'សង្កាត់', 4: 'ខណ្ឌ', 2: 'រាជធានី'} if code[:2] == '12' else {8: 'ភូមិ', 6: 'ឃុំ', 4: 'ស្រុក', 2: 'ខេត្ត'}
-    return (', ' if style > 0.95 else ' ').join(kinds[len(c)] + places[c][0] for c in chain)
+    kinds = _capital_kinds if code.startswith('12') else _place_kinds
+    return (', ' if style > 0.95 else ' ').join(kinds[len(c)] + places[c][0] for c in codes)
 
 # %% ../../nbs/02_text/06_corpus.ipynb #d916ae05
-def _by_hash(texts, seed):
-    return sorted(
-        dict.fromkeys(texts),
-        key=lambda s: hashlib.blake2b(s.encode('utf-8', 'replace'), digest_size=8, key=str(seed).encode()).digest(),
-    )
+def _hashed_order(texts, seed):
+    "Different texts in an order that depends on the seed and on each text alone"
+    key = str(seed).encode()
+
+    def digest(text):
+        return hashlib.blake2b(text.encode('utf-8', 'replace'), digest_size=8, key=key).digest()
+
+    return sorted(dict.fromkeys(texts), key=digest)
+
+
+def _html_file_texts(data):
+    return _html_texts(data.decode('utf-8', 'replace'))
+
+
+_readers = dict(
+    html=_html_file_texts,
+    mo=_mo_texts,
+    cldr=_cldr_texts,
+    sentences=plain_pickle,
+    words=plain_pickle,
+)  # bytes of a file -> its texts
 
 
 def _read(source):
     "The texts of a manifest source other than rules"
     if source.kind == 'path':
         return read_text_source(source.name)
-    home = fetch_source(source.name)
-    paths = sorted(p for p in home.rglob('*') if p.is_file())
-    one = dict(
-        html=lambda d: _html_texts(d.decode('utf-8', 'replace')),
-        mo=_mo_texts,
-        cldr=_cldr_texts,
-        sentences=plain_pickle,
-        words=plain_pickle,
-    )[source.reader]
-    return [s for p in paths for s in one(p.read_bytes())]
-
-
-def _rng(seed, name):
-    return np.random.Generator(np.random.Philox(key=[seed % 2**64, _hash(name)]))
+    paths = sorted(p for p in fetch_source(source.name).rglob('*') if p.is_file())
+    texts = []
+    for path in paths:
+        texts += _readers[source.reader](path.read_bytes())
+    return texts
 
 # %% ../../nbs/02_text/06_corpus.ipynb #6884da2b
 def load_ngram(
@@ -168,22 +188,23 @@ def load_ngram(
 
 def _units(source, seed, quota):
     "Texts of a source, each a list of its sentences, in a fixed order; enough for `quota` lines"
-    rng, more = _rng(seed, source.name), 2 * quota + 100
+    rng = named_rng(seed, source.name)
+    enough = 2 * quota + 100
     if source.reader == 'ngram':
         sampler = load_ngram(next(fetch_source(source.name).rglob('*.msgpack')))
-        for _ in range(more):
+        for _ in range(enough):
             yield [sampler.line(rng)]
     elif source.reader == 'places':
-        places = _tables(fetch_source(source.name))
-        codes = [c for c in _by_hash(places, seed)]
-        for i in range(more):
+        places = _places(fetch_source(source.name))
+        codes = _hashed_order(places, seed)
+        for i in range(enough):
             yield [place_line(places, codes[i % len(codes)], rng)]
     else:
-        for s in _by_hash(_read(source), seed):
-            yield _sentences(s)
+        for text in _hashed_order(_read(source), seed):
+            yield _sentences(text)
 
 # %% ../../nbs/02_text/06_corpus.ipynb #33e784db
-_sift = dict(
+_limits = dict(
     sentences=dict(shortest=4, khmer=0.5),
     ngram=dict(shortest=4),
     words=dict(shortest=2),
@@ -191,103 +212,135 @@ _sift = dict(
     mo=dict(shortest=2, khmer=0.5),
     cldr=dict(shortest=2, khmer=0.5),
     path=dict(khmer=0.3),
-)
+)  # of `clean`, by the reader of a source
 
 
-def _fill(source, lines, seen, seed, quota, progress, protected=frozenset()):
-    "Clean the units of `source` into lines[split] until `quota`; returns what was dropped and why"
-    dropped, got, latin = Counter(), 0, 0
-    with tqdm(
-        total=quota or None,
-        desc=source.name,
-        unit=' lines',
-        disable=not (progress and sys.stderr.isatty()),
-        mininterval=0.5,
-    ) as bar:
+def _bar(progress, **kwargs):
+    "A progress bar, on a terminal"
+    return tqdm(unit=' lines', disable=not (progress and sys.stderr.isatty()), mininterval=0.5, **kwargs)
+
+# %% ../../nbs/02_text/06_corpus.ipynb #5dc00005
+def _add_source(source, lines, clean, seed, quota, progress):
+    "Lines of `source` into lines[split] until `quota`; returns what was dropped and why"
+    dropped, taken, latin = Counter(), 0, 0
+    with _bar(progress, total=quota or None, desc=source.name) as bar:
         for unit in _units(source, seed, quota):
-            if quota and got >= quota:
+            if quota and taken >= quota:
                 break
             if source.reader == 'words' and unit[0].isascii():
-                if latin > got // 3:
+                if latin > taken // 3:
                     dropped['Latin word too many'] += 1
                     continue
                 latin += 1
-            kept, why = clean(unit, seen=seen, protected=protected, **_sift.get(source.reader, {}))
-            dropped.update(why)
+            kept, reasons = clean(unit, **_limits.get(source.reader, {}))
+            dropped.update(reasons)
             lines[split_of(' '.join(unit))] += [(source.name, s) for s in kept]
-            got += len(kept)
+            taken += len(kept)
             bar.update(len(kept))
     return dropped
 
 # %% ../../nbs/02_text/06_corpus.ipynb #eaed1baf
-_parts = dict(train=0.8, val=0.1, test=0.1)
+_split_shares = dict(train=0.8, val=0.1, test=0.1)
 
 
-def _fill_rules(source, lines, seen, seed, quota, progress, protected=frozenset()):
-    "As `_fill`, for the rules: each split draws from its own sentences"
+def _add_rules(source, lines, clean, seed, quota, progress):
+    "As `_add_source`, for the rules: each split draws from its own sentences"
     dropped = Counter()
-    for split, part in _parts.items():
-        rng, want = _rng(seed, f'{source.name} {split}'), round(part * quota)
-        khmer = [s for name, s in lines[split] if len(s) > 8 and _khmer.search(s)]
-        words = [s for name, s in lines[split] if s.isascii() and s.isalpha()]
-        made = (rule_line(rng, khmer, words) for _ in range(3 * want + 100))
-        for s in tqdm(
-            made,
-            desc=f'{source.name} {split}',
-            unit=' lines',
-            disable=not (progress and sys.stderr.isatty()),
-            mininterval=0.5,
-        ):
-            if want <= 0:
+    for split, share in _split_shares.items():
+        rng = named_rng(seed, f'{source.name} {split}')
+        sentences = [s for _, s in lines[split] if len(s) > 8 and _khmer_character.search(s)]
+        words = [s for _, s in lines[split] if s.isascii() and s.isalpha()]
+        wanted = round(share * quota)
+        for _ in _bar(progress, iterable=range(3 * wanted + 100), desc=f'{source.name} {split}'):
+            if wanted <= 0:
                 break
-            kept, why = clean([s], seen=seen, protected=protected)
-            dropped.update(why)
-            want -= len(kept)
+            kept, reasons = clean([rule_line(rng, sentences, words)])
+            dropped.update(reasons)
+            wanted -= len(kept)
             lines[split] += [(source.name, s) for s in kept]
     return dropped
 
 # %% ../../nbs/02_text/06_corpus.ipynb #a9b99c62
+_source_facts = ('package', 'version', 'licence', 'licence_class', 'register')
+
+
 def _source_stats(source, lines, dropped):
-    mine = {k: [s for name, s in v if name == source.name] for k, v in lines.items()}
-    every = list(itertools.chain(*mine.values()))
-    said = {k: getattr(source, k) for k in ('package', 'version', 'licence', 'licence_class', 'register')}
+    "What corpus.json says of one source"
+    texts, counts = [], {}
+    for split, rows in lines.items():
+        own = [s for name, s in rows if name == source.name]
+        counts[split] = len(own)
+        texts += own
+    characters = sum(map(len, texts))
     return dict(
         name=Path(source.name).name if source.kind == 'path' else source.name,
-        **said,
-        lines=len(every),
-        **{k: len(v) for k, v in mine.items()},
-        characters=sum(map(len, every)),
-        mean_length=round(sum(map(len, every)) / max(len(every), 1), 1),
+        **{k: getattr(source, k) for k in _source_facts},
+        lines=len(texts),
+        **counts,
+        characters=characters,
+        mean_length=round(characters / max(len(texts), 1), 1),
         dropped=dict(sorted(dropped.items())),
     )
 
+# %% ../../nbs/02_text/06_corpus.ipynb #5dc00006
+def _symbol_counts(lines) -> dict:
+    "How often each symbol of the charset stands in some lines, the rarest first"
+    found = Counter()
+    for s in lines:
+        found.update(s)
+    counts = {c: found[c] for c in charset('khmer-latin').symbols}
+    return dict(sorted(counts.items(), key=lambda item: (item[1], item[0])))
 
+
+def _file_hashes(files) -> dict:
+    "SHA-256 of each file, and of all of them"
+    digests = {split: hashlib.sha256(text.encode()).hexdigest() for split, text in files.items()}
+    return dict(sha256=digests, corpus_sha256=hashlib.sha256(''.join(digests.values()).encode()).hexdigest())
+
+# %% ../../nbs/02_text/06_corpus.ipynb #5dc00007
 def _stats(chosen, lines, dropped, files, seed, licence):
     "The content of corpus.json"
-    every = [s for v in lines.values() for _, s in v]
-    lengths, train = Counter(map(len, every)), Counter(itertools.chain.from_iterable(s for _, s in lines['train']))
-    counts = {c: train[c] for c in charset('khmer-latin').symbols}
-    digests = {k: hashlib.sha256(v.encode()).hexdigest() for k, v in files.items()}
+    texts = [s for rows in lines.values() for _, s in rows]
+    lengths = Counter(map(len, texts))
+    in_train = _symbol_counts(s for _, s in lines['train'])
     return dict(
-        lines=len(every),
-        **{k: len(v) for k, v in lines.items()},
-        characters=sum(map(len, every)),
+        lines=len(texts),
+        **{split: len(rows) for split, rows in lines.items()},
+        characters=sum(map(len, texts)),
         seed=seed,
         licence=licence,
-        sources=[_source_stats(s, lines, dropped[s.name]) for s in chosen],
-        with_latin=sum(bool(re.search('[A-Za-z]', s)) for s in every),
-        with_digits=sum(bool(re.search('[0-9០-៩]', s)) for s in every),
+        sources=[_source_stats(source, lines, dropped[source.name]) for source in chosen],
+        with_latin=sum(bool(re.search('[A-Za-z]', s)) for s in texts),
+        with_digits=sum(bool(re.search('[0-9០-៩]', s)) for s in texts),
         lengths={str(n): lengths[n] for n in sorted(lengths)},
-        rarest_in_train=dict(sorted(counts.items(), key=lambda o: (o[1], o[0]))[:40]),
-        least_in_train=min(counts.values()),
-        sha256=digests,
-        corpus_sha256=hashlib.sha256(''.join(digests.values()).encode()).hexdigest(),
+        rarest_in_train=dict(list(in_train.items())[:40]),
+        least_in_train=min(in_train.values()),
+        **_file_hashes(files),
     )
 
 # %% ../../nbs/02_text/06_corpus.ipynb #e83d31b3
 def _reasons(dropped):  # {source: Counter}
-    all_of = sum(map(Counter, dropped.values()), Counter())
-    return ', '.join(f'{n:,} {why}' for why, n in all_of.most_common()) or 'nothing was dropped'
+    total = sum(map(Counter, dropped.values()), Counter())
+    return ', '.join(f'{n:,} {why}' for why, n in total.most_common()) or 'nothing was dropped'
+
+# %% ../../nbs/02_text/06_corpus.ipynb #5dc00009
+def _gather(chosen, seed, limit, progress):
+    "Lines of all sources, by split, each with the name of its source; and what was dropped"
+    lines, dropped = {split: [] for split in _split_shares}, {}
+    clean_once = partial(clean, seen=set(), protected=held_out())
+    total, shares = limit or 400_000, sum(source.share for source in chosen)
+    for source in chosen:
+        quota = round(total * source.share / shares) if source.share else limit or 0
+        before = sum(map(len, lines.values()))
+        add = _add_rules if source.reader == 'rules' else _add_source
+        dropped[source.name] = add(source, lines, clean_once, seed, quota, progress)
+        if progress and not sys.stderr.isatty():
+            print(f'{source.name}: {sum(map(len, lines.values())) - before:,} lines', file=sys.stderr)
+    return lines, dropped
+
+
+def _shuffled(rows, seed, split):
+    return [rows[i] for i in named_rng(seed, split).permutation(len(rows))]
 
 # %% ../../nbs/02_text/06_corpus.ipynb #8862f50d
 def build_corpus(
@@ -301,30 +354,20 @@ def build_corpus(
     "Build a corpus: fetch, read, clean, split, write"
     if limit is not None and limit < 1:
         raise KhmerOCRError(f'limit={limit} leaves no line: give a number above 0, or none')
-    chosen = sorted(
-        choose_sources(sources, licence), key=lambda s: (s.reader == 'rules', s.share == 0)
-    )  # rules draw from all the others
-    total, shares = limit or 400_000, sum(s.share for s in chosen)
-    lines, seen, dropped, protected = {k: [] for k in _parts}, set(), {}, held_out()
-    for s in chosen:
-        quota = round(total * s.share / shares) if s.share else limit or 0
-        before = sum(map(len, lines.values()))
-        dropped[s.name] = (_fill_rules if s.reader == 'rules' else _fill)(
-            s, lines, seen, seed, quota, progress, protected
-        )
-        if progress and not sys.stderr.isatty():
-            print(f'{s.name}: {sum(map(len, lines.values())) - before:,} lines', file=sys.stderr)
-    lines = {k: [v[i] for i in _rng(seed, k).permutation(len(v))] for k, v in lines.items()}
-    files = {f'{k}.txt': ''.join(s + '\n' for _, s in v) for k, v in lines.items()}
+    chosen = sorted(choose_sources(sources, licence), key=lambda s: (s.reader == 'rules', s.share == 0))
+    lines, dropped = _gather(chosen, seed, limit, progress)
+    lines = {split: _shuffled(rows, seed, split) for split, rows in lines.items()}
+    files = {f'{split}.txt': ''.join(s + '\n' for _, s in rows) for split, rows in lines.items()}
     stats = _stats(chosen, lines, dropped, files, seed, licence)
     if not stats['train']:
+        names = ', '.join(source.name for source in chosen)
         raise KhmerOCRError(
-            f'No training line is left of {", ".join(s.name for s in chosen)} after cleaning ({_reasons(dropped)}): name more text'
+            f'No training line is left of {names} after cleaning ({_reasons(dropped)}): name more text'
         )
-    Path(out).mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    files['corpus.json'] = json.dumps(stats, ensure_ascii=False, indent=1) + '\n'
     for name, text in files.items():
         write_atomic(Path(out) / name, text)
-    write_atomic(Path(out) / 'corpus.json', json.dumps(stats, ensure_ascii=False, indent=1) + '\n')
     return stats
 
 # %% ../../nbs/02_text/06_corpus.ipynb #8135ccfb
@@ -334,8 +377,8 @@ def load_lines(
 ) -> list[str]:
     "The lines of one split"
     path = Path(folder) / f'{split}.txt'
-    if split not in _parts:
-        raise KhmerOCRError(f'Unknown split {split!r}: use train, val or test{suggest(split, _parts)}')
+    if split not in _split_shares:
+        raise KhmerOCRError(f'Unknown split {split!r}: use train, val or test{suggest(split, _split_shares)}')
     if not path.exists():
         raise KhmerOCRError(f'Corpus files not found in {folder}: run `khmer-ocr corpus`')
     try:
@@ -361,27 +404,21 @@ def stats_table(
     stats: dict,  # of `build_corpus` or `corpus_stats`
 ) -> str:  # plain text, one row per source
     "Statistics for people"
-    rows = [('source', 'licence', 'train', 'val', 'test', 'mean length', 'dropped')]
-    for s in stats['sources']:
-        rows.append(
-            (
-                s['name'],
-                s['licence_class'],
-                *(f'{s[k]:,}' for k in _parts),
-                str(s['mean_length']),
-                f'{sum(s["dropped"].values()):,}',
-            )
-        )
-    rows.append(
-        (
-            'total',
-            '',
-            *(f'{stats[k]:,}' for k in _parts),
-            str(round(stats['characters'] / max(stats['lines'], 1), 1)),
-            '',
-        )
-    )
-    width = [max(map(len, col)) for col in zip(*rows)]
-    return '\n'.join(
-        '  '.join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(r, width))).rstrip() for r in rows
-    )
+    rows = [('source', 'licence', *_split_shares, 'mean length', 'dropped')]
+    for source in stats['sources']:
+        counts = [f'{source[split]:,}' for split in _split_shares]
+        dropped = f'{sum(source["dropped"].values()):,}'
+        rows.append((source['name'], source['licence_class'], *counts, str(source['mean_length']), dropped))
+    mean_length = round(stats['characters'] / max(stats['lines'], 1), 1)
+    rows.append(('total', '', *(f'{stats[split]:,}' for split in _split_shares), str(mean_length), ''))
+    return _aligned(rows)
+
+
+def _aligned(rows):
+    "Rows of cells as text in columns: the first two flush left, numbers flush right"
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
+        lines.append('  '.join(cells).rstrip())
+    return '\n'.join(lines)
