@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from ..data.preprocess import local_threshold
 from ..core.errors import KhmerOCRError
-from ..data.images import read_image, to_grey
+from ..data.images import open_image, read_image, to_grey
 
 # %% ../../nbs/09_inference/02_page.ipynb #f125ae2c
 def dark_on_light(
@@ -26,6 +26,12 @@ def dark_on_light(
     return 255 - image if (image <= split).mean() > 0.5 else image
 
 # %% ../../nbs/09_inference/02_page.ipynb #33e30dfb
+def _stretch_levels(image, low, high):
+    "Grey levels stretched so that `low` is 0 and `high` 255, float32"
+    levels = (np.arange(256) - low) * (255 / (high - low))
+    return cv2.LUT(image, levels.clip(0, 255).round().astype(np.uint8)).astype(np.float32)
+
+
 def binarise(
     image: np.ndarray,  # uint8 HxW grey, dark ink on light paper
     k: float = 0.2,  # how far below the local mean a calm neighbourhood's threshold lies
@@ -33,35 +39,46 @@ def binarise(
     "Ink of a page, by `local_threshold` of its stretched greys"
     if image.size < 64:
         return np.zeros(image.shape, bool)
-    lo, hi = np.percentile(image[::2, ::3], (0.2, 90))
-    if hi - lo < 40:
+    low, high = np.percentile(image[::2, ::3], (0.2, 90))
+    if high - low < 40:  # grey levels: an empty sheet
         return np.zeros(image.shape, bool)
-    levels = ((np.arange(256) - lo) * (255 / (hi - lo))).clip(0, 255).round().astype(np.uint8)
-    grey = cv2.LUT(image, levels).astype(np.float32)
-    return grey < local_threshold(grey, max(15, min(image.shape) // 20) | 1, k, depth=-1, border=cv2.BORDER_REFLECT_101)
+    grey = _stretch_levels(image, low, high)
+    window = max(15, min(image.shape) // 20) | 1
+    return grey < local_threshold(grey, window, k, depth=-1, border=cv2.BORDER_REFLECT_101)
 
 # %% ../../nbs/09_inference/02_page.ipynb #5ef82e81
-def _contrast(ys, xs, degrees):
+def _row_contrast(ys, xs, degrees) -> float:
     "Sum of squared differences of neighbouring row counts after shearing by `degrees`"
     rows = np.floor(ys + xs * 0.618 % 1 - xs * math.tan(math.radians(degrees))).astype(np.int64)
     counts = np.bincount(rows - rows.min()).astype(np.float64)
     return float((np.diff(counts) ** 2).sum())
 
 # %% ../../nbs/09_inference/02_page.ipynb #a26b0244
+def _ink_without_ruling(ink):
+    "(rows, columns) of the ink that is no long horizontal stroke"
+    rod = np.ones((1, max(15, ink.shape[1] // 15)), np.uint8)
+    ruling = cv2.morphologyEx(ink.astype(np.uint8), cv2.MORPH_OPEN, rod)
+    return np.nonzero(ink & (ruling == 0))
+
+
 def deskew_angle(
     ink: np.ndarray,  # bool HxW
     limit: float = 5.0,  # degrees; larger angles are not looked for
 ) -> float:  # degrees, positive when the lines fall to the right; 0 below 0.2, which is not worth the blur of turning
     "The angle under which the rows of the page differ most"
-    rules = cv2.morphologyEx(ink.astype(np.uint8), cv2.MORPH_OPEN, np.ones((1, max(15, ink.shape[1] // 15)), np.uint8))
-    ys, xs = np.nonzero(ink & (rules == 0))
+    ys, xs = _ink_without_ruling(ink)
     if len(ys) < 50:
         return 0.0
     step = max(1, len(ys) // 100_000)
-    ys, xs = ys[::step].astype(np.float32), xs[::step] - np.float32(ink.shape[1] / 2)
-    best = max(np.arange(-limit, limit + 0.1, 0.5), key=lambda a: (_contrast(ys, xs, a), -abs(a)))
-    best = max(np.arange(best - 0.5, best + 0.51, 0.05), key=lambda a: (_contrast(ys, xs, a), -abs(a)))
-    return float(best) if abs(best) > 0.19 else 0.0
+    ys = ys[::step].astype(np.float32)
+    xs = xs[::step] - np.float32(ink.shape[1] / 2)
+
+    def contrast(angle):
+        return _row_contrast(ys, xs, angle), -abs(angle)
+
+    coarse = max(np.arange(-limit, limit + 0.1, 0.5), key=contrast)
+    fine = max(np.arange(coarse - 0.5, coarse + 0.51, 0.05), key=contrast)
+    return float(fine) if abs(fine) > 0.19 else 0.0
 
 # %% ../../nbs/09_inference/02_page.ipynb #3f31dea2
 def rotate(
@@ -72,16 +89,17 @@ def rotate(
     if not degrees:
         return image
     h, w = image.shape
-    turn = cv2.getRotationMatrix2D((w / 2, h / 2), degrees, 1)
-    c, s = abs(turn[0, 0]), abs(turn[0, 1])
-    W, H = math.ceil(h * s + w * c), math.ceil(h * c + w * s)
-    turn[:, 2] += (W - w) / 2, (H - h) / 2
-    return cv2.warpAffine(image, turn, (W, H), flags=cv2.INTER_CUBIC, borderValue=int(np.median(image)))
+    matrix = cv2.getRotationMatrix2D((w / 2, h / 2), degrees, 1)
+    cos, sin = abs(matrix[0, 0]), abs(matrix[0, 1])
+    width = math.ceil(h * sin + w * cos)
+    height = math.ceil(h * cos + w * sin)
+    matrix[:, 2] += (width - w) / 2, (height - h) / 2
+    return cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_CUBIC, borderValue=int(np.median(image)))
 
 # %% ../../nbs/09_inference/02_page.ipynb #f4e027b0
 @dataclass
-class _Pieces:
-    "Connected pieces of ink: `labels` int32 HxW (0 = none); arrays by label: x, y, w, h in px, area"
+class _Components:
+    "Connected components of ink: `labels` int32 HxW, 0 for paper; the other arrays by label, in px"
 
     labels: np.ndarray
     x: np.ndarray
@@ -90,85 +108,102 @@ class _Pieces:
     h: np.ndarray
     area: np.ndarray
 
+    @property
+    def centre(self):
+        return self.x + self.w / 2
 
-def _pieces(ink):
-    "8-connected pieces of a bool image; entry 0 (the paper) is given height 0"
+    @property
+    def bottom(self):
+        return self.y + self.h
+
+    def box(self, i):
+        "Rows and columns of component `i`, to index an image with"
+        return np.s_[self.y[i] : self.y[i] + self.h[i], self.x[i] : self.x[i] + self.w[i]]
+
+
+def _components(ink) -> _Components:
+    "8-connected components of a bool image; entry 0 (the paper) is given height 0"
     _, labels, stats, _ = cv2.connectedComponentsWithStats(ink.astype(np.uint8), connectivity=8)
     stats[0, 2:] = 0
-    return _Pieces(labels, *stats.T)
+    x, y, w, h, area = stats.T
+    return _Components(labels, x, y, w, h, area)
 
 # %% ../../nbs/09_inference/02_page.ipynb #1f1e2ef0
-def _em(p):
-    "Height in px of a typical letter body: the median of the pieces' heights, each weighted by its width; 0 for no text"
-    ok = (p.h >= 5) & (p.h < 250) & (p.w < 8 * p.h)
-    if not ok.any():
-        return 0.0
-    h, w = p.h[ok], p.w[ok]
-    order = np.argsort(h, kind='stable')
-    total = np.cumsum(w[order])
-    return float(h[order][np.searchsorted(total, total[-1] / 2)])
+def _weighted_median(values, weights) -> float:
+    "The value at which half of the weight is reached"
+    order = np.argsort(values, kind='stable')
+    total = np.cumsum(np.asarray(weights)[order])
+    return float(np.asarray(values)[order][np.searchsorted(total, total[-1] / 2)])
+
+
+def _em_height(p: _Components) -> float:
+    "Height in px of a typical letter body: the median of the components' heights by width; 0 for no text"
+    letters = (p.h >= 5) & (p.h < 250) & (p.w < 8 * p.h)
+    return _weighted_median(p.h[letters], p.w[letters]) if letters.any() else 0.0
 
 # %% ../../nbs/09_inference/02_page.ipynb #f2184434
 def _without_rules(ink, em):
     "Ink without straight horizontal or vertical strokes longer than 6 em"
-    bits, rod = ink.astype(np.uint8), max(9, int(6 * em))
-    rules = cv2.morphologyEx(bits, cv2.MORPH_OPEN, np.ones((1, rod), np.uint8))
-    rules |= cv2.morphologyEx(bits, cv2.MORPH_OPEN, np.ones((rod, 1), np.uint8))
+    pixels = ink.astype(np.uint8)
+    rod = max(9, int(6 * em))
+    rules = cv2.morphologyEx(pixels, cv2.MORPH_OPEN, np.ones((1, rod), np.uint8))
+    rules |= cv2.morphologyEx(pixels, cv2.MORPH_OPEN, np.ones((rod, 1), np.uint8))
     return ink & ~cv2.dilate(rules, np.ones((3, 3), np.uint8)).astype(bool)
 
 # %% ../../nbs/09_inference/02_page.ipynb #8ea15a13
-def _pictures(p, em):
+def _picture_mask(p: _Components, em):
     "bool HxW: the filled outlines of seals, emblems, photographs"
     h, w = p.labels.shape
     out = np.zeros((h, w), np.uint8)
     for i in np.flatnonzero((p.h > 4.5 * em) & (p.h < 0.5 * h) & (p.w < 0.5 * w)):
-        at = np.s_[p.y[i] : p.y[i] + p.h[i], p.x[i] : p.x[i] + p.w[i]]
-        outline, _ = cv2.findContours((p.labels[at] == i).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        component = (p.labels[p.box(i)] == i).astype(np.uint8)
+        outline, _ = cv2.findContours(component, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(out, outline, -1, 1, cv2.FILLED, offset=(int(p.x[i]), int(p.y[i])))
     if not out.any():
         return out.astype(bool)
-    return cv2.morphologyEx(
-        out, cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * int(em) + 1,) * 2)
-    ).astype(bool)
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * int(em) + 1,) * 2)
+    return cv2.morphologyEx(out, cv2.MORPH_CLOSE, disc).astype(bool)
 
 # %% ../../nbs/09_inference/02_page.ipynb #384fc2ec
-def _bodies(p, em):
-    "Which pieces are letter bodies: not small signs, not pictures (taller than 4.5 em)"
+def _is_body(p: _Components, em):
+    "Which components are letter bodies: not small signs, not pictures (taller than 4.5 em); bool by label"
     return (p.h >= 0.6 * em) & (p.h <= 4.5 * em)
 
 
-def _local_projection(p, em):
-    "float32 HxW in [0, 1]: how densely letter bodies stand around each pixel"
-    paint = np.zeros(p.labels.shape, np.float32)
-    for i in np.flatnonzero(_bodies(p, em)):
-        paint[p.y[i] : p.y[i] + p.h[i], p.x[i] : p.x[i] + p.w[i]] = 1
+def _local_projection(p: _Components, em):
+    "float32 HxW in [0, 1]: how densely letter bodies stand around each pixel; and the solid boxes of the bodies"
+    solid = np.zeros(p.labels.shape, np.float32)
+    for i in np.flatnonzero(_is_body(p, em)):
+        solid[p.box(i)] = 1
     f = max(1.0, em / 8)  # a blur this wide needs no fine pixels
-    small = cv2.resize(paint, None, fx=1 / f, fy=1 / f, interpolation=cv2.INTER_AREA)
+    small = cv2.resize(solid, None, fx=1 / f, fy=1 / f, interpolation=cv2.INTER_AREA)
     small = cv2.GaussianBlur(small, (0, 0), sigmaX=2 * em / f, sigmaY=0.4 * em / f)
-    return cv2.resize(small, paint.shape[::-1], interpolation=cv2.INTER_CUBIC), paint
+    return cv2.resize(small, solid.shape[::-1], interpolation=cv2.INTER_CUBIC), solid
 
 # %% ../../nbs/09_inference/02_page.ipynb #d139d346
-def _ridges(p, em):
+def _line_ridges(p: _Components, em):
     "int32 HxW: numbered stretches of line middles; a stretch ends where no body stands for about 1.2 em"
-    density, paint = _local_projection(p, em)
+    density, solid = _local_projection(p, em)
     reach = max(1, int(0.5 * em))
-    ridge = (density >= cv2.dilate(density, np.ones((2 * reach + 1, 1), np.uint8)) - 1e-6) & (density > 0.06)
-    near = cv2.dilate(paint, np.ones((2 * reach + 1, 2 * int(0.6 * em) + 1), np.uint8)) > 0
+    highest = cv2.dilate(density, np.ones((2 * reach + 1, 1), np.uint8))
+    ridge = (density >= highest - 1e-6) & (density > 0.06)
+    near = cv2.dilate(solid, np.ones((2 * reach + 1, 2 * int(0.6 * em) + 1), np.uint8)) > 0
     thick = cv2.dilate((ridge & near).astype(np.uint8), np.ones((3, 3), np.uint8))
     return cv2.connectedComponents(thick, connectivity=8)[1]
 
 # %% ../../nbs/09_inference/02_page.ipynb #62046427
 @dataclass
-class _Run:
-    "A stretch of one line: the path of its middle (`xs` rising, `ys`), its core from `up` px above to `down` px below, its `pieces`"
+class _Segment:
+    "A stretch of one line: the path of its middle, and its core from `up` px above to `down` px below that"
 
-    xs: np.ndarray
-    ys: np.ndarray
+    xs: np.ndarray  # px, rising
+    ys: np.ndarray  # px
     up: float = 0.0
     down: float = 0.0
-    pieces: list = field(default_factory=list)
+    pieces: list = field(default_factory=list)  # labels of its components
 
     def mid(self, x):
+        "Row of the middle at column `x`"
         return np.interp(x, self.xs, self.ys)
 
     @property
@@ -188,172 +223,220 @@ class _Run:
         return self.up + self.down
 
 # %% ../../nbs/09_inference/02_page.ipynb #30482d26
-def _paths(ridges):
-    "One `_Run` per ridge number, its middle averaged column by column; entry 0 is None"
+def _ridge_segments(ridges) -> list:
+    "One `_Segment` per ridge number, its middle averaged column by column; entry 0 is None"
     ys, xs = np.nonzero(ridges)
-    which, w = ridges[ys, xs].astype(np.int64), ridges.shape[1]
-    key, inverse, n = np.unique(which * w + xs, return_inverse=True, return_counts=True)
+    width = ridges.shape[1]
+    ridge_and_column = ridges[ys, xs].astype(np.int64) * width + xs
+    key, inverse, n = np.unique(ridge_and_column, return_inverse=True, return_counts=True)
     mean = np.bincount(inverse, ys) / n
-    cuts = np.searchsorted(key, np.arange(1, ridges.max() + 2) * w)
-    return [None] + [_Run(key[a:b] % w, mean[a:b]) for a, b in zip(cuts, cuts[1:])]
-
-
-def _weighted_median(v, w):
-    order = np.argsort(v, kind='stable')
-    total = np.cumsum(np.asarray(w)[order])
-    return float(np.asarray(v)[order][np.searchsorted(total, total[-1] / 2)])
+    cuts = np.searchsorted(key, np.arange(1, ridges.max() + 2) * width)
+    return [None] + [_Segment(key[a:b] % width, mean[a:b]) for a, b in zip(cuts, cuts[1:])]
 
 # %% ../../nbs/09_inference/02_page.ipynb #0f16924f
-def _runs(p, ridges, em):
-    "Runs that at least one letter body stands on, with their cores measured"
-    runs = _paths(ridges)
-    for i in np.flatnonzero(_bodies(p, em)):
-        for k in np.unique(ridges[p.y[i] : p.y[i] + p.h[i], p.x[i] : p.x[i] + p.w[i]]):
+def _measure_core(segment: _Segment, p: _Components):
+    "Sets `up` and `down` by the median top and bottom of the segment's components"
+    i = np.array(segment.pieces)
+    middle = segment.mid(p.centre[i])
+    segment.up = max(2.0, _weighted_median(middle - p.y[i], p.w[i]))
+    segment.down = max(2.0, _weighted_median(p.bottom[i] - middle, p.w[i]))
+
+
+def _find_segments(p: _Components, ridges, em) -> list[_Segment]:
+    "Segments that at least one letter body stands on, with their cores measured"
+    segments = _ridge_segments(ridges)
+    for i in np.flatnonzero(_is_body(p, em)):
+        for k in np.unique(ridges[p.box(i)]):
             if k:
-                runs[k].pieces.append(i)
-    runs = [r for r in runs[1:] if r.pieces]
-    for r in runs:
-        i = np.array(r.pieces)
-        mid = r.mid(p.x[i] + p.w[i] / 2)
-        r.up = max(2.0, _weighted_median(mid - p.y[i], p.w[i]))
-        r.down = max(2.0, _weighted_median(p.y[i] + p.h[i] - mid, p.w[i]))
-    return runs
+                segments[k].pieces.append(i)
+    found = [segment for segment in segments[1:] if segment.pieces]
+    for segment in found:
+        _measure_core(segment, p)
+    return found
 
 # %% ../../nbs/09_inference/02_page.ipynb #c39472b1
-def _merge(runs, p):
-    "Drop a run most of whose letters also stand on a longer one"
+def _total_width(pieces, p: _Components):
+    return sum(p.w[i] for i in pieces)
+
+
+def _drop_duplicates(segments, p: _Components) -> list[_Segment]:
+    "Drop a segment most of whose letters also stand on a longer one"
     kept = []
-    for r in sorted(runs, key=lambda r: (-sum(p.w[i] for i in r.pieces), r.y)):
-
-        def shared(k):
-            return sum(p.w[i] for i in set(r.pieces) & set(k.pieces))
-
-        if all(shared(k) <= 0.5 * sum(p.w[i] for i in r.pieces) for k in kept):
-            kept.append(r)
+    for segment in sorted(segments, key=lambda s: (-_total_width(s.pieces, p), s.y)):
+        half = 0.5 * _total_width(segment.pieces, p)
+        shared = [_total_width(set(segment.pieces) & set(other.pieces), p) for other in kept]
+        if all(width <= half for width in shared):
+            kept.append(segment)
     return kept
 
 # %% ../../nbs/09_inference/02_page.ipynb #3b6c6c0e
-def _join(runs, picture, reach=6.0):
-    "Runs of one column -> lines: runs on one level, less than `reach` cores apart (not counting `picture`), become one run"
+def _gap(line, segment, picture) -> int:
+    "px of white between the end of a line and a segment, columns inside a picture not counted"
+    if segment.x0 <= line.x1:
+        return 0
+    return (~picture[int(segment.ys[0]), line.x1 : segment.x0]).sum()
+
+
+def _continues(line, segment, picture, reach) -> bool:
+    "Does the segment stand on the level of the line's end, less than `reach` cores away?"
+    small, large = sorted((line.core, segment.core))
+    step = abs(line.ys[-1] - segment.ys[0])
+    return _gap(line, segment, picture) < reach * large and step < 0.5 * small + 0.1 * large
+
+
+def _append(line, segment):
+    "Makes the segment part of the line; the core is the mean by length"
+    a = line.x1 - line.x0 + 1
+    b = segment.x1 - segment.x0 + 1
+    line.up = (a * line.up + b * segment.up) / (a + b)
+    line.down = (a * line.down + b * segment.down) / (a + b)
+    xs = np.r_[line.xs, segment.xs]
+    order = np.argsort(xs, kind='stable')
+    line.ys = np.r_[line.ys, segment.ys][order]
+    line.xs = xs[order]
+    line.pieces = line.pieces + segment.pieces
+
+# %% ../../nbs/09_inference/02_page.ipynb #323c38e8
+def _join_segments(
+    segments,
+    picture,  # bool HxW
+    reach=6.0,  # cores
+) -> list[_Segment]:
+    "Segments of one column -> lines: segments on one level, less than `reach` cores apart, become one"
     lines = []
-
-    def gap(l, r):
-        return (~picture[int(r.ys[0]), l.x1 : r.x0]).sum() if r.x0 > l.x1 else 0
-
-    for r in sorted(runs, key=lambda r: (r.x0, r.y)):
-        near = [
-            l
-            for l in lines
-            if gap(l, r) < reach * max(l.core, r.core)
-            and abs(l.ys[-1] - r.ys[0]) < 0.5 * min(l.core, r.core) + 0.1 * max(l.core, r.core)
-        ]
+    for s in sorted(segments, key=lambda s: (s.x0, s.y)):
+        near = [line for line in lines if _continues(line, s, picture, reach)]
         if near:
-            l = min(near, key=lambda l: abs(l.ys[-1] - r.ys[0]) + 0.1 * abs(r.x0 - l.x1))
-            a, b = l.x1 - l.x0 + 1, r.x1 - r.x0 + 1
-            l.up, l.down = (a * l.up + b * r.up) / (a + b), (a * l.down + b * r.down) / (a + b)
-            order = np.argsort(xs := np.r_[l.xs, r.xs], kind='stable')
-            l.xs, l.ys, l.pieces = xs[order], np.r_[l.ys, r.ys][order], l.pieces + r.pieces
+            _append(min(near, key=lambda line: abs(line.ys[-1] - s.ys[0]) + 0.1 * abs(s.x0 - line.x1)), s)
         else:
-            lines.append(_Run(r.xs, r.ys, r.up, r.down, list(r.pieces)))
+            lines.append(_Segment(s.xs, s.ys, s.up, s.down, list(s.pieces)))
     return lines
 
 # %% ../../nbs/09_inference/02_page.ipynb #110b2aef
-def _is_column(runs, em):
+def _is_column(segments, em) -> bool:
     "Three rows or more, six em of text or more in each on average"
-    ys = sorted(r.y for r in runs)
-    n = sum(1 for a, b in zip([-1e9] + ys, ys) if b - a > 0.8 * em)  # distinct rows
-    return n >= 3 and sum(r.x1 - r.x0 for r in runs) >= 6 * em * n
+    ys = sorted(s.y for s in segments)
+    rows = sum(1 for a, b in zip([-1e9] + ys, ys) if b - a > 0.8 * em)
+    return rows >= 3 and sum(s.x1 - s.x0 for s in segments) >= 6 * em * rows
 
 # %% ../../nbs/09_inference/02_page.ipynb #2e9fda7d
-def _gutter(runs, em):
+def _common_rows(left, right) -> tuple[float, float]:
+    "(top, bottom) of the rows in which both sides have text"
+    top = max(min(s.y for s in side) for side in (left, right))
+    bottom = min(max(s.y for s in side) for side in (left, right))
+    return top, bottom
+
+
+def _white_intervals(segments, x, em) -> list[tuple[float, float]]:
+    "(y0, y1) between the segments that reach into a strip of 1.4 em around column `x`"
+    ys = sorted(s.y for s in segments if s.x0 < x + 0.7 * em and s.x1 > x - 0.7 * em)
+    return list(zip([-1e9] + ys, ys + [1e9]))
+
+
+def _find_gutter(segments, em):
     "(x, y0, y1) of the tallest strip of white between two columns, from where both have begun, or None"
     best, tallest = None, 0
-    for x in {r.x1 + 0.7 * em for r in runs}:
-        ys = sorted(r.y for r in runs if r.x0 < x + 0.7 * em and r.x1 > x - 0.7 * em)
-        for y0, y1 in zip([-1e9] + ys, ys + [1e9]):
-            inside = [r for r in runs if y0 < r.y < y1]
-            left, right = [r for r in inside if r.x1 <= x], [r for r in inside if r.x0 >= x]
+    for x in {s.x1 + 0.7 * em for s in segments}:
+        for y0, y1 in _white_intervals(segments, x, em):
+            inside = [s for s in segments if y0 < s.y < y1]
+            left = [s for s in inside if s.x1 <= x]
+            right = [s for s in inside if s.x0 >= x]
             if not left or not right:
                 continue
-            top, foot = (f(g(r.y for r in s) for s in (left, right)) for f, g in ((max, min), (min, max)))
-            beside = ([r for r in s if top - em < r.y < foot + em] for s in (left, right))
-            if foot - top > tallest and all(_is_column(s, em) for s in beside):
-                best, tallest = (x, top - em, y1), foot - top
+            top, bottom = _common_rows(left, right)
+            if bottom - top <= tallest:
+                continue
+            beside = ([s for s in side if top - em < s.y < bottom + em] for side in (left, right))
+            if all(_is_column(side, em) for side in beside):
+                best, tallest = (x, top - em, y1), bottom - top
     return best
 
 # %% ../../nbs/09_inference/02_page.ipynb #7ba09c90
-def _columns(runs, em):
-    "Runs in blocks of one column each, the blocks in reading order"
-    if not (g := _gutter(runs, em)):
-        return [runs] if runs else []
-    x, y0, y1 = g
-    inside = [r for r in runs if y0 < r.y < y1]
-    parts = (
-        [r for r in runs if r.y <= y0],
-        [r for r in inside if r.x1 <= x],
-        [r for r in inside if r.x1 > x],
-        [r for r in runs if r.y >= y1],
-    )
-    return [block for part in parts for block in _columns(part, em)]
+def _columns(segments, em) -> list[list[_Segment]]:
+    "Segments in blocks of one column each, the blocks in reading order"
+    gutter = _find_gutter(segments, em)
+    if gutter is None:
+        return [segments] if segments else []
+    x, y0, y1 = gutter
+    inside = [s for s in segments if y0 < s.y < y1]
+    above = [s for s in segments if s.y <= y0]
+    left = [s for s in inside if s.x1 <= x]
+    right = [s for s in inside if s.x1 > x]
+    below = [s for s in segments if s.y >= y1]
+    return [block for part in (above, left, right, below) for block in _columns(part, em)]
 
 # %% ../../nbs/09_inference/02_page.ipynb #f0aec000
-def _in_order(lines):
+def _reading_order(lines) -> list[_Segment]:
     "Lines of one block from top to bottom; those on one level from left to right"
     rows = []
-    for l in sorted(lines, key=lambda l: l.y):
-        if rows and l.y - np.mean([m.y for m in rows[-1]]) < 0.5 * l.core:
-            rows[-1].append(l)
+    for line in sorted(lines, key=lambda line: line.y):
+        if rows and line.y - np.mean([other.y for other in rows[-1]]) < 0.5 * line.core:
+            rows[-1].append(line)
         else:
-            rows.append([l])
-    return [l for row in rows for l in sorted(row, key=lambda l: l.x0)]
+            rows.append([line])
+    return [line for row in rows for line in sorted(row, key=lambda line: line.x0)]
 
 # %% ../../nbs/09_inference/02_page.ipynb #35d7c8f9
-def _owners(p, lines, picture):
-    "For each piece the number of its line, from 1; 0 for none and for parts of a picture"
+def _distance_to_line(p: _Components, line: _Segment):
+    "Cost of giving each component to the line: its distance in cores, 2 where it is too far"
+    middle = line.mid(p.centre)
+    above_or_below = np.maximum(middle - line.up - p.bottom, p.y - middle - line.down)
+    left_or_right = np.maximum(line.x0 - (p.x + p.w), p.x - line.x1)
+    vertical = np.maximum(above_or_below, 0) / line.core
+    horizontal = np.maximum(left_or_right, 0) / line.core
+    speck = p.area < 0.06 * line.core**2
+    near = (vertical < np.where(speck, 0.4, 0.9)) & (horizontal < np.where(speck, 0.7, 1.5))
+    return np.where(near, vertical + 0.1 * horizontal, 2)
+
+
+def _assign_components(p: _Components, lines, picture):
+    "For each component the number of its line, from 1; 0 for none and for parts of a picture"
     cost = np.full((len(lines) + 1, len(p.h)), 1.0)
-    for k, l in enumerate(lines, 1):
-        mid = l.mid(p.x + p.w / 2)
-        apart = np.maximum(np.maximum(mid - l.up - (p.y + p.h), p.y - mid - l.down), 0) / l.core
-        beside = np.maximum(np.maximum(l.x0 - (p.x + p.w), p.x - l.x1), 0) / l.core
-        speck = p.area < 0.06 * l.core**2
-        cost[k] = np.where(
-            (apart < np.where(speck, 0.4, 0.9)) & (beside < np.where(speck, 0.7, 1.5)), apart + 0.1 * beside, 2
-        )
-    own = cost.argmin(0)
-    own[picture[np.minimum(p.y + p.h // 2, len(picture) - 1), np.minimum(p.x + p.w // 2, picture.shape[1] - 1)]] = 0
-    for k, l in enumerate(lines, 1):
-        own[l.pieces] = k
-    own[p.h == 0] = 0
-    return own
+    for k, line in enumerate(lines, 1):
+        cost[k] = _distance_to_line(p, line)
+    owner = cost.argmin(0)
+    height, width = picture.shape
+    middle = np.minimum(p.y + p.h // 2, height - 1), np.minimum(p.x + p.w // 2, width - 1)
+    owner[picture[middle]] = 0
+    for k, line in enumerate(lines, 1):
+        owner[line.pieces] = k
+    owner[p.h == 0] = 0
+    return owner
 
 # %% ../../nbs/09_inference/02_page.ipynb #4eacfd6a
-def _cut(labels, p, i, upper, lower):
-    "Row at which piece `i`, standing on two lines, is thinnest between their cores"
+def _thinnest_row(p: _Components, i, upper: _Segment, lower: _Segment) -> int:
+    "Row at which component `i`, standing on two lines, is thinnest between their cores"
     x = p.x[i] + p.w[i] / 2
-    a, b = int(upper.mid(x) + 0.5 * upper.down), int(lower.mid(x) - 0.5 * lower.up)
-    a, b = max(a, p.y[i]), min(b, p.y[i] + p.h[i])
-    if b <= a:
-        return (a + b) // 2
-    ink = (labels[a:b, p.x[i] : p.x[i] + p.w[i]] == i).sum(1)
+    top = max(int(upper.mid(x) + 0.5 * upper.down), p.y[i])
+    bottom = min(int(lower.mid(x) - 0.5 * lower.up), p.y[i] + p.h[i])
+    if bottom <= top:
+        return (top + bottom) // 2
+    ink = (p.labels[top:bottom, p.x[i] : p.x[i] + p.w[i]] == i).sum(1)
     thin = np.flatnonzero(ink == ink.min())
-    return a + int(thin[len(thin) // 2])
+    return top + int(thin[len(thin) // 2])
 
 # %% ../../nbs/09_inference/02_page.ipynb #16868413
-def _owner_map(p, lines, picture, em):
+def _lines_of_components(lines) -> dict[int, list[int]]:
+    "Component -> numbers of the lines that it stands on, from 1"
+    stands_on = {}
+    for k, line in enumerate(lines, 1):
+        for i in set(line.pieces):
+            stands_on.setdefault(i, []).append(k)
+    return stands_on
+
+
+def _label_lines(p: _Components, lines, picture, em):
     "int32 HxW: for each pixel of ink the number of its line, from 1; 0 elsewhere"
-    own = _owners(p, lines, picture)
-    own[p.h > 4.5 * em] = 0
-    out = own[p.labels].astype(np.int32)
-    stands = {}
-    for k, l in enumerate(lines, 1):
-        for i in set(l.pieces):
-            stands.setdefault(i, []).append(k)
-    for i, ks in stands.items():
-        ks = sorted(ks, key=lambda k: lines[k - 1].mid(p.x[i] + p.w[i] / 2))
-        box = np.s_[p.y[i] : p.y[i] + p.h[i], p.x[i] : p.x[i] + p.w[i]]
-        mine, row = p.labels[box] == i, np.arange(p.y[i], p.y[i] + p.h[i])[:, None]
-        for a, b in zip(ks, ks[1:]):
-            out[box][mine & (row >= _cut(p.labels, p, i, lines[a - 1], lines[b - 1]))] = b
+    owner = _assign_components(p, lines, picture)
+    owner[p.h > 4.5 * em] = 0
+    out = owner[p.labels].astype(np.int32)
+    for i, numbers in _lines_of_components(lines).items():
+        downwards = sorted(numbers, key=lambda k: lines[k - 1].mid(p.centre[i]))
+        inside = p.labels[p.box(i)] == i
+        row = np.arange(p.y[i], p.y[i] + p.h[i])[:, None]
+        for a, b in zip(downwards, downwards[1:]):
+            cut = _thinnest_row(p, i, lines[a - 1], lines[b - 1])
+            out[p.box(i)][inside & (row >= cut)] = b
     return out
 
 # %% ../../nbs/09_inference/02_page.ipynb #3a9fe47c
@@ -377,43 +460,62 @@ class Box:
 
 @dataclass
 class Page:
-    "A straightened page: `image` uint8 HxW dark on light, `angle` it was turned by in degrees, `boxes` in reading order, `owners` int32 HxW (box number from 1, 0 for paper)"
+    "A straightened page with its lines"
 
-    image: np.ndarray
-    angle: float
-    boxes: list
-    owners: np.ndarray = field(repr=False)
+    image: np.ndarray  # uint8 HxW, dark on light
+    angle: float  # by which it was turned, degrees
+    boxes: list  # of `Box`, in reading order
+    owners: np.ndarray = field(repr=False)  # int32 HxW, box number from 1, 0 for paper
 
 # %% ../../nbs/09_inference/02_page.ipynb #ac1fdb04
-def _boxes(owners, n):
-    "Ink box of each owner 1..n as (x0, y0, x1, y1), or None where it has no ink"
-    ys, xs = np.nonzero(owners)
-    k = owners[ys, xs]
-    lo, hi = np.full((n + 1, 2), 1 << 30), np.full((n + 1, 2), -1)
-    for j, v in enumerate((xs, ys)):
-        np.minimum.at(lo[:, j], k, v)
-        np.maximum.at(hi[:, j], k, v)
-    return [(*lo[i], *(hi[i] + 1)) if hi[i, 0] >= 0 else None for i in range(1, n + 1)]
+def _label_boxes(labels, n) -> list:
+    "Ink box of each label 1..n as (x0, y0, x1, y1), or None where it has no ink"
+    ys, xs = np.nonzero(labels)
+    label = labels[ys, xs]
+    low = np.full((n + 1, 2), 1 << 30)
+    high = np.full((n + 1, 2), -1)
+    for j, values in enumerate((xs, ys)):
+        np.minimum.at(low[:, j], label, values)
+        np.maximum.at(high[:, j], label, values)
+    return [(*low[i], *(high[i] + 1)) if high[i, 0] >= 0 else None for i in range(1, n + 1)]
+
+
+def _with_margin(box, margin, shape) -> Box:
+    "A box wider by `margin` px on each side, within the page"
+    x0, y0, x1, y1 = box
+    height, width = shape
+    left = max(0, x0 - margin)
+    top = max(0, y0 - margin)
+    return Box(int(left), int(top), int(min(width, x1 + margin)), int(min(height, y1 + margin)))
 
 # %% ../../nbs/09_inference/02_page.ipynb #661c51b1
-def _find(ink):
+def _find_text_lines(p: _Components, em, picture) -> list[_Segment]:
+    "The lines in reading order; segments that lie in a picture for the most part are left out"
+    segments = _drop_duplicates(_find_segments(p, _line_ridges(p, em), em), p)
+    outside = [s for s in segments if picture[s.ys.astype(int), s.xs].mean() < 0.6]
+    words = _join_segments(outside, picture, reach=1.5)
+    return [line for block in _columns(words, em) for line in _reading_order(_join_segments(block, picture))]
+
+
+def _find_boxes(ink):
     "(boxes with a slight margin, owner map) of straight ink"
-    p = _pieces(ink)
-    p = _pieces(_without_rules(ink, _em(p))) if _em(p) else p
-    if not (em := _em(p)):
+    p = _components(ink)
+    if em := _em_height(p):
+        p = _components(_without_rules(ink, em))
+        em = _em_height(p)
+    if not em:
         return [], np.zeros(ink.shape, np.int32)
-    picture = _pictures(p, em)
-    runs = [r for r in _merge(_runs(p, _ridges(p, em), em), p) if picture[r.ys.astype(int), r.xs].mean() < 0.6]
-    runs = _join(runs, picture, reach=1.5)
-    lines = [l for block in _columns(runs, em) for l in _in_order(_join(block, picture))]
-    owners, m, boxes, (h, w) = _owner_map(p, lines, picture, em), max(2, round(0.15 * em)), [], ink.shape
-    number = np.zeros(len(lines) + 1, np.int32)
-    for k, b in enumerate(_boxes(owners, len(lines)), 1):
-        if b is None or b[3] - b[1] < 0.6 * em or b[2] - b[0] < 0.4 * em:
+    picture = _picture_mask(p, em)
+    lines = _find_text_lines(p, em, picture)
+    labels = _label_lines(p, lines, picture, em)
+    margin = max(2, round(0.15 * em))
+    boxes, number = [], np.zeros(len(lines) + 1, np.int32)
+    for k, box in enumerate(_label_boxes(labels, len(lines)), 1):
+        if box is None or box[3] - box[1] < 0.6 * em or box[2] - box[0] < 0.4 * em:
             continue
-        boxes.append(Box(*map(int, (max(0, b[0] - m), max(0, b[1] - m), min(w, b[2] + m), min(h, b[3] + m)))))
+        boxes.append(_with_margin(box, margin, ink.shape))
         number[k] = len(boxes)
-    return boxes, number[owners]
+    return boxes, number[labels]
 
 # %% ../../nbs/09_inference/02_page.ipynb #fce66a2c
 def straighten(
@@ -424,10 +526,12 @@ def straighten(
         raise KhmerOCRError(f'a page must be a grey uint8 image (H, W), not {image.dtype} {image.shape}')
     grey = dark_on_light(image)
     ink = binarise(grey)
-    if angle := deskew_angle(ink):
+    angle = deskew_angle(ink)
+    if angle:
         grey = rotate(grey, angle)
         ink = binarise(grey)
-    return Page(grey, angle, *_find(ink))
+    boxes, owners = _find_boxes(ink)
+    return Page(grey, angle, boxes, owners)
 
 
 def find_lines(
@@ -437,6 +541,11 @@ def find_lines(
     return straighten(image).boxes
 
 # %% ../../nbs/09_inference/02_page.ipynb #af48d64a
+def _grow(mask):
+    "A bool mask, one pixel wider on all sides"
+    return cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
+
+
 def crop_line(
     page: Page,  # from `straighten`; a bare image is cut as it is
     box: Box,
@@ -446,47 +555,62 @@ def crop_line(
     at = np.s_[box.y0 : box.y1, box.x0 : box.x1]
     if not isinstance(page, Page):
         return page[at].copy()
-    out, own = page.image[at].copy(), page.owners[at]
+    out = page.image[at].copy()
     if not mask:
         return out
+    owners = page.owners[at]
     k = page.boxes.index(box) + 1
-    near = cv2.dilate(((own > 0) & (own != k)).astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
-    keep = cv2.dilate((own == k).astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
-    if (own == 0).any():
-        out[near & ~keep] = np.median(out[own == 0])
+    others = _grow((owners > 0) & (owners != k)) & ~_grow(owners == k)
+    paper = owners == 0
+    if paper.any():
+        out[others] = np.median(out[paper])
     return out
 
 # %% ../../nbs/09_inference/02_page.ipynb #7844ed5c
 def read_page(
-    reader,  # with `.read(list of uint8 grey images) -> list[Reading]`
+    reader,  # with `.read(list of uint8 grey images) -> list[Prediction]`
     image: np.ndarray,  # uint8 HxW grey
-) -> list:  # (Box, Reading) in reading order
+) -> list:  # (Box, Prediction) in reading order
     "Find the lines of a page and read them"
     page = straighten(image)
-    return list(zip(page.boxes, reader.read([crop_line(page, b) for b in page.boxes])))
+    crops = [crop_line(page, box) for box in page.boxes]
+    return list(zip(page.boxes, reader.read(crops)))
+
+
+def _stands_beside(box: Box, last: Box) -> bool:
+    "Is `box` to the right of `last`, on its level?"
+    overlap = min(box.y1, last.y1) - max(box.y0, last.y0)
+    return box.x0 >= last.x1 and overlap > 0.6 * min(box.height, last.height)
 
 
 def page_text(
     lines: list,  # from `read_page`
-) -> str:  # one line of text a row; boxes on one level side by side are joined by a tab; lines that read as nothing are left out
+) -> str:  # one line of text a row; boxes side by side are joined by a tab; lines without text are left out
     "The text of a page"
     rows, last = [], None
-    for b, r in lines:
-        if not r.text:
+    for box, prediction in lines:
+        if not prediction.text:
             continue
-        level = last and b.x0 >= last.x1 and min(b.y1, last.y1) - max(b.y0, last.y0) > 0.6 * min(b.height, last.height)
-        if level:
-            rows[-1] += '\t' + r.text
+        if last and _stands_beside(box, last):
+            rows[-1] += '\t' + prediction.text
         else:
-            rows.append(r.text)
-        last = b
+            rows.append(prediction.text)
+        last = box
     return '\n'.join(rows)
 
 # %% ../../nbs/09_inference/02_page.ipynb #9613d828
-_most = 40_000_000  # pixels a PDF page is drawn with at most
+_MAX_PIXELS = 40_000_000  # that a PDF page is drawn with
+
+
+def _draw_pdf_page(page, dpi) -> np.ndarray:  # uint8 HxW
+    "A page of pdfium in grey"
+    w, h = page.get_size()
+    scale = min(dpi / 72, math.sqrt(_MAX_PIXELS / max(1, w * h)))
+    return page.render(scale=scale, grayscale=True).to_numpy().reshape(math.ceil(h * scale), -1).copy()
 
 
 def _pdf_pages(path, dpi):
+    "(name, image) of each page; `KhmerOCRError` for a file that pdfium cannot open or draw"
     import pypdfium2
 
     try:
@@ -496,12 +620,7 @@ def _pdf_pages(path, dpi):
     try:
         for i in range(len(pdf)):
             try:
-                w, h = pdf[i].get_size()
-                scale = min(dpi / 72, math.sqrt(_most / max(1, w * h)))
-                yield (
-                    f'{path}#{i + 1}',
-                    pdf[i].render(scale=scale, grayscale=True).to_numpy().reshape(math.ceil(h * scale), -1).copy(),
-                )
+                yield f'{path}#{i + 1}', _draw_pdf_page(pdf[i], dpi)
             except pypdfium2.PdfiumError as e:
                 raise KhmerOCRError(f'{path}: page {i + 1} cannot be drawn ({e})') from None
     finally:
@@ -509,9 +628,10 @@ def _pdf_pages(path, dpi):
 
 # %% ../../nbs/09_inference/02_page.ipynb #26010ef2
 def _tiff_pages(path):
-    first = read_image(path)  # one place for the errors of a first look, and for pages that lie on their side
+    "(name, image) of each frame; the first goes through `read_image`, which turns sideways pages and names errors"
+    first = read_image(path)
     try:
-        with Image.open(path) as im:
+        with open_image(path) as im:
             yield (f'{path}#1' if im.n_frames > 1 else str(path)), first
             for i in range(1, im.n_frames):
                 im.seek(i)
@@ -520,18 +640,23 @@ def _tiff_pages(path):
         raise KhmerOCRError(f'{path}: a page cannot be read ({e})') from e
 
 # %% ../../nbs/09_inference/02_page.ipynb #7b52b14f
+def _first_bytes(path: Path) -> bytes:
+    "The beginning of a file, by which its type is told; `KhmerOCRError` where there is no file"
+    if not path.exists():
+        raise KhmerOCRError(f'{path}: no such file')
+    if path.is_dir():
+        raise KhmerOCRError(f'{path} is a folder, not a page')
+    with path.open('rb') as f:
+        return f.read(1024)
+
+
 def open_pages(
     path,  # an image, a TIFF of several pages, or a PDF
     dpi: float = 200.0,  # at which PDF pages are drawn
 ):  # iterator of (name, uint8 HxW grey); pages of a longer document are named `file#1`, `file#2`...
     "The pages of a file, one at a time; `KhmerOCRError` for what is none"
     path = Path(path)
-    if not path.exists():
-        raise KhmerOCRError(f'{path}: no such file')
-    if path.is_dir():
-        raise KhmerOCRError(f'{path} is a folder, not a page')
-    with path.open('rb') as f:
-        head = f.read(1024)
+    head = _first_bytes(path)
     if b'%PDF-' in head:
         yield from _pdf_pages(path, dpi)
     elif path.suffix.lower() == '.pdf':

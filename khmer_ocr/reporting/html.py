@@ -13,28 +13,38 @@ import io
 import re
 from functools import lru_cache
 from pathlib import Path
-from .figures import _cache_folder, khmer_font_file
+from .figures import cache_folder, khmer_font_file
 from ..core.files import write_atomic
 from ..core.errors import KhmerOCRError
 
 # %% ../../nbs/08_reporting/04_html.ipynb #eb31efd8
+_KHMER_CODE_POINTS = [*range(0x1780, 0x1800), *range(0x19E0, 0x1A00), 0x200B, 0x200C, 0x200D, 0x25CC, 0x20]
+_UNICODE_RANGE = 'U+1780-17FF, U+19E0-19FF, U+200B-200D, U+25CC'
+
+
+def _khmer_subset(font_file) -> bytes:
+    "A font cut down to the Khmer block, with all of its shaping features, as WOFF2"
+    from fontTools import subset
+
+    options = subset.Options(flavor='woff2', layout_features=['*'], hinting=False, recalc_timestamp=False)
+    font = subset.load_font(font_file, options)
+    subsetter = subset.Subsetter(options)
+    subsetter.populate(unicodes=_KHMER_CODE_POINTS)
+    subsetter.subset(font)
+    buffer = io.BytesIO()
+    subset.save_font(font, buffer, options)
+    return buffer.getvalue()
+
+
 @lru_cache(maxsize=1)
 def font_css() -> str:  # an `@font-face` rule
     "Noto Sans Khmer, Khmer block only, as WOFF2 inside a style sheet"
-    from fontTools import subset
-
-    out = _cache_folder() / (khmer_font_file().stem + '-subset.woff2')
+    out = cache_folder() / (khmer_font_file().stem + '-subset.woff2')
     if not out.exists():
-        opts = subset.Options(flavor='woff2', layout_features=['*'], hinting=False, recalc_timestamp=False)
-        font = subset.load_font(khmer_font_file(), opts)
-        s = subset.Subsetter(opts)
-        s.populate(unicodes=[*range(0x1780, 0x1800), *range(0x19E0, 0x1A00), 0x200B, 0x200C, 0x200D, 0x25CC, 0x20])
-        s.subset(font)
-        buf = io.BytesIO()
-        subset.save_font(font, buf, opts)
-        write_atomic(out, buf.getvalue())
+        write_atomic(out, _khmer_subset(khmer_font_file()))
     data = base64.b64encode(out.read_bytes()).decode()
-    return f"@font-face {{ font-family: 'Khmer Report'; src: url(data:font/woff2;base64,{data}) format('woff2'); unicode-range: U+1780-17FF, U+19E0-19FF, U+200B-200D, U+25CC; }}"
+    source = f"url(data:font/woff2;base64,{data}) format('woff2')"
+    return f"@font-face {{ font-family: 'Khmer Report'; src: {source}; unicode-range: {_UNICODE_RANGE}; }}"
 
 # %% ../../nbs/08_reporting/04_html.ipynb #1b68b5df
 def read_notebook(
@@ -48,55 +58,56 @@ def read_notebook(
         nbformat.validate(nb)
         return nb
     except Exception as e:
-        raise KhmerOCRError(
-            f'Cannot read the notebook {path}: {(str(e).splitlines() or [type(e).__name__])[0]}'
-        ) from None
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise KhmerOCRError(f'Cannot read the notebook {path}: {reason}') from None
 
 # %% ../../nbs/08_reporting/04_html.ipynb #e5d04a25
-def _prepared(nb):
+def _describe_pictures(cell, description):
+    "Gives each picture of a cell its alternative text"
+    for output in cell.get('outputs', []):
+        if 'image/png' in output.get('data', {}):
+            output.setdefault('metadata', {}).setdefault('image/png', {})['alt'] = description
+
+
+def _code_summary(tags) -> str:
+    "What stands on a folded code cell"
+    if 'parameters' in tags:
+        return 'default parameters'
+    return 'parameters of this run' if 'injected-parameters' in tags else 'code'
+
+
+def _annotate_cells(nb):
     "The notebook with a title, described pictures and named code cells"
     heading = ''
-    for c in nb.cells:
-        found = re.findall(r'^#+ +(.+)$', c.source, re.M) if c.cell_type == 'markdown' else []
-        if found:
-            heading = found[-1]
-            nb.metadata.setdefault('title', found[0])
-        for o in c.get('outputs', []):
-            if 'image/png' in o.get('data', {}):
-                o.setdefault('metadata', {}).setdefault('image/png', {})['alt'] = heading or 'figure'
-        tags = c.metadata.get('tags', [])
-        if c.cell_type == 'code':
-            c.metadata['report_summary'] = (
-                'default parameters'
-                if 'parameters' in tags
-                else 'parameters of this run'
-                if 'injected-parameters' in tags
-                else 'code'
-            )
+    for cell in nb.cells:
+        headings = re.findall(r'^#+ +(.+)$', cell.source, re.M) if cell.cell_type == 'markdown' else []
+        if headings:
+            heading = headings[-1]
+            nb.metadata.setdefault('title', headings[0])
+        _describe_pictures(cell, heading or 'figure')
+        if cell.cell_type == 'code':
+            cell.metadata['report_summary'] = _code_summary(cell.metadata.get('tags', []))
     return nb
 
 # %% ../../nbs/08_reporting/04_html.ipynb #a804f900
-_outside = re.compile(
-    r'''(?:(?:src|href|srcset|action|poster|data)\s*=\s*["']?|url\(\s*["']?|@import\s+["']?|\bfrom\s+["'])\s*((?:https?:)?//[^"'\s)>]+)''',
+_OUTSIDE_URL = re.compile(
+    r'''(?:(?:src|href|srcset|action|poster|data)\s*=\s*["']?|url\(\s*["']?|@import\s+["']?|\bfrom\s+["'])'''
+    r'''\s*((?:https?:)?//[^"'\s)>]+)''',
     re.I,
 )
+_OUTSIDE_LINK = re.compile(r'<a\b[^>]*href="((?:https?:)?//[^"]*)"[^>]*>(.*?)</a>', re.S)
 
 
 def outside_references(
     page: str,  # HTML
 ) -> list[str]:  # addresses of other machines that the page refers to
     "What a page would fetch or link to beyond itself"
-    return _outside.findall(re.sub(r'<pre>.*?</pre>', '', page, flags=re.S))
+    return _OUTSIDE_URL.findall(re.sub(r'<pre>.*?</pre>', '', page, flags=re.S))
 
 
-def _unlink(page: str) -> str:
+def _links_as_text(page: str) -> str:
     "Links to elsewhere become their text, followed by the address"
-    return re.sub(
-        r'<a\b[^>]*href="((?:https?:)?//[^"]*)"[^>]*>(.*?)</a>',
-        r'\2 <span class="address">(\1)</span>',
-        page,
-        flags=re.S,
-    )
+    return _OUTSIDE_LINK.sub(r'\2 <span class="address">(\1)</span>', page)
 
 # %% ../../nbs/08_reporting/04_html.ipynb #21c2f221
 def _exporter():
@@ -104,13 +115,13 @@ def _exporter():
     from nbconvert import HTMLExporter
     from traitlets.config import Config
 
-    e = HTMLExporter(
+    exporter = HTMLExporter(
         template_name='report_template',
         extra_template_basedirs=list(importlib.util.find_spec('khmer_ocr').submodule_search_locations),
         config=Config(CSSHTMLHeaderPreprocessor=dict(style='default')),
     )
-    e.exclude_input_prompt = e.exclude_output_prompt = True
-    return e
+    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
+    return exporter
 
 
 def write_report(
@@ -119,12 +130,10 @@ def write_report(
     foot: str = '',  # a line for the foot of the page, such as when and how fast it was made
 ) -> Path:  # `page`
     "Turns an executed notebook into one HTML file that needs nothing but itself; code folded, Khmer font inside"
-    nb = read_notebook(notebook)
-    body, _ = _exporter().from_notebook_node(
-        _prepared(nb),
-        resources=dict(khmer_font_css=font_css(), foot=html.escape(foot), metadata=dict(name=Path(notebook).stem)),
-    )
-    body = _unlink(body)
+    nb = _annotate_cells(read_notebook(notebook))
+    resources = dict(khmer_font_css=font_css(), foot=html.escape(foot), metadata=dict(name=Path(notebook).stem))
+    body, _ = _exporter().from_notebook_node(nb, resources=resources)
+    body = _links_as_text(body)
     if refs := outside_references(body):
         raise KhmerOCRError(f'{page} would not be self-contained: it refers to {refs[0]}; embed it or leave it out')
     write_atomic(page, body)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['run_folder', 'available_runs', 'find_run', 'Parameter', 'run_parameters', 'coerce', 'check_parameters', 'run_help',
-           'Run', 'run_notebook', 'list_runs']
+           'RunResult', 'run_notebook', 'list_runs']
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #b2ee0e14
-import ast, io, json, logging, os, platform, re, sys, time, tokenize
+import ast, json, logging, os, platform, re, sys, time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -21,19 +21,18 @@ from .html import read_notebook, write_report
 def run_folder() -> Path:  # holds the run notebooks
     "`nbs/runs` of a clone, or the copy inside an installed package"
     package = Path(list(khmer_ocr.__path__)[0]).resolve()
-    for p in (package.parent / 'nbs/runs', package / 'run_notebooks'):
-        if any(p.glob('*.ipynb')):
-            return p
-    raise KhmerOCRError(
-        f'No run notebooks in {package.parent / "nbs/runs"} or {package / "run_notebooks"}: install the package again'
-    )
+    folders = (package.parent / 'nbs/runs', package / 'run_notebooks')
+    for folder in folders:
+        if any(folder.glob('*.ipynb')):
+            return folder
+    raise KhmerOCRError(f'No run notebooks in {folders[0]} or {folders[1]}: install the package again')
 
 
 def available_runs() -> list[str]:  # sorted names
     "The names of the run notebooks"
-    return sorted(p.stem for p in run_folder().glob('*.ipynb'))
+    return sorted(path.stem for path in run_folder().glob('*.ipynb'))
 
-
+# %% ../../nbs/08_reporting/05_runs.ipynb #708596a4
 def find_run(
     name,  # a name such as 'generate', or the path of any notebook
 ) -> Path:
@@ -43,7 +42,8 @@ def find_run(
         if path.is_file():
             return path
         raise KhmerOCRError(f'No notebook at {path}')
-    if str(name) in (known := available_runs()):
+    known = available_runs()
+    if str(name) in known:
         return run_folder() / f'{name}.ipynb'
     raise KhmerOCRError(f'No run called {name!r}{suggest(str(name), known)} (there are: {", ".join(known)})')
 
@@ -53,37 +53,12 @@ class Parameter:
     "One parameter of a run notebook"
 
     name: str
-    type: str  # 'int', 'float', 'bool', 'str', 'list' or 'dict'
-    default: object
+    type: str  # 'int', 'float', 'bool', 'str', 'list', 'dict'; 'any' where the default is None or an expression
+    default: str  # as it is written in the notebook
     help: str = ''
 
 
-def _comments(source: str) -> dict:
-    "Line number -> the comment on it"
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {t.start[0]: t.string.lstrip('# ').strip() for t in tokens if t.type == tokenize.COMMENT}
-
-# %% ../../nbs/08_reporting/05_runs.ipynb #18afbab4
-def run_parameters(
-    notebook,  # name of a run or path of a notebook
-) -> list[Parameter]:  # in the notebook's order; empty when it has no cell tagged `parameters`
-    "Reads the parameter cell without running it"
-    path = find_run(notebook)
-    cell = next((c for c in read_notebook(path).cells if 'parameters' in c.metadata.get('tags', [])), None)
-    if cell is None:
-        return []
-    out, comments = [], _comments(cell.source)
-    for o in ast.parse(cell.source).body:
-        if not isinstance(o, (ast.Assign, ast.AnnAssign)):
-            continue
-        target, default = (o.target if isinstance(o, ast.AnnAssign) else o.targets[0]).id, ast.literal_eval(o.value)
-        kind = ast.unparse(o.annotation) if isinstance(o, ast.AnnAssign) else type(default).__name__
-        out.append(Parameter(target, kind, default, comments.get(o.end_lineno, '')))
-    return out
-
-# %% ../../nbs/08_reporting/05_runs.ipynb #cefbb239
-_yes_no = dict(true=True, yes=True, on=True, **{'1': True}, false=False, no=False, off=False, **{'0': False})
-_kinds = dict(
+_KINDS = dict(
     int='a whole number',
     float='a number',
     bool='true or false',
@@ -92,46 +67,100 @@ _kinds = dict(
     dict='a dict, such as {"a": 1}',
 )
 
+# %% ../../nbs/08_reporting/05_runs.ipynb #ac1d54fc
+def _literal(source: str):
+    "The value of a Python literal; the text itself where it is none"
+    try:
+        return ast.literal_eval(source)
+    except (ValueError, SyntaxError):
+        return source
 
-def _parse(kind, value):
-    "`value` as the type named `kind`; raises ValueError where it does not fit"
-    if kind == 'bool':
-        return value if isinstance(value, bool) else _yes_no[str(value).lower()]
-    if kind in ('int', 'float'):
-        if isinstance(value, bool) or (kind == 'int' and isinstance(value, float) and value != int(value)):
-            raise ValueError
-        return (int if kind == 'int' else float)(value.replace('_', '') if isinstance(value, str) else value)
-    if kind == 'str':
-        return str(value) if isinstance(value, (str, int, float, Path)) else _refuse()
-    if isinstance(value, str) and kind == 'list' and not value.lstrip().startswith('['):
-        value = [_literal(o.strip()) for o in value.split(',') if o.strip()]
-    value = json.loads(value) if isinstance(value, str) else list(value) if isinstance(value, tuple) else value
-    return value if type(value).__name__ == kind else _refuse()
+
+def _parameter_type(
+    annotation: str,  # 'None' where there is none
+    default: str,
+) -> str:
+    "One of `_KINDS` or 'any', by the annotation or else by the default"
+    annotated = annotation.split('[')[0].strip()
+    if annotated in _KINDS:
+        return annotated
+    try:
+        inferred = type(ast.literal_eval(default)).__name__
+    except (ValueError, SyntaxError):  # an expression, such as 2*n or Path('x')
+        return 'any'
+    return inferred if inferred in _KINDS else 'any'
+
+# %% ../../nbs/08_reporting/05_runs.ipynb #18afbab4
+def _parameter_cell(notebook):
+    "The cell of a notebook that is tagged `parameters`; None where there is none"
+    cells = read_notebook(find_run(notebook)).cells
+    return next((cell for cell in cells if 'parameters' in cell.metadata.get('tags', [])), None)
+
+
+def run_parameters(
+    notebook,  # name of a run or path of a notebook
+) -> list[Parameter]:  # in the notebook's order; empty when it has no cell tagged `parameters`
+    "Reads the parameter cell without running it"
+    from papermill.translators import PythonTranslator  # the parser of `papermill.inspect_notebook`
+
+    cell = _parameter_cell(notebook)
+    if cell is None:
+        return []
+    found = PythonTranslator.inspect(cell)
+    return [Parameter(p.name, _parameter_type(p.inferred_type_name, p.default), p.default, p.help) for p in found]
+
+# %% ../../nbs/08_reporting/05_runs.ipynb #cefbb239
+_BOOL_WORDS = {'true': True, 'yes': True, 'on': True, '1': True, 'false': False, 'no': False, 'off': False, '0': False}
+
+
+def _parse_number(kind, value):
+    "An int or a float; ValueError where it is none"
+    fraction = isinstance(value, float) and value != int(value)
+    if isinstance(value, bool) or (kind == 'int' and fraction):
+        raise ValueError
+    text = value.replace('_', '') if isinstance(value, str) else value
+    return int(text) if kind == 'int' else float(text)
+
+
+def _parse_container(kind, value):
+    "A list or a dict, from JSON or from words between commas; ValueError where it is none"
+    if isinstance(value, tuple):
+        value = list(value)
+    elif isinstance(value, str) and kind == 'list' and not value.lstrip().startswith('['):
+        value = [_literal(word.strip()) for word in value.split(',') if word.strip()]
+    elif isinstance(value, str):
+        value = json.loads(value)
+    if type(value).__name__ != kind:
+        raise ValueError
+    return value
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #f06c0676
-def _refuse():
-    raise ValueError
-
-
-def _literal(s: str):
-    "A number where it looks like one, else the text itself"
-    try:
-        return ast.literal_eval(s)
-    except (ValueError, SyntaxError):
-        return s
+def _parse(kind, value):
+    "`value` as the type named `kind`; ValueError, KeyError or TypeError where it does not fit"
+    if kind == 'any':
+        return _literal(value) if isinstance(value, str) else value
+    if kind == 'bool':
+        return value if isinstance(value, bool) else _BOOL_WORDS[str(value).lower()]
+    if kind in ('int', 'float'):
+        return _parse_number(kind, value)
+    if kind in ('list', 'dict'):
+        return _parse_container(kind, value)
+    if not isinstance(value, (str, int, float, Path)):
+        raise TypeError
+    return str(value)
 
 
 def coerce(
-    p: Parameter,
+    parameter: Parameter,
     value,  # text, or a value of the right type
 ):  # a value of the parameter's type
     "Brings `value` to the type of the parameter, or says what was expected"
     try:
-        return _parse(p.type, value)
+        return _parse(parameter.type, value)
     except (ValueError, KeyError, TypeError, OverflowError):
         pass
     raise KhmerOCRError(
-        f'Parameter {p.name} wants {_kinds.get(p.type, p.type)}, not {value!r} (its default is {p.default!r})'
+        f'Parameter {parameter.name} wants {_KINDS[parameter.type]}, not {value!r} (its default is {parameter.default})'
     )
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #034c3bc1
@@ -141,12 +170,13 @@ def check_parameters(
 ) -> dict:  # name -> value of the right type
     "Refuses unknown names, with the nearest known one, and values of the wrong type"
     known = {p.name: p for p in run_parameters(notebook)}
-    for k in params:
-        if k not in known:
+    for name in params:
+        if name not in known:
+            there = ', '.join(known) or 'none'
             raise KhmerOCRError(
-                f'{Path(str(notebook)).stem} has no parameter {k!r}{suggest(k, known)} (it has: {", ".join(known) or "none"})'
+                f'{Path(str(notebook)).stem} has no parameter {name!r}{suggest(name, known)} (it has: {there})'
             )
-    return {k: coerce(known[k], v) for k, v in params.items()}
+    return {name: coerce(known[name], value) for name, value in params.items()}
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #5cf87bd3
 def run_help(
@@ -154,84 +184,77 @@ def run_help(
 ) -> str:  # plain text, one line per parameter
     "What a run does and which parameters it takes"
     cells = read_notebook(find_run(notebook)).cells
-    head = next((c.source for c in cells if c.cell_type == 'markdown'), '')
-    lines = [re.sub(r'^[#> ]+', '', l) for l in head.splitlines() if l.strip()][:2]
-    ps = run_parameters(notebook)
-    wide = max((len(f'{p.name} ({p.type})') for p in ps), default=0)
-    return '\n'.join(
-        [': '.join(lines)]
-        + [f'  {p.name} ({p.type})'.ljust(wide + 4) + f'{p.help or ""} [{p.default!r}]'.lstrip() for p in ps]
-    )
+    title = next((cell.source for cell in cells if cell.cell_type == 'markdown'), '')
+    title_lines = [re.sub(r'^[#> ]+', '', line) for line in title.splitlines() if line.strip()]
+    parameters = run_parameters(notebook)
+    labels = [f'{p.name} ({p.type})' for p in parameters]
+    width = max(map(len, labels), default=0)
+    rows = [f'  {label:<{width}}  {f"{p.help} [{p.default}]".lstrip()}' for label, p in zip(labels, parameters)]
+    return '\n'.join([': '.join(title_lines[:2]), *rows])
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #68e5f7f5
-def _tidied(nb):
-    "Takes out of an executed notebook what differs between equal runs; gives it back as a dict"
-    timing = {}
-    for i, c in enumerate(nb.cells):
-        timing[i] = c.metadata.get('papermill', {}).get('duration')
-        for k in ('papermill', 'execution'):
-            c.metadata.pop(k, None)
-        c.id = f'cell-{i}'
-        if c.cell_type == 'code':
-            c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
+def _strip_volatile(
+    nb,  # an executed notebook; changed in place
+) -> dict:  # number of the cell -> seconds
+    "Takes out of an executed notebook what differs between equal runs"
+    seconds = {}
+    for i, cell in enumerate(nb.cells):
+        duration = cell.metadata.get('papermill', {}).get('duration')
+        if duration:
+            seconds[str(i)] = round(duration, 3)
+        for key in ('papermill', 'execution'):
+            cell.metadata.pop(key, None)
+        cell.id = f'cell-{i}'
+        if cell.cell_type == 'code':
+            cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
     nb.metadata.pop('papermill', None)
     nb.metadata.pop('widgets', None)
-    return {str(k): round(v, 3) for k, v in timing.items() if v}
-
-
-def _versions() -> dict:
-    "Versions of the packages that matter to a result"
-    out = {}
-    for p in (
-        'khmer_ocr',
-        'torch',
-        'numpy',
-        'uharfbuzz',
-        'freetype-py',
-        'opencv-python',
-        'opencv-python-headless',
-        'pillow',
-    ):
-        try:
-            out[p] = version(p)
-        except PackageNotFoundError:
-            pass
-    return out
+    return seconds
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #5ab7e9e9
-def _reason(e) -> str:
+def _error_line(error) -> str:
     "One line from a `PapermillExecutionError`"
-    first = (str(e.evalue).strip().splitlines() or [''])[0]
-    return first if e.ename == 'KhmerOCRError' else f'{e.ename}: {first}'.rstrip(': ')
+    first = (str(error.evalue).strip().splitlines() or [''])[0]
+    return first if error.ename == 'KhmerOCRError' else f'{error.ename}: {first}'.rstrip(': ')
 
 
-def _execute(path, part, params, echo):
-    "Papermill on a copy; its own chatter silenced, the notebook's progress passed on"
+def _last_started_cell(nb) -> int:
+    "Which code cell of a notebook was executed last, counted from 1, the injected parameters left out"
+    code = [
+        cell
+        for cell in nb.cells
+        if cell.cell_type == 'code' and 'injected-parameters' not in cell.metadata.get('tags', [])
+    ]
+    started = [cell.metadata.get('papermill', {}).get('status', 'pending') != 'pending' for cell in code]
+    return max((i for i, ran in enumerate(started, 1) if ran), default=0)
+
+
+def _papermill(path, part, params, echo):
+    "Papermill on a copy; its own log silenced, the notebook's output passed on if `echo`"
     import papermill as pm
 
     for name in ('papermill', 'papermill.translators'):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')
     streams = dict(stdout_file=sys.stderr, stderr_file=sys.stderr) if echo else {}
+    options = dict(kernel_name='python3', language='python', progress_bar=False)
     pm.execute_notebook(
-        str(path),
-        str(part),
-        parameters=params,
-        kernel_name='python3',
-        language='python',
-        progress_bar=False,
-        extra_arguments=['--IPKernelApp.log_level=50'],
-        **streams,
+        str(path), str(part), parameters=params, extra_arguments=['--IPKernelApp.log_level=50'], **options, **streams
     )
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #ed3684bd
-@dataclass(frozen=True)
-class Run:
-    "A finished run"
+_PACKAGES = 'khmer_ocr torch numpy uharfbuzz freetype-py opencv-python opencv-python-headless pillow'.split()
 
-    folder: Path
-    metrics: dict  # what the notebook wrote into metrics.json
-    seconds: float | None = None
+
+def _versions() -> dict:
+    "Versions of the packages that matter to a result"
+    out = {}
+    for name in _PACKAGES:
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    return out
 
 
 def _read_json(path) -> dict:
@@ -242,99 +265,125 @@ def _read_json(path) -> dict:
         return {}
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #71a5c4ed
-def run_notebook(
-    notebook,  # name of a run ('generate'), or path of a notebook
-    params: dict | None = None,  # name -> value; text is converted to the parameter's type
-    out_dir=None,  # where the result goes; None: the parameter `out_dir`, or `reports/<name>`
-    echo: bool = False,  # pass the notebook's output on to stderr while it runs
-) -> Run:
-    "Executes a run notebook with checked parameters and writes notebook, report and `run.json` into one folder"
-    path = find_run(notebook)
-    params = check_parameters(path, params or {})
-    out = Path(out_dir or params.get('out_dir') or f'reports/{path.stem}')
-    if any(p.name == 'out_dir' for p in run_parameters(path)):
-        params['out_dir'] = str(out)
+@dataclass(frozen=True)
+class RunResult:
+    "A finished run"
+
+    folder: Path
+    metrics: dict  # what the notebook wrote into metrics.json
+    seconds: float | None = None
+
+
+def _make_folder(out: Path):
+    "The folder of a run, without the results of an earlier one"
     if out.exists() and not out.is_dir():
         raise KhmerOCRError(f'{out} is a file: a run needs a folder for its results')
     out.mkdir(parents=True, exist_ok=True)
     for name in ('run.ipynb', 'report.html', 'metrics.json', 'run.json', 'times.json'):
         (out / name).unlink(missing_ok=True)
-    started, clock = datetime.now(timezone.utc), time.perf_counter()
-    cells = _executed(path, out, params, echo)
-    seconds = round(time.perf_counter() - clock, 2)
-    times = _read_json(out / 'times.json')
-    (out / 'times.json').unlink(missing_ok=True)
-    write_report(out / 'run.ipynb', out / 'report.html', _foot(started, seconds, times))
-    facts = dict(
-        run=path.stem,
-        parameters=params,
-        started=started.isoformat(timespec='seconds'),
-        seconds=seconds,
-        **(dict(times=times) if times else {}),
-        cell_seconds=cells,
+
+
+def _machine() -> dict:
+    "Where a run took place, and with which versions"
+    return dict(
         host=platform.node(),
         platform=platform.platform(),
         python=platform.python_version(),
         cpus=os.cpu_count(),
         versions=_versions(),
     )
-    write_atomic(out / 'run.json', json.dumps(facts, ensure_ascii=False, indent=1) + '\n')
-    return Run(out, _read_json(out / 'metrics.json'), seconds)
+
+# %% ../../nbs/08_reporting/05_runs.ipynb #29dc9721
+def run_notebook(
+    notebook,  # name of a run ('generate'), or path of a notebook
+    params: dict | None = None,  # name -> value; text is converted to the parameter's type
+    out_dir=None,  # where the result goes; None: the parameter `out_dir`, or `reports/<name>`
+    echo: bool = False,  # pass the notebook's output on to stderr while it runs
+) -> RunResult:
+    "Executes a run notebook with checked parameters and writes notebook, report and `run.json` into one folder"
+    path = find_run(notebook)
+    params = check_parameters(path, params or {})
+    out = Path(out_dir or params.get('out_dir') or f'reports/{path.stem}')
+    if any(p.name == 'out_dir' for p in run_parameters(path)):
+        params['out_dir'] = str(out)
+    _make_folder(out)
+    started, clock = datetime.now(timezone.utc), time.perf_counter()
+    cell_seconds = _execute(path, out, params, echo)
+    seconds = round(time.perf_counter() - clock, 2)
+    times = _read_json(out / 'times.json')
+    (out / 'times.json').unlink(missing_ok=True)
+    write_report(out / 'run.ipynb', out / 'report.html', _footer(started, seconds, times))
+    record = dict(run=path.stem, parameters=params, started=started.isoformat(timespec='seconds'), seconds=seconds)
+    record |= dict(times=times) if times else {}
+    record |= dict(cell_seconds=cell_seconds) | _machine()
+    write_atomic(out / 'run.json', json.dumps(record, ensure_ascii=False, indent=1) + '\n')
+    return RunResult(out, _read_json(out / 'metrics.json'), seconds)
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #fd325c38
-def _foot(started, seconds, times) -> str:
+def _format_time(name: str, value) -> str:
+    "A duration or a speed: `images_per_second=840.3` as 'images per second: 840'"
+    if isinstance(value, int) or value >= 100:
+        digits = 0
+    else:
+        digits = 1 if value >= 10 else 2
+    return f'{name.replace("_", " ")}: {value:,.{digits}f}'
+
+
+def _footer(
+    started,  # datetime
+    seconds,
+    times,  # name -> number, of `write_times`
+) -> str:
     "The line at the foot of a report: when, how long, and the speeds that the run noted"
-    said = [
-        f'{k.replace("_", " ")}: {v:,.{0 if isinstance(v, int) or v >= 100 else 1 if v >= 10 else 2}f}'
-        for k, v in times.items()
-    ]
-    return (
-        '; '.join(
-            [
-                f'Run on {started:%Y-%m-%d at %H:%M} UTC with khmer_ocr {_versions().get("khmer_ocr", "")}, {os.cpu_count()} processor cores there, {seconds:,.0f} s in all',
-                *said,
-            ]
-        )
-        + '.'
-    )
+    when = f'Run on {started:%Y-%m-%d at %H:%M} UTC with khmer_ocr {_versions().get("khmer_ocr", "")}'
+    where = f'{os.cpu_count()} processor cores there, {seconds:,.0f} s in all'
+    notes = [_format_time(name, value) for name, value in times.items()]
+    return '; '.join([f'{when}, {where}', *notes]) + '.'
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #81b5eea4
-def _executed(path, out, params, echo) -> dict:
-    "Runs the notebook, keeps it as `run.ipynb` whether it fails or not; gives the seconds of each cell"
+def _execute(
+    path,  # the run notebook
+    out,  # folder for `run.ipynb`
+    params,  # checked
+    echo,
+) -> dict:  # number of the cell -> seconds
+    "Runs the notebook, and keeps it as `run.ipynb` whether it fails or not"
+    import nbformat
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     part = out / '.run.part.ipynb'
-    import nbformat
-
     try:
-        _execute(path, part, params, echo)
+        _papermill(path, part, params, echo)
         nb = read_notebook(part)
-        cells = _tidied(nb)
+        seconds = _strip_volatile(nb)
         write_atomic(out / 'run.ipynb', nbformat.writes(nb) + '\n')
-        return cells
-    except PapermillExecutionError as e:
+        return seconds
+    except (PapermillExecutionError, DeadKernelError) as e:
+        died = isinstance(e, DeadKernelError)
+        reason = f'kernel died in cell {_last_started_cell(read_notebook(part))}' if died else _error_line(e)
         os.replace(part, out / 'run.ipynb')
-        raise KhmerOCRError(
-            f'{path.stem} failed: {_reason(e)} (the notebook as far as it ran: {out / "run.ipynb"})'
-        ) from None
+        kept = f'the notebook as far as it ran: {out / "run.ipynb"}'
+        raise KhmerOCRError(f'{path.stem} failed: {reason} ({kept})') from None
     finally:
         part.unlink(missing_ok=True)
 
 # %% ../../nbs/08_reporting/05_runs.ipynb #5847777e
+def _list_entry(folder: Path, reports) -> dict:
+    record = _read_json(folder / 'run.json')
+    return dict(
+        name=str(folder.relative_to(reports)),
+        run=record.get('run', ''),
+        started=record.get('started', ''),
+        seconds=record.get('seconds'),
+        metrics=_read_json(folder / 'metrics.json'),
+        report=str(folder / 'report.html'),
+    )
+
+
 def list_runs(
     reports='reports',  # folder of run folders
-) -> list[dict]:  # name, started, seconds, metrics, report
+) -> list[dict]:  # name, run, started, seconds, metrics, report
     "The finished runs below a folder, latest last"
-    found = [(_read_json(p), p.parent) for p in sorted(Path(reports).glob('**/run.json'))]
-    rows = [
-        dict(
-            name=str(d.relative_to(reports)),
-            run=f.get('run', ''),
-            started=f.get('started', ''),
-            seconds=f.get('seconds'),
-            metrics=_read_json(d / 'metrics.json'),
-            report=str(d / 'report.html'),
-        )
-        for f, d in found
-    ]
-    return sorted(rows, key=lambda r: (r['started'], r['name']))
+    rows = [_list_entry(path.parent, reports) for path in sorted(Path(reports).glob('**/run.json'))]
+    return sorted(rows, key=lambda row: (row['started'], row['name']))
