@@ -19,7 +19,7 @@ from khmer_ocr.generative.pairs import (
     rendered_pairs,
     sauvola,
     save_pairs,
-    set_page,
+    typeset_page,
     split_pairs,
 )
 from khmer_ocr.core.errors import KhmerOCRError
@@ -44,7 +44,9 @@ def error(f):
 
 def test_sauvola_is_the_formula():
     g = np.random.default_rng(0).integers(0, 256, (23, 31)).astype(np.uint8)
-    r, k, R = 3, 0.3, 100.0
+    r = 3
+    k = 0.3
+    R = 100.0
     p = np.pad(g.astype(float), r, mode='symmetric')
     for y in range(23):
         for x in range(31):
@@ -52,17 +54,16 @@ def test_sauvola_is_the_formula():
             T = w.mean() * (1 + k * (w.std() / R - 1))
             if abs(T - g[y, x]) > 1e-6:
                 assert (sauvola(g, 7, k, R)[y, x] == 255) == (g[y, x] < T)
-    assert 'window' in error(lambda: sauvola(g, 1)) and error(lambda: sauvola(g, 9, 2.0))
+    assert 'window' in error(lambda: sauvola(g, 1))
+    assert error(lambda: sauvola(g, 9, 2.0))
 
 
 def test_rendered_pairs_repeat_and_stay_over_their_masks():
-    a, b = (
-        rendered_pairs(texts, [noto], 4, seed=3, shape=(200, 240)),
-        rendered_pairs(texts, [noto], 2, seed=3, shape=(200, 240)),
-    )
+    a = rendered_pairs(texts, [noto], 4, seed=3, shape=(200, 240))
+    b = rendered_pairs(texts, [noto], 2, seed=3, shape=(200, 240))
     assert all((p.image == q.image).all() and (p.mask == q.mask).all() and p.text == q.text for p, q in zip(a, b))
     assert not (a[0].image == rendered_pairs(texts, [noto], 1, seed=4, shape=(200, 240))[0].image).all()
-    clean = rendered_pairs(texts, [noto], 3, shape=(200, 240), look=())
+    clean = rendered_pairs(texts, [noto], 3, shape=(200, 240), degradation=())
     for p in clean:
         dark = (
             p.image.astype(float).mean(-1) < (p.image.max() * 0.9 + p.image.min()) / 2
@@ -70,15 +71,16 @@ def test_rendered_pairs_repeat_and_stay_over_their_masks():
         assert (dark & (p.mask > 0)).sum() / (dark | (p.mask > 0)).sum() > 0.9
         assert set(p.text.split('\n')) <= set(texts)
     (line,) = rendered_pairs(texts, [noto], 1, shape=None)
-    assert line.text in texts and line.mask.shape[0] < 120
-    assert 'moves the ink' in error(lambda: rendered_pairs(texts, [noto], 3, look=[('margins', 1.0)]))
+    assert line.text in texts
+    assert line.mask.shape[0] < 120
+    assert 'moves the ink' in error(lambda: rendered_pairs(texts, [noto], 3, degradation=[('margins', 1.0)]))
     assert 'No line' in error(lambda: rendered_pairs(texts, [noto], 1, shape=(12, 12)))
 
 
 def test_lines_that_do_not_fit_are_not_set():
-    ink, text = set_page(texts, noto, 20, (90, 300))
+    ink, text = typeset_page(texts, noto, 20, (90, 300))
     assert text == '\n'.join(texts[:2])  # and no half line is there
-    whole, _ = set_page(texts[:2], noto, 20, (90, 300))
+    whole, _ = typeset_page(texts[:2], noto, 20, (90, 300))
     assert (ink == whole).all()
 
 
@@ -109,16 +111,16 @@ def test_colour_and_its_exceptions(tmp_path):
     ex[274] = 6
     im.save(tmp_path / 'turned.jpg', exif=ex)
     assert (read_colour(tmp_path / 'clear.png') == 255).all()
-    assert (read_colour(tmp_path / 'grey.png') == 77).all() and read_colour(tmp_path / 'grey.png').shape == (6, 8, 3)
-    assert (
-        read_colour(tmp_path / 'turned.jpg').shape == (8, 6, 3)
-        and abs(read_colour(tmp_path / 'turned.jpg')[0, 0].astype(int) - (10, 200, 30)).max() < 4
-    )
+    assert (read_colour(tmp_path / 'grey.png') == 77).all()
+    assert read_colour(tmp_path / 'grey.png').shape == (6, 8, 3)
+    assert read_colour(tmp_path / 'turned.jpg').shape == (8, 6, 3)
+    assert abs(read_colour(tmp_path / 'turned.jpg')[0, 0].astype(int) - (10, 200, 30)).max() < 4
 
 
 def test_faults_are_one_line_each(tmp_path):
     save_pairs(tmp_path, [coded(name='a'), coded(name='b')])
-    images, masks = tmp_path / 'images', tmp_path / 'masks'
+    images = tmp_path / 'images'
+    masks = tmp_path / 'masks'
     assert 'No images found in' in error(lambda: create_synthetic_dataloader(tmp_path / 'none', masks))
     (tmp_path / 'void').mkdir()
     assert f'No images found in {tmp_path / "void"}' in error(
@@ -127,7 +129,8 @@ def test_faults_are_one_line_each(tmp_path):
     assert 'No images found in' in error(lambda: create_synthetic_dataloader(images, tmp_path / 'void'))
     (masks / 'b.png').rename(masks / 'c.png')
     e = error(lambda: read_pairs(images, masks))
-    assert 'Unpaired names: b of' in e and 'c of' in e
+    assert 'Unpaired names: b of' in e
+    assert 'c of' in e
     (masks / 'c.png').unlink()
     cv2.imwrite(str(masks / 'b.png'), np.zeros((90, 121), np.uint8))
     assert '121 x 90 pixels' in error(lambda: read_pairs(images, masks))
@@ -139,7 +142,8 @@ def test_faults_are_one_line_each(tmp_path):
     assert 'the same name' in error(lambda: image_files(images))
     (tmp_path / 'manifest.csv').write_text('name,book\na,1\n')
     assert 'must have the columns' in error(lambda: read_groups(images))
-    assert 'no pairs' in error(lambda: PairBatches([])) and "'batch_size'" in error(lambda: PairBatches([coded()], 0))
+    assert 'no pairs' in error(lambda: PairBatches([]))
+    assert "'batch_size'" in error(lambda: PairBatches([coded()], 0))
     for bad in (
         dict(size=4),
         dict(zoom=(2.0, 1.0)),
@@ -155,21 +159,27 @@ def test_groups_stay_on_one_side():
     pairs = [coded(name=str(i), group='abc'[i // 3] if i < 9 else '') for i in range(12)]
     for seed in range(8):
         train, held = split_pairs(pairs, 0.3, seed)
-        assert len(train) + len(held) == 12 and train and held
+        assert len(train) + len(held) == 12
+        assert train
+        assert held
         assert not {p.group or p.name for p in train} & {p.group or p.name for p in held}
         assert [p.name for p in held] == [p.name for p in split_pairs(pairs, 0.3, seed)[1]]
     assert 'cannot be split' in error(lambda: split_pairs(pairs[:3]))
 
 
 def test_crops_keep_image_and_mask_together():
-    page, seen = coded(), set()
+    page = coded()
+    seen = set()
     for seed in range(60):
         im, m = random_crop(page, np.random.default_rng(seed), CropConfig((32, 48), flips=True))
-        assert im.shape == (32, 48, 3) and (im[..., 0] == m).all()
+        assert im.shape == (32, 48, 3)
+        assert (im[..., 0] == m).all()
         dx = np.diff(im[0, :, 2].astype(int))
-        assert abs(dx[0]) == 1 and (dx == dx[0]).all()  # one piece of the page, perhaps mirrored
+        assert abs(dx[0]) == 1
+        assert (dx == dx[0]).all()  # one piece of the page, perhaps mirrored
         seen.add((int(im[0, 0, 1]), int(im[0, 0, 2]), int(dx[0])))
-    assert len(seen) > 50 and {s[2] for s in seen} == {1, -1}
+    assert len(seen) > 50
+    assert {s[2] for s in seen} == {1, -1}
     assert {
         int(np.diff(random_crop(page, np.random.default_rng(s), CropConfig(32))[0][0, :2, 2].astype(int))[0])
         for s in range(30)
@@ -184,7 +194,8 @@ def test_crops_keep_image_and_mask_together():
 def test_small_pages_are_reflected():
     page = coded(10, 9)
     im, m = crop(page, 0, 0, 40, 33)
-    assert im.shape == (40, 33, 3) and (im[..., 0] == m).all()
+    assert im.shape == (40, 33, 3)
+    assert (im[..., 0] == m).all()
     assert (m == np.pad(page.mask, ((0, 30), (0, 24)), mode='reflect')).all()
 
 
@@ -207,7 +218,8 @@ def test_zoom_makes_letters_larger():
             .mean()
         )
 
-    assert abs(edges(2.0) * 2 - edges(1.0)) < 2 and abs(edges(0.5) / 2 - edges(1.0)) < 2
+    assert abs(edges(2.0) * 2 - edges(1.0)) < 2
+    assert abs(edges(0.5) / 2 - edges(1.0)) < 2
 
 
 def test_some_crops_come_from_anywhere():
@@ -219,7 +231,9 @@ def test_some_crops_come_from_anywhere():
             [not random_crop(page, np.random.default_rng(s), CropConfig(64, **kw))[1].any() for s in range(400)]
         )
 
-    assert blank(anywhere=1.0) > 0.45 and 0.03 < blank(anywhere=0.15) < 0.35 and blank(anywhere=0.0, tries=12) < 0.02
+    assert blank(anywhere=1.0) > 0.45
+    assert 0.03 < blank(anywhere=0.15) < 0.35
+    assert blank(anywhere=0.0, tries=12) < 0.02
 
 
 def test_batches_go_by_number_and_seed():
@@ -231,9 +245,8 @@ def test_batches_go_by_number_and_seed():
     assert not all_of[0]['image'].equal(all_of[1]['image'])
     assert not all_of[0]['image'].equal(PairBatches([coded(), coded(70, 64)], 3, CropConfig(32), seed=6)[0]['image'])
     b = all_of[0]
-    assert (b['image'].shape, b['mask'].shape) == ((3, 3, 32, 32), (3, 1, 32, 32)) and b['image'].dtype == b[
-        'mask'
-    ].dtype == torch.float32
+    assert (b['image'].shape, b['mask'].shape) == ((3, 3, 32, 32), (3, 1, 32, 32))
+    assert b['image'].dtype == b['mask'].dtype == torch.float32
     assert ((b['image'][:, :1] + 1) / 2).allclose(b['mask'], atol=1e-6)  # red is the mask: -1..1 against 0..1
     assert len(data) == -(-(round(90 * 120 / 1024) + round(70 * 64 / 1024)) // 3) == len(list(data))
     assert (as_uint8(b['image'][:, :1]) == as_uint8(b['mask'] * 2 - 1)).all()
@@ -244,9 +257,8 @@ def test_the_seed_s_function(tmp_path):
     loader = create_synthetic_dataloader(
         images_dir=str(tmp_path / 'images'), masks_dir=str(tmp_path / 'masks'), batch_size=4, image_size=(64, 32)
     )
-    assert next(iter(loader))['image'].shape == (4, 3, 64, 32) and next(loader.batches(9))['image'].equal(
-        loader[9]['image']
-    )
+    assert next(iter(loader))['image'].shape == (4, 3, 64, 32)
+    assert next(loader.batches(9))['image'].equal(loader[9]['image'])
     assert 'Unknown setting' in error(lambda: create_synthetic_dataloader(tmp_path / 'images', flip=True))
     one = create_synthetic_dataloader(tmp_path / 'images', tmp_path / 'masks', 16, (32, 32))
     assert next(one.batches(0))['mask'].shape[0] == 16  # fewer pages than a batch
