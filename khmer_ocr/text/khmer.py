@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CONSONANTS', 'INDEPENDENT', 'VOWELS', 'SIGNS', 'COENG', 'PUNCTUATION', 'DIGITS', 'normalise', 'random_runs',
-           'difference', 'clusters', 'strip_spaces', 'fold', 'Charset', 'charset']
+           'difference', 'clusters', 'strip_spaces', 'fold_lookalikes', 'Charset', 'charset']
 
 # %% ../../nbs/02_text/01_khmer.ipynb #17972ed3
 import re
+import string
 import unicodedata
 from collections import Counter
 from fastcore.basics import patch
@@ -54,52 +55,57 @@ def _composed(s):
     return _foreign.sub(lambda m: unicodedata.normalize('NFC', m[0]), s)
 
 # %% ../../nbs/02_text/01_khmer.ipynb #70d96c4b
-_coeng_run, _coeng_alone = re.compile('\u17d2{2,}'), re.compile('\u17d2(?![\u1780-\u17b3])')
+_coeng_run = re.compile('\u17d2{2,}')
+_coeng_alone = re.compile('\u17d2(?![\u1780-\u17b3])')
 
 
 def _coengs(s):
     "Doubled coengs become one, a coeng that no letter follows is dropped, subscript DA is written TA"
     if COENG not in s:
         return s
-    return _coeng_alone.sub('', _coeng_run.sub(COENG, s)).replace('\u17d2ដ', '\u17d2ត')
+    s = _coeng_run.sub(COENG, s)
+    s = _coeng_alone.sub('', s)
+    return s.replace('\u17d2ដ', '\u17d2ត')
 
 # %% ../../nbs/02_text/01_khmer.ipynb #1eba6b3c
-_classes = [
-    '\u17cc',
-    COENG,
-    '\u17c9\u17ca',
-    _span(0x17BE, 0x17C5),
-    '\u17bb\u17bc\u17bd',
-    '\u17b7\u17b8\u17b9\u17ba',
-    '\u17b6',
-    '\u17c6\u17cb\u17cd\u17ce\u17cf\u17d0\u17d1\u17dd',
-    '\u17c7\u17c8',
-]  # robat, subscripts, shifters, vowels, signs, final signs
-_rank = {c: i for i, chars in enumerate(_classes) for c in chars}
+_syllable_order = [
+    '\u17cc',  # robat
+    COENG,  # subscripts
+    '\u17c9\u17ca',  # shifters
+    _span(0x17BE, 0x17C5),  # vowels that stand to the left of the base, or on both sides
+    '\u17bb\u17bc\u17bd',  # vowels below
+    '\u17b7\u17b8\u17b9\u17ba',  # vowels above
+    '\u17b6',  # the vowel to the right
+    '\u17c6\u17cb\u17cd\u17ce\u17cf\u17d0\u17d1\u17dd',  # signs
+    '\u17c7\u17c8',  # final signs
+]
+_rank = {c: i for i, chars in enumerate(_syllable_order) for c in chars}
 _part = re.compile('\u17d2.|.', re.S)
 
 
+def _part_rank(part):
+    "Place of a part in its syllable; a subscript RO comes after the other subscripts"
+    return _rank[part[0]] + 0.5 * (part == '\u17d2រ')
+
+
 def _ranked(syllable):
-    "Base first, then every part by its rank; a subscript RO after the other subscripts, every sign once"
+    "Base first, then every part by its rank; every sign once"
     base, *parts = _part.findall(syllable)
     parts = [p for i, p in enumerate(parts) if len(p) == 2 or p not in parts[:i]]
-    return base + ''.join(sorted(parts, key=lambda p: _rank[p[0]] + (p == '\u17d2រ') / 2))
+    return base + ''.join(sorted(parts, key=_part_rank))
 
 # %% ../../nbs/02_text/01_khmer.ipynb #3a9997c2
-_joins = [
-    (re.compile(pieces), whole)
-    for pieces, whole in [
-        ('\u17be\u17b6', '\u17c4\u17b8'),  # oe aa  is  oo ii
-        ('\u17c1([\u17bb-\u17bd]?)\u17b8', '\u17be\\1'),  # e ii   is  oe
-        ('\u17c1([\u17bb-\u17bd]?)\u17b6', '\u17c4\\1'),  # e aa   is  oo
-        ('\u17be\u17bb', '\u17bb\u17be'),
-    ]
-]  # u goes before oe, ready for the rule of the shifters
+_vowel_pieces = [
+    (re.compile('\u17be\u17b6'), '\u17c4\u17b8'),  # oe aa  is  oo ii
+    (re.compile('\u17c1([\u17bb-\u17bd]?)\u17b8'), '\u17be\\1'),  # e ii   is  oe
+    (re.compile('\u17c1([\u17bb-\u17bd]?)\u17b6'), '\u17c4\\1'),  # e aa   is  oo
+    (re.compile('\u17be\u17bb'), '\u17bb\u17be'),  # u goes before oe, ready for the rule of the shifters
+]
 
 
 def _joined(syllable):
     "A vowel typed in two pieces becomes the one vowel that it draws"
-    for pieces, whole in _joins:
+    for pieces, whole in _vowel_pieces:
         syllable = pieces.sub(whole, syllable)
     return syllable
 
@@ -127,7 +133,7 @@ def _syllable(s):
     return s if new == s else _syllable(new)
 
 # %% ../../nbs/02_text/01_khmer.ipynb #3ff9eaa0
-_runs = re.compile('(?<!\u17d2)[\u1780-\u17b3](?:\u17d2[\u1780-\u17b3]|[\u17b6-\u17d1\u17dd]){2,}')
+_syllables = re.compile('(?<!\u17d2)[\u1780-\u17b3](?:\u17d2[\u1780-\u17b3]|[\u17b6-\u17d1\u17dd]){2,}')
 
 
 def normalise(
@@ -135,7 +141,9 @@ def normalise(
 ) -> str:  # the one spelling of what it draws; a second pass changes nothing
     """Normal form of a line: invisible characters out, deprecated and typographic ones replaced, Khmer syllables in
     the canonical order of SIL's khnormal, vowels in one piece, one space for any white space, none at the ends"""
-    return ' '.join(_composed(_runs.sub(lambda m: _syllable(m[0]), _coengs(_plain(s)))).split())
+    s = _coengs(_plain(s))
+    s = _syllables.sub(lambda m: _syllable(m[0]), s)
+    return ' '.join(_composed(s).split())
 
 # %% ../../nbs/02_text/01_khmer.ipynb #14990d1d
 def random_runs(
@@ -155,41 +163,46 @@ def random_runs(
     def syllable():
         return pick(letters) + ''.join(part() for _ in range(rng.integers(6)))
 
-    return [
-        ''.join(syllable() for _ in range(rng.integers(1, 3)))
-        if i % 2
-        else ''.join(pick(wild) for _ in range(rng.integers(1, 9)))
-        for i in range(n)
-    ]
+    def run(i):
+        if i % 2:
+            return ''.join(syllable() for _ in range(rng.integers(1, 3)))
+        return ''.join(pick(wild) for _ in range(rng.integers(1, 9)))
+
+    return [run(i) for i in range(n)]
 
 # %% ../../nbs/02_text/01_khmer.ipynb #e1fe5848
-def _repeated(s):
-    return _runs.sub(lambda m: _ranked(m[0]), s)
+def _once(s):
+    "Parts of syllables in order, signs that stand twice once"
+    return _syllables.sub(lambda m: _ranked(m[0]), s)
 
 
+_ignore_shifters = str.maketrans('', '', '\u17bb\u17c9\u17ca')
+
+# %% ../../nbs/02_text/01_khmer.ipynb #5e100002
 def difference(
     run: str,  # any text
     reference,  # another normaliser, a function str -> str
 ) -> str:  # '' when both agree, else the class of the difference
     "Why `normalise` and `reference` differ on `run`"
+    ours = normalise(run)
+    if reference(run) == ours:
+        return ''
 
     def again(s):
         return ' '.join(reference(s).split())
 
-    ours, silent = normalise(run), str.maketrans('', '', '\u17bb\u17c9\u17ca')
-    if reference(run) == ours:
-        return ''
     steps = [
         ('white space', str),
         ('invisible or deprecated character', _plain),
         ('coeng without a letter', _coengs),
-        *[('same sign twice', _repeated), ('second pass needed', again)] * 3,
+        *[('same sign twice', _once), ('second pass needed', again)] * 3,
     ]
     for name, step in steps:
         run = step(run)
         if again(run) == ours:
             return name
-    return 'choice of shifter' if again(run).translate(silent) == ours.translate(silent) else 'unexplained'
+    same_but_shifters = again(run).translate(_ignore_shifters) == ours.translate(_ignore_shifters)
+    return 'choice of shifter' if same_but_shifters else 'unexplained'
 
 # %% ../../nbs/02_text/01_khmer.ipynb #21e74013
 _cluster = re.compile('[\u1780-\u17b3](?:\u17d2[\u1780-\u17b3]|[\u17b6-\u17d1\u17d3\u17dd])*|.', re.S)
@@ -209,22 +222,20 @@ def strip_spaces(
     return ''.join(s.split())
 
 # %% ../../nbs/02_text/01_khmer.ipynb #2f85a8db
-_signs_run, _shifter_nikahit = (
-    re.compile('[\u17c6\u17cb\u17cd-\u17d1\u17dd]{2,}'),
-    re.compile('\u17c9([\u17c1-\u17c3]?)\u17c6'),
-)
+_several_signs = re.compile('[\u17c6\u17cb\u17cd-\u17d1\u17dd]{2,}')
+_shifter_and_nikahit = re.compile('\u17c9([\u17c1-\u17c3]?)\u17c6')
 
 
-def fold(
+def fold_lookalikes(
     s: str,  # any text
 ) -> str:  # normal form in which look-alikes have one spelling
     "`normalise`, then one spelling for what about half of all fonts draw alike"
-    s = normalise(_signs_run.sub(lambda m: ''.join(sorted(m[0])), normalise(s)))
-    return _shifter_nikahit.sub('\\1\u17bb\u17c6', s)
+    s = _several_signs.sub(lambda m: ''.join(sorted(m[0])), normalise(s))
+    return _shifter_and_nikahit.sub('\\1\u17bb\u17c6', normalise(s))
 
 # %% ../../nbs/02_text/01_khmer.ipynb #82d6768c
-def _name(ch):
-    return f'U+{ord(ch):04X} {unicodedata.name(ch, "(no name)")}'
+def _character_name(c):
+    return f'U+{ord(c):04X} {unicodedata.name(c, "(no name)")}'
 
 
 class Charset:
@@ -267,10 +278,11 @@ def encode(self: Charset, s: str) -> list[int]:
     try:
         return [self._id[c] for c in s]
     except KeyError:
-        bad = self.unknown(s)
-    more = f' and {len(bad) - 5} more' if len(bad) > 5 else ''
+        unknown = self.unknown(s)
+    names = ', '.join(map(_character_name, unknown[:5]))
+    more = f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''
     raise KhmerOCRError(
-        f'The charset lacks {", ".join(map(_name, bad[:5]))}{more}: normalise the text, leave the line out, or use a larger charset'
+        f'The charset lacks {names}{more}: normalise the text, leave the line out, or use a larger charset'
     )
 
 
@@ -282,41 +294,43 @@ def decode(self: Charset, ids) -> str:
         raise KhmerOCRError(
             f'Symbol number {bad[0]} is outside the charset of {len(self)}: model and charset do not belong together'
         )
-    return ''.join(c for c in (self.symbols[int(i)] for i in ids) if len(c) == 1)
+    symbols = [self.symbols[int(i)] for i in ids]
+    return ''.join(s for s in symbols if len(s) == 1)
 
 # %% ../../nbs/02_text/01_khmer.ipynb #68fd41ba
-_latin = ''.join(map(chr, [*range(48, 58), *range(65, 91), *range(97, 123)]))  # 0-9 A-Z a-z
-_charsets = {
-    'khmer-latin': [
-        *CONSONANTS,
-        *INDEPENDENT,
-        *VOWELS,
-        *SIGNS,
-        COENG,
-        *PUNCTUATION,
-        *DIGITS,
-        ' ',
-        *_latin,
-        *'.,:;?!()[]-/%"\'+=*#&«»@_$',
-    ],
-    'buoy2022': [
-        '<sos>',
-        '<eos>',
-        *DIGITS,
-        *_latin[:10],
-        *CONSONANTS,
-        *_span(0x17A5, 0x17B3),
-        *VOWELS,
-        COENG,
-        *SIGNS,
-        '\u17d3',
-        '\u17dc',
-        '\u17dd',
-        *' (),.?។៕៖ៗ៘៙៚',
-    ],
-}
+_latin = string.digits + string.ascii_uppercase + string.ascii_lowercase
+_khmer_latin = [
+    *CONSONANTS,
+    *INDEPENDENT,
+    *VOWELS,
+    *SIGNS,
+    COENG,
+    *PUNCTUATION,
+    *DIGITS,
+    ' ',
+    *_latin,
+    *'.,:;?!()[]-/%"\'+=*#&«»@_$',
+]
 
+# %% ../../nbs/02_text/01_khmer.ipynb #5e100003
+_buoy2022 = [
+    '<sos>',
+    '<eos>',
+    *DIGITS,
+    *string.digits,
+    *CONSONANTS,
+    *_span(0x17A5, 0x17B3),
+    *VOWELS,
+    COENG,
+    *SIGNS,
+    '\u17d3',
+    '\u17dc',
+    '\u17dd',
+    *' (),.?។៕៖ៗ៘៙៚',
+]
+_charsets = {'khmer-latin': _khmer_latin, 'buoy2022': _buoy2022}
 
+# %% ../../nbs/02_text/01_khmer.ipynb #5e100004
 def charset(
     name: str = 'khmer-latin',  # or 'buoy2022'
 ) -> Charset:

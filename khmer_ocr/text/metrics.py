@@ -8,16 +8,15 @@ __all__ = ['CLASSES', 'EditRate', 'CER', 'ClusterErrorRate', 'WER', 'ExactLines'
            'bootstrap', 'paired_bootstrap', 'calibration', 'unit_hits', 'rejection']
 
 # %% ../../nbs/02_text/08_metrics.ipynb #1a7d0af8
-import re, string
-from collections import Counter
-from itertools import groupby
-
 import editdistance
 import numpy as np
-import torch
-from torchmetrics import Metric
-from torchmetrics.functional.classification import multiclass_accuracy
-from torchmetrics.functional.text import bleu_score
+import re
+import string
+from collections import Counter
+from fastcore.basics import patch
+from itertools import groupby
+from rapidfuzz.distance import Levenshtein
+from ..core.errors import KhmerOCRError
 from khmer_ocr.text.khmer import (
     COENG,
     CONSONANTS,
@@ -27,65 +26,103 @@ from khmer_ocr.text.khmer import (
     SIGNS,
     VOWELS,
     clusters,
-    fold,
+    fold_lookalikes,
     normalise,
     strip_spaces,
 )
-from ..core.errors import KhmerOCRError
 
 # %% ../../nbs/02_text/08_metrics.ipynb #77639760
+def _as_lines(texts) -> list[str]:
+    "One text or many, in normal form"
+    return [normalise(s) for s in ([texts] if isinstance(texts, str) else texts)]
+
+
 def _pairs(
     preds,  # str or list of str: what was read
     truths,  # str or list of str: what is there
 ) -> list:  # (pred, truth), both in normal form
     "Pairs to compare, after a check that there are as many of one as of the other"
-    preds, truths = [[x] if isinstance(x, str) else list(x) for x in (preds, truths)]
+    preds, truths = _as_lines(preds), _as_lines(truths)
     if len(preds) != len(truths):
         raise KhmerOCRError(
-            f'{len(preds)} readings cannot be compared with {len(truths)} true lines: give one reading for each line, in the same order'
+            f'{len(preds)} readings cannot be compared with {len(truths)} true lines: '
+            'give one reading for each line, in the same order'
         )
-    return [(normalise(p), normalise(t)) for p, t in zip(preds, truths)]
+    return list(zip(preds, truths))
 
 # %% ../../nbs/02_text/08_metrics.ipynb #ed2b2d22
-class EditRate(Metric):
-    "Edits over true units, summed over all lines seen; a subclass says what a unit is. Range 0 (perfect) to any size; lower is better"
+class EditRate:
+    "Edits over true units, summed over all lines seen: 0 (perfect) to any size; a subclass says what a unit is"
 
-    is_differentiable, higher_is_better, full_state_update = False, False, False
+    higher_is_better = False
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.add_state('edits', torch.tensor(0), dist_reduce_fx='sum')
-        self.add_state('total', torch.tensor(0), dist_reduce_fx='sum')
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        "Forget all lines"
+        self.edits, self.total = 0, 0
 
     def units(self, s: str):
         "What is counted, as a sequence; here code points"
         return s
 
-    def update(self, preds, target):
-        "Count the lines `preds` (str or list of str) against `target` (the same)"
-        pairs = [(self.units(p), self.units(t)) for p, t in _pairs(preds, target)]
-        self.edits += sum(editdistance.eval(p, t) for p, t in pairs)
-        self.total += sum(len(t) for _, t in pairs)
+    def count(self, pred: str, truth: str) -> tuple[int, int]:  # edits, units of the truth
+        "The edits of one line in normal form, and its length"
+        truth = self.units(truth)
+        return editdistance.eval(self.units(pred), truth), len(truth)
 
-    def compute(self) -> torch.Tensor:
-        "The rate so far, a float64 scalar"
-        if not self.total:
-            raise KhmerOCRError(
-                f'{type(self).__name__} has seen no true text: give it at least one line that is not empty'
-            )
-        return self.edits.double() / self.total
+# %% ../../nbs/02_text/08_metrics.ipynb #5de00002
+@patch
+def update(self: EditRate, preds, target):
+    "Count the lines `preds` (str or list of str) against `target` (the same)"
+    for pred, truth in _pairs(preds, target):
+        edits, total = self.count(pred, truth)
+        self.edits += edits
+        self.total += total
+
+
+@patch
+def merge_state(self: EditRate, other: EditRate):
+    "Add what another metric of the same kind has seen"
+    self.edits += other.edits
+    self.total += other.total
+
+
+@patch
+def compute(self: EditRate) -> float:
+    "The rate so far"
+    if not self.total:
+        raise KhmerOCRError(f'{type(self).__name__} has seen no true text: give it at least one line that is not empty')
+    return self.edits / self.total
+
+
+@patch
+def __call__(self: EditRate, preds, target) -> float:
+    "The rate of these lines alone; they are counted"
+    edits, total = self.edits, self.total
+    self.reset()
+    self.update(preds, target)
+    rate = self.compute()
+    self.edits += edits
+    self.total += total
+    return rate
 
 # %% ../../nbs/02_text/08_metrics.ipynb #eeb54e8f
-_modes = {'raw': str, 'nospace': strip_spaces, 'folded': lambda s: strip_spaces(fold(s))}
+def _folded(s):
+    return strip_spaces(fold_lookalikes(s))
+
+
+_modes = dict(raw=str, nospace=strip_spaces, folded=_folded)
 
 
 class CER(EditRate):
-    "Character error rate over code points; `mode` is 'raw', 'nospace' (without spaces) or 'folded' (and look-alikes as one)"
+    "Character error rate over code points"
 
-    def __init__(self, mode: str = 'raw', **kwargs):
+    def __init__(self, mode: str = 'raw'):  # raw; nospace: without spaces; folded: and look-alikes as one
         if mode not in _modes:
             raise KhmerOCRError(f'CER has no mode {mode!r}: use one of {", ".join(_modes)}')
-        super().__init__(**kwargs)
+        super().__init__()
         self.mode = mode
 
     def units(self, s):
@@ -111,37 +148,38 @@ class ExactLines(EditRate):
 
     higher_is_better = True
 
-    def update(self, preds, target):
-        "Count the lines that are equal in normal form"
-        pairs = _pairs(preds, target)
-        self.edits += sum(p == t for p, t in pairs)
-        self.total += len(pairs)
+    def count(self, pred, truth):
+        return int(pred == truth), 1
 
 # %% ../../nbs/02_text/08_metrics.ipynb #8c34f870
+def _spaced_clusters(s):
+    return ' '.join(clusters(strip_spaces(s)))
+
+
 def bleu(
     preds: list[str],  # what was read
     truths: list[str],  # what is there
 ) -> float:  # 0 to 1, higher is better
     "BLEU-4 over clusters (without spaces), by torchmetrics"
-    pairs = [[' '.join(clusters(strip_spaces(s))) for s in pair] for pair in _pairs(preds, truths)]
-    return float(bleu_score([p for p, _ in pairs], [[t] for _, t in pairs]))
+    from torchmetrics.functional.text import bleu_score
+
+    pairs = _pairs(preds, truths)
+    return float(bleu_score([_spaced_clusters(p) for p, _ in pairs], [[_spaced_clusters(t)] for _, t in pairs]))
 
 # %% ../../nbs/02_text/08_metrics.ipynb #48814c38
 def accuracy(
     preds: list[str],  # what was read
     truths: list[str],  # what is there
 ) -> float:  # share of the true code points, 0 to 1, higher is better
-    "Share of positions of the truth at which the reading has the same code point, by torchmetrics"
-    pairs = [(p.ljust(len(t), '\0')[: len(t)], t) for p, t in _pairs(preds, truths)]
-    read, true = [torch.tensor([ord(c) for s in side for c in s]) for side in list(zip(*pairs)) or ('', '')]
-    if not len(true):
+    "Share of positions of the truth at which the reading has the same code point"
+    pairs = _pairs(preds, truths)
+    total = sum(len(t) for _, t in pairs)
+    if not total:
         raise KhmerOCRError('accuracy has seen no true text: give it at least one line that is not empty')
-    names = torch.cat([read, true]).unique()
-    return float(
-        multiclass_accuracy(
-            *(torch.searchsorted(names, x) for x in (read, true)), num_classes=max(2, len(names)), average='micro'
-        )
-    )
+    hits = 0
+    for pred, truth in pairs:
+        hits += sum(p == t for p, t in zip(pred, truth))
+    return float(np.float32(hits) / np.float32(total))  # in 32 bits, as torchmetrics does
 
 # %% ../../nbs/02_text/08_metrics.ipynb #a00d3501
 def score(
@@ -158,40 +196,25 @@ def score(
         exact=ExactLines(),
         wer=WER(),
     )
-    result = {name: metric(preds, truths).item() for name, metric in metrics.items()}
+    result = {name: metric(preds, truths) for name, metric in metrics.items()}
     if extras:
         result |= dict(bleu=bleu(preds, truths), accuracy=accuracy(preds, truths))
-    return result | dict(lines=int(metrics['exact'].total), chars=int(metrics['cer'].total))
-
-# %% ../../nbs/02_text/08_metrics.ipynb #55a2ff3f
-def _costs(true, read):
-    "Table of edit distances between all beginnings, (len(true)+1) rows by (len(read)+1)"
-    cost = [list(range(len(read) + 1))]
-    for i, t in enumerate(true, 1):
-        row = [i]
-        for j, r in enumerate(read, 1):
-            row.append(min(cost[-1][j - 1] + (t != r), cost[-1][j] + 1, row[-1] + 1))
-        cost.append(row)
-    return cost
+    return result | dict(lines=metrics['exact'].total, chars=metrics['cer'].total)
 
 # %% ../../nbs/02_text/08_metrics.ipynb #246455e6
 def align(
     true,  # sequence of units (str: code points)
     read,  # the same
 ) -> list[tuple]:  # (true unit, read unit), '' where one side has none
-    "The cheapest way to lay two sequences side by side; of equal ways, the one with replacements as late as possible"
-    cost, i, j, pairs = _costs(true, read), len(true), len(read), []
-    while i or j:
-        if i and j and cost[i][j] == cost[i - 1][j - 1] + (true[i - 1] != read[j - 1]):
-            i, j = i - 1, j - 1
-            pairs.append((true[i], read[j]))
-        elif i and cost[i][j] == cost[i - 1][j] + 1:
-            i -= 1
-            pairs.append((true[i], ''))
-        else:
-            j -= 1
-            pairs.append(('', read[j]))
-    return pairs[::-1]
+    "A cheapest way to lay two sequences side by side (Levenshtein, by rapidfuzz)"
+    true, read = list(true), list(read)
+    pairs = []
+    for operation in Levenshtein.opcodes(true, read):
+        left = true[operation.src_start : operation.src_end]
+        right = read[operation.dest_start : operation.dest_end]
+        missing = len(right) - len(left)
+        pairs += zip(left + [''] * missing, right + [''] * -missing)
+    return pairs
 
 # %% ../../nbs/02_text/08_metrics.ipynb #1516acd7
 def confusions(
@@ -200,9 +223,11 @@ def confusions(
     units=clusters,  # function that cuts a line: `clusters`, or `list` for code points
 ) -> Counter:  # (true unit, read unit) -> how often; '' stands for nothing
     "What was taken for what: the aligned units that differ, counted over all lines"
-    return Counter(
-        pair for p, t in _pairs(preds, truths) if p != t for pair in align(units(t), units(p)) if pair[0] != pair[1]
-    )
+    found = Counter()
+    for pred, truth in _pairs(preds, truths):
+        if pred != truth:
+            found.update((t, r) for t, r in align(units(truth), units(pred)) if t != r)
+    return found
 
 # %% ../../nbs/02_text/08_metrics.ipynb #56d5e39c
 _symbol = re.compile(f'{COENG}.|.', re.S)
@@ -215,14 +240,6 @@ def symbols(
     return _symbol.findall(s)
 
 # %% ../../nbs/02_text/08_metrics.ipynb #8d964144
-_ascii = dict(
-    spaces=' ',
-    **{
-        'Latin digits': '0123456789',
-        'Latin letters': string.ascii_letters,
-        'Latin punctuation': string.punctuation + '«»',
-    },
-)
 CLASSES = {
     'consonants': CONSONANTS,
     'subscripts': COENG,
@@ -231,59 +248,79 @@ CLASSES = {
     'signs': SIGNS + '\u17dd',
     'Khmer digits': DIGITS,
     'Khmer punctuation': PUNCTUATION,
-    **_ascii,
+    'spaces': ' ',
+    'Latin digits': string.digits,
+    'Latin letters': string.ascii_letters,
+    'Latin punctuation': string.punctuation + '«»',
 }
-_class = {c: name for name, chars in CLASSES.items() for c in chars}
+_class_of = {c: name for name, chars in CLASSES.items() for c in chars}
 
 
 def symbol_class(
     symbol: str,  # one of `symbols`
 ) -> str:  # a key of `CLASSES`, or 'other'
     "What a symbol is"
-    return _class.get(symbol[0], 'other')
+    return _class_of.get(symbol[0], 'other')
 
 # %% ../../nbs/02_text/08_metrics.ipynb #ea6d30b4
 def class_errors(
     preds: list[str],  # what was read
     truths: list[str],  # what is there
-) -> dict:  # class -> dict: symbols (true ones), hits, substitutions, drops, insertions (counts), error (their sum but hits, over symbols; None without symbols)
+) -> dict:  # class -> symbols, hits, substitutions, drops, insertions (counts), error (edits over symbols)
     "Edits by class of symbol, look-alikes folded; classes that do not occur are left out"
     counts = {name: Counter() for name in (*CLASSES, 'other')}
-    for p, t in [tuple(map(fold, pair)) for pair in _pairs(preds, truths)]:
-        for true, read in align(symbols(t), symbols(p)) if p != t else [(s, s) for s in symbols(t)]:
-            what = 'hits' if true == read else 'insertions' if not true else 'substitutions' if read else 'drops'
-            counts[symbol_class(true or read)][what] += 1
+    for pred, truth in _pairs(preds, truths):
+        for true, read in align(symbols(fold_lookalikes(truth)), symbols(fold_lookalikes(pred))):
+            counts[symbol_class(true or read)][_outcome(true, read)] += 1
     return {name: _class_row(c) for name, c in counts.items() if c}
 
 
+def _outcome(true, read) -> str:
+    "What became of one aligned pair of symbols"
+    if true == read:
+        return 'hits'
+    if not true:
+        return 'insertions'
+    return 'substitutions' if read else 'drops'
+
+
 def _class_row(c: Counter) -> dict:
-    "The counts of one class, completed"
-    n, wrong = c['hits'] + c['substitutions'] + c['drops'], c['substitutions'] + c['drops'] + c['insertions']
-    return dict(
-        symbols=n,
-        hits=c['hits'],
-        substitutions=c['substitutions'],
-        drops=c['drops'],
-        insertions=c['insertions'],
-        error=wrong / n if n else None,
-    )
+    "The counts of one class, completed; without symbols there is no error rate"
+    total = c['hits'] + c['substitutions'] + c['drops']
+    edits = c['substitutions'] + c['drops'] + c['insertions']
+    counts = {name: c[name] for name in ('hits', 'substitutions', 'drops', 'insertions')}
+    return dict(symbols=total, **counts, error=edits / total if total else None)
 
 # %% ../../nbs/02_text/08_metrics.ipynb #7120cb57
+_far = float('inf')
+
+
 def _gap_costs(true, read, edit):
-    "Cost of the cheapest way to each (i, j) that ends in a pair, a drop, an insertion; an edit costs `edit`, opening a gap 1"
-    far = float('inf')
-    table = [[(0, far, far)] + [(far, far, edit * j + 1) for j in range(1, len(read) + 1)]]
+    "Cost of the cheapest way to each (i, j) that ends in a pair, a drop, an insertion; opening a gap costs 1"
+    first_row = [(_far, _far, edit * j + 1) for j in range(len(read) + 1)]
+    table = [[(0, _far, _far), *first_row[1:]]]
     for i, t in enumerate(true, 1):
-        row = [(far, edit * i + 1, far)]
+        row = [(_far, edit * i + 1, _far)]
         for j, r in enumerate(read, 1):
-            (p, d, n), (p1, d1, n1) = table[-1][j], row[-1]
-            row.append(
-                (min(table[-1][j - 1]) + edit * (t != r), min(p + 1, d, n + 1) + edit, min(p1 + 1, d1 + 1, n1) + edit)
-            )
+            pair = min(table[-1][j - 1]) + edit * (t != r)
+            row.append((pair, _drop_cost(table[-1][j], edit), _insertion_cost(row[-1], edit)))
         table.append(row)
     return table
 
+
+def _drop_cost(above, edit):
+    pair, drop, insertion = above
+    return min(pair + 1, drop, insertion + 1) + edit
+
+
+def _insertion_cost(left, edit):
+    pair, drop, insertion = left
+    return min(pair + 1, drop + 1, insertion) + edit
+
 # %% ../../nbs/02_text/08_metrics.ipynb #00e254fa
+_PAIR, _DROP, _INSERTION = range(3)
+
+
 def align_gaps(
     true,  # sequence of units (str: code points)
     read,  # the same
@@ -294,40 +331,53 @@ def align_gaps(
     state = table[i][j].index(min(table[i][j]))
     while i or j:
         cost = table[i][j][state]
-        pairs.append((true[i - 1] if state != 2 else '', read[j - 1] if state != 1 else ''))
-        i, j = i - (state != 2), j - (state != 1)
+        pairs.append((true[i - 1] if state != _INSERTION else '', read[j - 1] if state != _DROP else ''))
+        i -= state != _INSERTION
+        j -= state != _DROP
         spent = edit * (pairs[-1][0] != pairs[-1][1])
-        state = next(s for s, c in enumerate(table[i][j]) if c + spent + (state > 0 and s != state) == cost)
+        state = _layer_before(table[i][j], state, cost - spent)
     return pairs[::-1]
+
+
+def _layer_before(costs, state, wanted):
+    "The layer from which `state` was reached at the cost that is wanted"
+    for before, cost in enumerate(costs):
+        opened = state != _PAIR and before != state
+        if cost + opened == wanted:
+            return before
 
 # %% ../../nbs/02_text/08_metrics.ipynb #2447344a
 def lost_runs(
     preds: list[str],  # what was read
     truths: list[str],  # what is there
     n: int = 6,  # shortest run that counts, in code points
-) -> list[
-    dict
-]:  # line (number), kind ('dropped', 'repeated', 'inserted'), at (code points of the truth before it), length
-    "Runs of consecutive characters that were skipped, or read without being there; without spaces, look-alikes folded. 'repeated': the truth has the same run"
-    units, found = _modes['folded'], []
-    for line, (p, t) in enumerate((units(p), units(t)) for p, t in _pairs(preds, truths)):
-        if editdistance.eval(p, t) < n:
-            continue
-        at = 0
-        for side, run in groupby(align_gaps(t, p), lambda pair: (not pair[1]) - (not pair[0])):
-            run = list(run)
-            text = ''.join(r for _, r in run)
-            if side and len(run) >= n:
-                found.append(
-                    dict(
-                        line=line,
-                        kind='dropped' if side > 0 else 'repeated' if text in t else 'inserted',
-                        at=at,
-                        length=len(run),
-                    )
-                )
-            at += sum(bool(true) for true, _ in run)
+) -> list[dict]:  # line (number), kind (dropped, repeated, inserted), at (code points of the truth before it), length
+    "Runs of characters that were skipped, or read without being there; without spaces, look-alikes folded"
+    found = []
+    for line, (pred, truth) in enumerate(_pairs(preds, truths)):
+        pred, truth = _folded(pred), _folded(truth)
+        if editdistance.eval(pred, truth) >= n:
+            found += [dict(line=line, **run) for run in _runs_of_gaps(pred, truth) if run['length'] >= n]
     return found
+
+
+def _gap_of(pair):
+    "What an aligned pair is: '' if both sides have a unit"
+    true, read = pair
+    return 'drop' if not read else 'insertion' if not true else ''
+
+
+def _runs_of_gaps(pred, truth):
+    "The gaps of one line; 'repeated' is an insertion that the truth has elsewhere"
+    at = 0
+    for gap, pairs in groupby(align_gaps(truth, pred), _gap_of):
+        pairs = list(pairs)
+        inserted = ''.join(r for _, r in pairs)
+        if gap == 'drop':
+            yield dict(kind='dropped', at=at, length=len(pairs))
+        elif gap:
+            yield dict(kind='repeated' if inserted in truth else 'inserted', at=at, length=len(pairs))
+        at += sum(bool(true) for true, _ in pairs)
 
 # %% ../../nbs/02_text/08_metrics.ipynb #a4a04bc7
 def line_edits(
@@ -337,10 +387,9 @@ def line_edits(
 ) -> tuple[np.ndarray, np.ndarray]:  # int64 (lines,): edits, and units of the truth
     "Edits and length of each line"
     metric = metric or CER('folded')
-    pairs = [(metric.units(p), metric.units(t)) for p, t in _pairs(preds, truths)]
-    return np.array([editdistance.eval(p, t) for p, t in pairs], np.int64), np.array(
-        [len(t) for _, t in pairs], np.int64
-    )
+    counts = [metric.count(pred, truth) for pred, truth in _pairs(preds, truths)]
+    edits, lengths = np.array(counts, np.int64).reshape(-1, 2).T
+    return edits, lengths
 
 # %% ../../nbs/02_text/08_metrics.ipynb #9f4be77d
 def _resampled(
@@ -349,13 +398,21 @@ def _resampled(
     seed: int,
 ) -> np.ndarray:  # int64 (rounds, k)
     "Sums of the columns over lines drawn with repetition"
-    counts, rng = np.asarray(counts), np.random.default_rng(seed)
+    counts = np.asarray(counts)
     if not counts.size or not counts[:, -1].sum():
         raise KhmerOCRError('The bootstrap has seen no true text: give it at least one line that is not empty')
-    n = len(counts)
+    rng, n, sums = np.random.default_rng(seed), len(counts), []
     portion = max(1, 2_000_000 // n)
-    draws = (rng.integers(n, size=(min(portion, rounds - i), n)) for i in range(0, rounds, portion))
-    return np.concatenate([np.stack([column[d].sum(1) for column in counts.T], 1) for d in draws])
+    for start in range(0, rounds, portion):
+        lines = rng.integers(n, size=(min(portion, rounds - start), n))
+        sums.append(np.stack([column[lines].sum(1) for column in counts.T], 1))
+    return np.concatenate(sums)
+
+
+def _middle(values, level) -> tuple[float, float]:
+    "The ends of the middle part of some values"
+    low, high = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2]).tolist()
+    return low, high
 
 
 def bootstrap(
@@ -367,7 +424,7 @@ def bootstrap(
 ) -> tuple[float, float]:  # lower and upper end, fractions
     "Percentile bootstrap interval of an error rate, over lines (Bisani and Ney 2004)"
     sums = _resampled(np.stack([edits, totals], 1), rounds, seed)
-    return tuple(np.quantile(sums[:, 0] / np.maximum(sums[:, 1], 1), [0.5 - level / 2, 0.5 + level / 2]).tolist())
+    return _middle(sums[:, 0] / np.maximum(sums[:, 1], 1), level)
 
 # %% ../../nbs/02_text/08_metrics.ipynb #82c77933
 def paired_bootstrap(
@@ -377,17 +434,13 @@ def paired_bootstrap(
     rounds: int = 1000,
     level: float = 0.95,
     seed: int = 0,
-) -> dict:  # difference (rate of the second less that of the first; above 0: the first is better), low, high: fractions; better: share of the rounds in which the first is
+) -> dict:  # difference, low, high: fractions (above 0: the first is better); better: share of the rounds in which it is
     "The difference of two readers on the same lines, with its bootstrap interval (Koehn 2004)"
     sums = _resampled(np.stack([edits, other, totals], 1), rounds, seed)
     gaps = (sums[:, 1] - sums[:, 0]) / np.maximum(sums[:, 2], 1)
-    low, high = np.quantile(gaps, [0.5 - level / 2, 0.5 + level / 2]).tolist()
-    return dict(
-        difference=float((np.sum(other) - np.sum(edits)) / np.sum(totals)),
-        low=low,
-        high=high,
-        better=float((gaps > 0).mean()),
-    )
+    low, high = _middle(gaps, level)
+    difference = float((np.sum(other) - np.sum(edits)) / np.sum(totals))
+    return dict(difference=difference, low=low, high=high, better=float((gaps > 0).mean()))
 
 # %% ../../nbs/02_text/08_metrics.ipynb #eea8a636
 def calibration(
@@ -396,20 +449,20 @@ def calibration(
     bins: int = 10,  # equal parts of 0..1
 ) -> dict:  # 'ece' (0..1); for the bins that are not empty: 'confidence' and 'accuracy' (means, 0..1), 'count'
     "Claimed against true accuracy by bins of confidence, and the expected calibration error"
-    conf, correct = (
-        torch.as_tensor(conf, dtype=torch.float64).flatten(),
-        torch.as_tensor(correct, dtype=torch.float64).flatten(),
-    )
+    conf = np.asarray(conf, float).ravel()
+    correct = np.asarray(correct, float).ravel()
     if len(conf) != len(correct) or not len(conf):
         raise KhmerOCRError(f'Calibration needs one confidence for each reading: got {len(conf)} for {len(correct)}')
     if not ((conf >= 0) & (conf <= 1)).all():
         raise KhmerOCRError('Calibration needs confidences from 0 to 1: turn logits into probabilities first')
-    where = (conf * bins).long().clamp(max=bins - 1)
-    count = torch.bincount(where, minlength=bins)
-    claimed, true = [(torch.bincount(where, x, minlength=bins) / count)[count > 0] for x in (conf, correct)]
-    count = count[count > 0]
+    bin_of = (conf * bins).astype(int).clip(max=bins - 1)
+    count = np.bincount(bin_of, minlength=bins)
+    filled = count > 0
+    count = count[filled]
+    claimed = np.bincount(bin_of, conf, bins)[filled] / count
+    true = np.bincount(bin_of, correct, bins)[filled] / count
     return dict(
-        ece=float((count * (claimed - true).abs()).sum() / count.sum()),
+        ece=float((count * np.abs(claimed - true)).sum() / count.sum()),
         confidence=claimed.tolist(),
         accuracy=true.tolist(),
         count=count.tolist(),
@@ -431,18 +484,19 @@ def rejection(
     totals,  # integers (lines,)
     targets=(0.01, 0.005, 0.002, 0.001),  # error rates to ask for
     points: int = 101,  # of the curve, at most
-) -> dict:  # 'kept' and 'error' (the curve, fractions, rising share kept), 'area', 'best_area' (of an oracle), 'reject': target -> smallest share of lines to set aside (1.: all)
-    "Error rate among the surest lines, for every share of lines kept"
-    kept, error = _kept(np.asarray(conf, float), np.asarray(edits), np.asarray(totals))
-    best = _kept(-np.asarray(edits) / np.maximum(totals, 1), np.asarray(edits), np.asarray(totals))
+) -> dict:  # kept, error (the curve, fractions), area, best_area (of an oracle), reject: target -> share of lines
+    "Error rate among the surest lines, for every share of lines kept; `reject` is the least share to set aside"
+    conf, edits = np.asarray(conf, float), np.asarray(edits)
+    totals = np.asarray(totals)
+    kept, error = _kept(conf, edits, totals)
+    best = _kept(-edits / np.maximum(totals, 1), edits, totals)
     some = np.unique(np.linspace(0, len(kept) - 1, points).round().astype(int))
-    reject = {t: float(1 - kept[error <= t].max(initial=0)) for t in targets}
     return dict(
         kept=kept[some].tolist(),
         error=error[some].tolist(),
         area=_area(kept, error),
         best_area=_area(*best),
-        reject=reject,
+        reject={t: float(1 - kept[error <= t].max(initial=0)) for t in targets},
     )
 
 
@@ -451,8 +505,9 @@ def _kept(conf, edits, totals):
     if not len(conf) or not len(conf) == len(edits) == len(totals):
         raise KhmerOCRError(f'The rejection curve needs one confidence for each line: got {len(conf)} for {len(edits)}')
     order = np.argsort(-conf, kind='stable')
-    ends = np.flatnonzero(np.r_[np.diff(conf[order]) != 0, True])
-    return (ends + 1) / len(conf), np.cumsum(edits[order])[ends] / np.maximum(np.cumsum(totals[order])[ends], 1)
+    last_of_group = np.flatnonzero(np.r_[np.diff(conf[order]) != 0, True])
+    edits, totals = np.cumsum(edits[order]), np.cumsum(totals[order])
+    return (last_of_group + 1) / len(conf), edits[last_of_group] / np.maximum(totals[last_of_group], 1)
 
 
 def _area(kept, error) -> float:
