@@ -58,7 +58,7 @@ def _axis(length, origin):
 
 
 def shadow(image, rng, depth=(0.2, 0.55)):
-    """One side of an edge through the line is darker by `depth`; the edge is 0.2-2 heights soft and of any direction"""
+    "One side of an edge through the line is darker by `depth`; the edge is 0.2-2 heights soft and of any direction"
     h, w = image.shape
     angle = rng.uniform(0, 2 * np.pi)
     softness = h * rng.uniform(0.2, 2.0) / 255  # px for each grey level
@@ -99,8 +99,8 @@ def moire(image, rng, depth=(6, 30), period=(3.0, 16.0)):
 
 # %% ../../nbs/03_synth/07_camera_ops.ipynb #9ac2bccb
 def skew(image, rng, degrees=1.5, slant=0.15, stretch=0.12):
-    """Rotation up to `degrees`, horizontal shear up to `slant`, width times 1 +- `stretch`; the canvas grows to hold the
-    result"""
+    """Rotation up to `degrees`, horizontal shear up to `slant`, width times 1 +- `stretch`; the canvas grows to hold
+    the result"""
     h, w = image.shape
     slope = np.tan(np.deg2rad(rng.uniform(-degrees, degrees)))
     slope = float(np.clip(slope, -0.33 * h / w, 0.33 * h / w))
@@ -111,9 +111,7 @@ def skew(image, rng, degrees=1.5, slant=0.15, stretch=0.12):
     x_row = [scale, shear, max(0, -shear) * h]
     y_row = [slope * scale, 1, max(0, -slope * scale) * w]
     paper = int(np.median(image[0]))
-    return cv2.warpAffine(
-        image, np.float32([x_row, y_row]), (width, height), flags=cv2.INTER_LINEAR, borderValue=paper
-    )
+    return cv2.warpAffine(image, np.float32([x_row, y_row]), (width, height), flags=cv2.INTER_LINEAR, borderValue=paper)
 
 # %% ../../nbs/03_synth/07_camera_ops.ipynb #307dba05
 def perspective(image, rng, squeeze=0.16):
@@ -150,8 +148,8 @@ def _bend(image, x, dy):
 
 # %% ../../nbs/03_synth/07_camera_ops.ipynb #c2eb40eb
 def wave(image, rng, height=(0.02, 0.07), length=(3.0, 12.0)):
-    """The baseline is a sine: `height` and `length` in heights of the line. Wider than 32,000 px, where OpenCV's remapping
-    ends, nothing happens"""
+    """The baseline is a sine: `height` and `length` in heights of the line. Wider than 32,000 px, where OpenCV's
+    remapping ends, nothing happens"""
     h, w = image.shape
     if w > _REMAP_LIMIT:
         return image
@@ -162,8 +160,8 @@ def wave(image, rng, height=(0.02, 0.07), length=(3.0, 12.0)):
 
 # %% ../../nbs/03_synth/07_camera_ops.ipynb #6eff8935
 def curl(image, rng, bend=(0.08, 0.3), crowd=(0.1, 0.4), dark=(0.1, 0.5)):
-    """One end runs into the spine of a book: it bends away by `bend` heights, is narrower by `crowd`, and darker by `dark`.
-    Wider than 32,000 px: nothing"""
+    """One end runs into the spine of a book: it bends away by `bend` heights, is narrower by `crowd`, and darker by
+    `dark`. Wider than 32,000 px: nothing"""
     h, w = image.shape
     reach = min(h * rng.uniform(0.7, 3.0), w / 3)
     narrower = rng.uniform(*crowd)

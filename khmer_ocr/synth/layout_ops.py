@@ -45,8 +45,8 @@ def neighbours(
 
 # %% ../../nbs/03_synth/06_layout_ops.ipynb #cffc8571
 def margins(image, rng, most=0.35, cut=0.04):
-    """Blank paper on each side, up to `most` of the height (usually little); now and then up to `cut` of the height is lost
-    at the top or bottom"""
+    """Blank paper on each side, up to `most` of the height (usually little); now and then up to `cut` of the height
+    is lost at the top or bottom"""
     h = len(image)
     paper = int(image.max())
     top, bottom, left, right = (int(h * most * rng.random() ** 2) for _ in range(4))
@@ -58,8 +58,8 @@ def margins(image, rng, most=0.35, cut=0.04):
 
 # %% ../../nbs/03_synth/06_layout_ops.ipynb #f6f1e12b
 def tight(image, rng, cut=0.07):
-    """Cropped to the ink and a little further: up to `cut` of the ink's height is lost above and below, and up to two pixels
-    at each end"""
+    """Cropped to the ink and a little further: up to `cut` of the ink's height is lost above and below, and up to two
+    pixels at each end"""
     dark = image < (int(image.min()) + int(image.max()) + 1) // 2
     rows = np.flatnonzero(dark.any(1))
     cols = np.flatnonzero(dark.any(0))
@@ -128,8 +128,8 @@ def rule(image, rng):
 
 # %% ../../nbs/03_synth/06_layout_ops.ipynb #fc1429a4
 def table(image, rng, ink=(0, 140)):
-    """Lines of a table: one to three from top to bottom at any place, and the rows' borders near the top and bottom edge
-    (each two in three)"""
+    """Lines of a table: one to three from top to bottom at any place, and the rows' borders near the top and bottom
+    edge (each two in three)"""
     out = image.copy()
     h, w = image.shape
     grey = draw_int(rng, ink)
@@ -145,8 +145,8 @@ def table(image, rng, ink=(0, 140)):
 
 
 def leaders(image, rng, ink=(0, 150)):
-    """A row of dots, 3-8 px apart and 1-2 px large, at 0.55-0.88 of the height: from end to end (one in three), or before or
-    after some point"""
+    """A row of dots, 3-8 px apart and 1-2 px large, at 0.55-0.88 of the height: from end to end (one in three), or
+    before or after some point"""
     out = image.copy()
     h, w = image.shape
     grey = draw_int(rng, ink)

@@ -89,8 +89,8 @@ def _laid(profile, index, along):
 
 # %% ../../nbs/03_synth/05_paper_ops.ipynb #4b809b43
 def fold(image, rng, depth=(50, 150), shade=(5, 40)):
-    """A crease across (or, one in four, along) the line, `depth` levels dark or light, and on one side a shade of `shade`
-    levels that dies away over 0.2-2 heights"""
+    """A crease across (or, one in four, along) the line, `depth` levels dark or light, and on one side a shade of
+    `shade` levels that dies away over 0.2-2 heights"""
     h, w = image.shape
     along = rng.random() < 0.25
     length, across = (h, w) if along else (w, h)

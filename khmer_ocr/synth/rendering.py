@@ -266,7 +266,9 @@ class Line:
     text: str  # what was drawn
     ink: np.ndarray  # uint8 H x W; 0 none, 255 full ink; the exact box of the ink
     baseline: int  # row of `ink` on which the letters stand; may lie outside if nothing reaches it
-    placed: list = field(repr=False)  # (index in text, x, y, Glyph), drawing order; px from the pen's start on the baseline
+    placed: list = field(
+        repr=False
+    )  # (index in text, x, y, Glyph), drawing order; px from the pen's start on the baseline
     left: int = 0  # column of `ink` at which the pen set out; the ink may begin before it
     advance: float = 0.0  # px from there to where the pen came to rest
 
@@ -302,8 +304,8 @@ def _runs_to_draw(text, font, latin):
 
 
 def _place_glyphs(text, font, size, latin, spacing, space, stride):
-    """All inked glyphs: [(index in text, x, y, Glyph)], pixel corners relative to the pen's start on the baseline; and the
-    pen's end in 1/64 px"""
+    """All inked glyphs: [(index in text, x, y, Glyph)], pixel corners relative to the pen's start on the baseline;
+    and the pen's end in 1/64 px"""
     placed = []
     x = 0
     previous = None
