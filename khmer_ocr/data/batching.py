@@ -16,6 +16,7 @@ import torch
 from collections.abc import Iterator
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset
+from ..core.rng import Stream, stream_rng
 
 # %% ../../nbs/05_data/03_batching.ipynb #3687f64e
 def collate(
@@ -23,16 +24,23 @@ def collate(
     multiple=16,  # the width is padded to a multiple of this: few different shapes let the CPU's kernels be prepared once
 ) -> dict:  # images uint8 (B, 1, height, W), widths int64 (B,), texts list of B strings
     "One batch: padded with white on the right"
-    W = max(im.shape[1] for im, _ in items)
-    W = -(-W // multiple) * multiple
-    out = torch.full((len(items), 1, items[0][0].shape[0], W), 255, dtype=torch.uint8)
-    for i, (im, _) in enumerate(items):
-        out[i, 0, :, : im.shape[1]] = torch.from_numpy(im)
-    return dict(images=out, widths=torch.tensor([im.shape[1] for im, _ in items]), texts=[t for _, t in items])
+    images, texts = zip(*items)
+    widths = [im.shape[1] for im in images]
+    height = images[0].shape[0]
+    padded = torch.full((len(images), 1, height, _round_up(max(widths), multiple)), 255, dtype=torch.uint8)
+    for i, (im, width) in enumerate(zip(images, widths)):
+        padded[i, 0, :, :width] = torch.from_numpy(im)
+    return dict(images=padded, widths=torch.tensor(widths), texts=list(texts))
 
 
-def as_input(images: torch.Tensor) -> torch.Tensor:
-    "uint8 images (B, 1, H, W) as the network's input: float32, ink 1, paper 0"
+def _round_up(number, multiple):
+    return -(-number // multiple) * multiple
+
+
+def as_input(
+    images: torch.Tensor,  # uint8 (B, 1, H, W), ink 0, paper 255
+) -> torch.Tensor:  # float32 (B, 1, H, W), ink 1, paper 0
+    "Images as the network's input"
     return 1 - images.float() / 255
 
 # %% ../../nbs/05_data/03_batching.ipynb #fd139238
@@ -42,18 +50,24 @@ def bucket_batches(
     rng=None,  # shuffles the order of the batches; None keeps narrow ones first
 ) -> list[dict]:
     "Batches of items of like width, `batch_size` each (the last has what is left)"
-    order = sorted(range(len(items)), key=lambda i: items[i][0].shape[1])
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    ordered = sorted(items, key=_width)
+    batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
     if rng is not None:
         rng.shuffle(batches)
-    return [collate([items[i] for i in b]) for b in batches]
+    return [collate(b) for b in batches]
 
 
-def padding(batches) -> float:
+def _width(item):
+    return item[0].shape[1]
+
+
+def padding(
+    batches: list[dict],  # of `collate`
+) -> float:  # 0..1
     "The share of the pixels that is padding"
-    return 1 - sum(int(b['widths'].sum()) for b in batches) / sum(
-        b['images'].shape[0] * b['images'].shape[3] for b in batches
-    )
+    used = sum(int(b['widths'].sum()) for b in batches)
+    total = sum(b['images'].shape[0] * b['images'].shape[3] for b in batches)
+    return 1 - used / total
 
 # %% ../../nbs/05_data/03_batching.ipynb #71b43d96
 def cut_widths(
@@ -63,35 +77,38 @@ def cut_widths(
 ) -> list[tuple[int, int]]:  # (first, behind last) of each batch
     "The cut into `batches` batches, each of a half to 5/4 of the average size, that pads the least"
     size = len(widths) // batches
-    step = math.gcd(size, max(1, size // 8))  # sizes go in steps
-    widest = -(-np.asarray(widths)[step - 1 :: step] // multiple) * multiple
-    m = np.arange(max(1, size // 2 // step), size * 5 // 4 // step + 1)
-    start = np.arange(1, len(widest) + 1)[:, None] - m
-    area = np.where(start >= 0, m * widest[:, None] + 1e-6 * (m * step - size) ** 2, np.inf)  # of equals, the most even
-    best, choice = np.r_[0.0, np.full(len(widest), np.inf)], []
+    step = math.gcd(size, max(1, size // 8))  # sizes go in steps; ends and sizes are counted in steps below
+    sizes = np.arange(max(1, size // 2 // step), size * 5 // 4 // step + 1)
+    widest = _round_up(np.asarray(widths)[step - 1 :: step], multiple)  # the widest line of a batch, by its end
+    starts = np.arange(1, len(widest) + 1)[:, None] - sizes
+    uneven = 1e-6 * (sizes * step - size) ** 2  # of equally good sizes, the most even
+    area = np.where(starts >= 0, sizes * widest[:, None] + uneven, np.inf)
+    least = np.r_[0.0, np.full(len(widest), np.inf)]  # area of the best cut, by its end
+    chosen = []
     for _ in range(batches):
-        total = best[np.maximum(start, 0)] + area
-        j = total.argmin(1)
-        choice.append(m[j])
-        best = np.r_[np.inf, total[np.arange(len(j)), j]]
-    return _follow(choice, len(widest), step)
+        total = least[np.maximum(starts, 0)] + area
+        best = total.argmin(1)
+        chosen.append(sizes[best])
+        least = np.r_[np.inf, total[np.arange(len(best)), best]]
+    return _backtrack(chosen, len(widest), step)
 
 # %% ../../nbs/05_data/03_batching.ipynb #316c1cce
-def _follow(choice, n, step):
+def _backtrack(chosen, end, step):
     "Borders of the batches, from the size that was best at each end"
-    out = []
-    for sizes in reversed(choice):
-        out.append(((n - sizes[n - 1]) * step, n * step))
-        n -= sizes[n - 1]
-    return [(int(a), int(b)) for a, b in reversed(out)]
+    borders = []
+    for sizes in reversed(chosen):
+        start = end - sizes[end - 1]
+        borders.append((int(start * step), int(end * step)))
+        end = start
+    return borders[::-1]
 
 
 def pool_batches(items, batches: int, rng) -> list[dict]:
     "A pool of lines as `batches` batches of like width, in random order"
-    order = sorted(range(len(items)), key=lambda i: items[i][0].shape[1])
-    cuts = cut_widths([items[i][0].shape[1] for i in order], batches)
+    ordered = sorted(items, key=_width)
+    cuts = cut_widths([_width(item) for item in ordered], batches)
     rng.shuffle(cuts)
-    return [collate([items[i] for i in order[a:b]]) for a, b in cuts]
+    return [collate(ordered[a:b]) for a, b in cuts]
 
 # %% ../../nbs/05_data/03_batching.ipynb #3cdf1895
 POOL = 64  # batches
@@ -102,65 +119,76 @@ class BatchPools(Dataset):
 
     def __init__(
         self,
-        source,  # has take(a, b, seed) -> list of (prepared image, label)
+        source,  # has fetch(a, b, seed) -> list of (prepared image, label)
         batch_size=64,  # lines a batch, on average
         pool=POOL,  # batches a pool
         seed=42,
         pools=1_000_000,  # after so many the stream ends
     ):
-        self.source, self.batch_size, self.pool, self.seed, self.pools = source, batch_size, pool, seed, pools
+        self.source = source
+        self.batch_size = batch_size
+        self.pool = pool
+        self.seed = seed
+        self.pools = pools
 
     def __len__(self):
         return self.pools
 
     def __getitem__(self, p):
-        a, b = self.start(p), self.start(p + 1)
-        return pool_batches(
-            self.source.take(a * self.batch_size, b * self.batch_size, self.seed), b - a, _rng(self.seed, 10, p)
-        )
-
-
-def _rng(seed, stream, n):
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, n]))
+        first = self.start(p)
+        end = self.start(p + 1)
+        lines = self.source.fetch(first * self.batch_size, end * self.batch_size, self.seed)
+        return pool_batches(lines, end - first, stream_rng(self.seed, Stream.BATCH_POOLS, p))
 
 # %% ../../nbs/05_data/03_batching.ipynb #eda40907
 @patch
 def start(self: BatchPools, p) -> int:
     "Number of the first batch of pool `p`: pools hold 4, 16, ... batches, then `pool`"
-    ramp = [4 ** (i + 1) for i in range(min(p, 16)) if 4 ** (i + 1) < self.pool]
-    return sum(ramp) + (p - len(ramp)) * self.pool
+    sizes = [4**i for i in range(1, min(p, 16) + 1)]
+    small = [n for n in sizes if n < self.pool]
+    return sum(small) + (p - len(small)) * self.pool
 
 
 @patch
+def pool_of(self: BatchPools, batch) -> int:
+    "Number of the pool that holds batch number `batch`"
+    p = max(0, batch // self.pool - 1)
+    while self.start(p + 1) <= batch:
+        p += 1
+    return p
+
+# %% ../../nbs/05_data/03_batching.ipynb #d732575b
+@patch
 def batches(self: BatchPools, step: int = 0, workers: int = 0) -> Iterator[dict]:
     "The endless stream of batches from batch number `step` on; the same for any number of `workers`"
-    p0 = max(0, step // self.pool - 1)
-    while self.start(p0 + 1) <= step:
-        p0 += 1
-    skip = step - self.start(p0)
+    first = self.pool_of(step)
+    skip = step - self.start(first)
     loader = DataLoader(
         self,
         batch_size=None,
-        sampler=range(p0, self.pools),
+        sampler=range(first, self.pools),
         num_workers=workers,
         prefetch_factor=1 if workers else None,
         multiprocessing_context='spawn' if workers else None,
-        worker_init_fn=_obey,
+        worker_init_fn=_exit_with_parent,
     )
     for pool in loader:
         yield from pool[skip:]
         skip = 0
 
 # %% ../../nbs/05_data/03_batching.ipynb #753dbfe2
-def _obey(worker=0):
-    "In a worker that is deaf to SIGTERM: end when the parent sends it"
-    if not hasattr(signal, 'sigwaitinfo') or signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []):
+def _exit_with_parent(worker=0):
+    "In a worker that blocks SIGTERM: end when the parent sends it"
+    if not hasattr(signal, 'sigwaitinfo'):  # Windows, macOS
+        return
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    if signal.SIGTERM not in blocked:
         return
 
-    def listen():
+    def wait_for_parent():
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
             pass
         os._exit(0)
 
-    threading.Thread(target=listen, daemon=True).start()
-    atexit.register(os._exit, 0)  # Python's own way out would end the thread so roughly that C++ complains
+    threading.Thread(target=wait_for_parent, daemon=True).start()
+    atexit.register(os._exit, 0)  # Python's own end stops the thread while it waits, and C++ complains

@@ -41,9 +41,7 @@ class Callback:
         "Take back what `state` gave, or {} from a checkpoint without it"
 
 # %% ../../nbs/04_training/04_callbacks.ipynb #4ad53bf4
-def memory_mb(
-    device: torch.device,
-) -> float:
+def memory_mb(device: torch.device) -> float:
     "Megabytes in use: of the GPU at its highest, or of this process"
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 2**20

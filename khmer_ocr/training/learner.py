@@ -29,7 +29,16 @@ from torch import nn
 from ..core.errors import KhmerOCRError, suggest
 from ..core.files import block_signals
 from khmer_ocr.training.callbacks import (
-    HISTORY_COLUMNS, CancelFit, EarlyStop, History, KeepBest, Progress, StopAtTarget, TensorBoard, Timer, is_due,
+    HISTORY_COLUMNS,
+    CancelFit,
+    EarlyStop,
+    History,
+    KeepBest,
+    Progress,
+    StopAtTarget,
+    TensorBoard,
+    Timer,
+    is_due,
 )
 from .checkpoints import ema_update, load_checkpoint, save_checkpoint, tensors_under
 from .memory import batch_length, is_out_of_memory, split_batch
@@ -382,7 +391,6 @@ def run_evaluation(self: Learner):
     if self.improved:
         self.save('best')
     self('after_eval')
-
 
 
 @patch

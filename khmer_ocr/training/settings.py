@@ -150,7 +150,8 @@ def freeze(
     parts: Iterable[str],  # names of modules or parameters; 'head' covers 'head.0.weight', but not 'header.weight'
 ) -> list[nn.Module]:  # norms and dropouts of the frozen parts: to be put into eval mode after every `net.train()`
     "Take the parameters under `parts` out of training, and the dropout between the layers of their LSTMs"
-    parts = tuple(parts)
+    current_name = getattr(net, 'current_name', str)  # a network may know former names of its parts
+    parts = tuple(current_name(part) for part in parts)
     _freeze_parameters(net, parts)
     frozen = [m for name, m in net.named_modules() if any(_lies_under(name, part) for part in parts)]
     for m in frozen:
