@@ -262,7 +262,6 @@ def train_pix2pix(
 # %% ../../nbs/07_generative/06_pix2pix_training.ipynb #5005b6aa
 def save_generator(learn: Learner):
     "Write generator.safetensors: the averaged generator, which is all that inference needs"
-    best = learn.averaged
     header = learn.header | dict(kind='weights', part='generator', step=learn.step)
     save_checkpoint(Path(learn.out_dir) / 'generator.safetensors', learn.averaged.generator.state_dict(), header)
 

@@ -159,9 +159,7 @@ def vae_learner(
     evaluate = reconstruction_scores(held_out, config) if held_out else None
     header = dict(model='vae', config=asdict(config))
     train_config = TrainConfig(**settings)
-    return Learner(
-        net, ELBO(config), pairs.batches, train_config, out_dir, calls, evaluate, header, verbose=verbose
-    )
+    return Learner(net, ELBO(config), pairs.batches, train_config, out_dir, calls, evaluate, header, verbose=verbose)
 
 # %% ../../nbs/07_generative/09_vae_training.ipynb #0dcb300f
 def train_vae(
