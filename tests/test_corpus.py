@@ -15,7 +15,7 @@ from khmer_ocr.text.corpus import build_corpus, corpus_stats, load_lines, split_
 from khmer_ocr.text.corpus import _sentences
 from khmer_ocr.text.khmer import charset, normalise
 from khmer_ocr.text.rules import rule_line, use_typographic_marks
-from khmer_ocr.text.sources import fetch_source, plain_pickle, read_text_source, sources
+from khmer_ocr.text.sources import fetch_source, plain_pickle, read_text_source
 
 words = 'ប្រទេស កម្ពុជា សាលារៀន កុមារ អាន សៀវភៅ ទន្លេ ភ្នំ ផ្ទះ ទីក្រុង មនុស្ស ច្បាប់ សិទ្ធិ បុណ្យ ភូមិ ខ្មែរ'.split()
 

@@ -19,7 +19,6 @@ from khmer_ocr.text.metrics import (
     accuracy,
     align,
     align_gaps,
-    bleu,
     bootstrap,
     calibration,
     class_errors,

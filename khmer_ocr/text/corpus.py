@@ -153,11 +153,7 @@ def _html_file_texts(data):
 
 
 _readers = dict(
-    html=_html_file_texts,
-    mo=_mo_texts,
-    cldr=_cldr_texts,
-    sentences=plain_pickle,
-    words=plain_pickle,
+    html=_html_file_texts, mo=_mo_texts, cldr=_cldr_texts, sentences=plain_pickle, words=plain_pickle
 )  # bytes of a file -> its texts
 
 
@@ -361,9 +357,7 @@ def build_corpus(
     stats = _stats(chosen, lines, dropped, files, seed, licence)
     if not stats['train']:
         names = ', '.join(source.name for source in chosen)
-        raise KhmerOCRError(
-            f'No training line is left of {names} after cleaning ({_reasons(dropped)}): name more text'
-        )
+        raise KhmerOCRError(f'No training line is left of {names} after cleaning ({_reasons(dropped)}): name more text')
     make_folder(out)
     files['corpus.json'] = json.dumps(stats, ensure_ascii=False, indent=1) + '\n'
     for name, text in files.items():

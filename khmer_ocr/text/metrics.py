@@ -434,7 +434,7 @@ def paired_bootstrap(
     rounds: int = 1000,
     level: float = 0.95,
     seed: int = 0,
-) -> dict:  # difference, low, high: fractions (above 0: the first is better); better: share of the rounds in which it is
+) -> dict:  # difference, low, high: fractions, above 0 if the first is better; better: share of rounds where it is
     "The difference of two readers on the same lines, with its bootstrap interval (Koehn 2004)"
     sums = _resampled(np.stack([edits, other, totals], 1), rounds, seed)
     gaps = (sums[:, 1] - sums[:, 0]) / np.maximum(sums[:, 2], 1)

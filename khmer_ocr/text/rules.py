@@ -148,7 +148,8 @@ def _time(rng, words=()):
     return _maybe_khmer_digits(rng, _choice(rng, forms), 0.6)
 
 # %% ../../nbs/02_text/05_rules.ipynb #a10c786f
-_english = '''the of and to in is for on with as by at from that this be are was or an it not have has will can new all one two
+_english = '''
+the of and to in is for on with as by at from that this be are was or an it not have has will can new all one two
 three first last more most other about after again against age agency agreement air also among amount annual
 answer any area army art asia association attention author award bank base become before begin benefit best better
 between bill board body book border branch bridge budget build business call cambodia campaign capital card care
@@ -261,7 +262,8 @@ _given_names = '''សុភា ចន្ទា ដារ៉ា បូរ៉ា �
 ផល្លា គន្ធា ឈុនលី ហ្សូភី ឥន្ទ្រា អ៊ីវ៉ាន់ ញាណ ធីតា បញ្ញា'''.split()
 _titles = '''ឯកឧត្តម លោក លោកស្រី លោកជំទាវ កញ្ញា លោកគ្រូ សម្តេច បណ្ឌិត ឧកញ៉ា ព្រះអង្គម្ចាស់ លោកបណ្ឌិត លោកតា អ្នកស្រី ព្រះតេជគុណ'''.split()
 _latin_titles = 'H.E. Mr. Mrs. Ms. Dr. Prof.'.split()
-_latin_names = '''Sok Chan Heng Kim Ly Tep Uk Chhim Son Meas Keo Nuon Pen Yim Long Seng Dara Bora Vuthy Ratana Sokha Pisey Kanha
+_latin_names = '''
+Sok Chan Heng Kim Ly Tep Uk Chhim Son Meas Keo Nuon Pen Yim Long Seng Dara Bora Vuthy Ratana Sokha Pisey Kanha
 Vichet Mony Samnang Veasna Narin Phalla Sopheap John Mary Peter Anna David Marie Jean Paul'''.split()
 
 

@@ -181,7 +181,8 @@ def train_subwords(
         )
     except RuntimeError:
         raise KhmerOCRError(
-            f'No vocabulary of {size} units can be learned from {len(texts)} lines: give other text, or ask for fewer units'
+            f'No vocabulary of {size} units can be learned from {len(texts)} lines: '
+            'give other text, or ask for fewer units'
         ) from None
     return out.getvalue()
 
