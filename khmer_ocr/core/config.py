@@ -137,7 +137,7 @@ def check_choices(config, choices: dict):  # name -> values that are allowed
         if value not in allowed:
             raise setting_error(name, value, f'one of {", ".join(map(str, allowed))}')
 
-
+# %% ../../nbs/01_core/03_config.ipynb #ad87b250
 def check_at_least(config, lowest: dict):  # name -> lowest value
     "KhmerOCRError for a number that is too small"
     for name, low in lowest.items():

@@ -56,7 +56,7 @@ _malformed = re.compile(
 _khmer_character = re.compile('[\u1780-\u17d3]')
 _known_symbols = set(charset('khmer-latin').symbols)
 
-
+# %% ../../nbs/02_text/04_cleaning.ipynb #0d1b8812
 def reject_reason(
     s: str,  # a normalised text
     shortest: int = 1,  # code points

@@ -407,7 +407,7 @@ def stats_table(
     rows.append(('total', '', *(f'{stats[split]:,}' for split in _split_shares), str(mean_length), ''))
     return _aligned(rows)
 
-
+# %% ../../nbs/02_text/06_corpus.ipynb #4d769de1
 def _aligned(rows):
     "Rows of cells as text in columns: the first two flush left, numbers flush right"
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -88,7 +88,7 @@ def merge_state(self: EditRate, other: EditRate):
     self.edits += other.edits
     self.total += other.total
 
-
+# %% ../../nbs/02_text/08_metrics.ipynb #dc57b4dd
 @patch
 def compute(self: EditRate) -> float:
     "The rate so far"
@@ -360,7 +360,7 @@ def lost_runs(
             found += [dict(line=line, **run) for run in _runs_of_gaps(pred, truth) if run['length'] >= n]
     return found
 
-
+# %% ../../nbs/02_text/08_metrics.ipynb #70b056cb
 def _gap_of(pair):
     "What an aligned pair is: '' if both sides have a unit"
     true, read = pair
@@ -414,7 +414,7 @@ def _middle(values, level) -> tuple[float, float]:
     low, high = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2]).tolist()
     return low, high
 
-
+# %% ../../nbs/02_text/08_metrics.ipynb #bd63d77e
 def bootstrap(
     edits,  # integers (lines,), as from `line_edits`
     totals,  # integers (lines,)
@@ -499,7 +499,7 @@ def rejection(
         reject={t: float(1 - kept[error <= t].max(initial=0)) for t in targets},
     )
 
-
+# %% ../../nbs/02_text/08_metrics.ipynb #25802a5a
 def _kept(conf, edits, totals):
     "Share of lines kept and error rate among them, after each group of lines of one confidence"
     if not len(conf) or not len(conf) == len(edits) == len(totals):

@@ -128,7 +128,7 @@ class Sampler:
         self._kind_cum = _cumulated([wording.kinds[LINE_KINDS.index(k)] for k in self.kinds])
         self._band_cum = _cumulated(wording.lengths)
 
-
+# %% ../../nbs/02_text/07_sampler.ipynb #cd07ccd7
 def _sorted_by_length(lines) -> dict:
     "kind -> (numbers of its lines, shortest first; their lengths)"
     numbers = defaultdict(list)

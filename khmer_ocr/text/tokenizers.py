@@ -11,6 +11,7 @@ import base64
 import io
 import re
 from collections import Counter
+from fastcore.basics import patch
 from ..core.errors import KhmerOCRError, suggest
 from .khmer import COENG, CONSONANTS, INDEPENDENT, Charset, charset, clusters
 
@@ -44,11 +45,13 @@ class Tokenizer:
         "The text that a sequence of ids stands for; blank and end are nothing"
         return ''.join(self.units[i] for i in ids)
 
-    def to_dict(self) -> dict:
-        "All there is to know about it, as JSON can hold it; see `tokenizer_from_dict`"
-        return dict(kind=self.kind, symbols=list(self.charset.symbols))
-
 # %% ../../nbs/02_text/02_tokenizers.ipynb #5c900002
+@patch
+def to_dict(self: Tokenizer) -> dict:
+    "All there is to know about it, as JSON can hold it; see `tokenizer_from_dict`"
+    return dict(kind=self.kind, symbols=list(self.charset.symbols))
+
+
 def _single_characters(charset):
     "The symbols of a charset that are one character: not its specials"
     return [c for c in charset.symbols if len(c) == 1]
