@@ -1,4 +1,5 @@
-"Pairs of page and mask: Sauvola against the formula pixel by pixel, folders and what goes wrong in them, splits by group, crops that keep image and mask together, batches by number."
+"""Pairs of page and mask: Sauvola against the formula pixel by pixel, folders and what goes wrong in them, splits by
+group, crops that keep image and mask together, batches by number."""
 
 import cv2, numpy as np, pytest, torch
 from itertools import islice
@@ -29,7 +30,7 @@ noto = next(f for f in find_fonts() if f.name == 'Noto Sans Khmer Variable Regul
 
 
 def coded(h=90, w=120, name='p', group=''):
-    "A page whose mask is its red channel, so that a crop shows whether the two were cut at one place; green and blue are its coordinates"
+    "A page whose mask is its red channel: a crop shows if both were cut at one place; green and blue are coordinates"
     mask = np.random.default_rng(h).integers(0, 2, (h, w)).astype(np.uint8) * 255
     y, x = np.mgrid[:h, :w].astype(np.uint8)
     return ImagePair(np.stack([mask, y, x], -1), mask, name, group)
@@ -252,7 +253,7 @@ def test_batches_go_by_number_and_seed():
     assert (as_uint8(b['image'][:, :1]) == as_uint8(b['mask'] * 2 - 1)).all()
 
 
-def test_the_seed_s_function(tmp_path):
+def test_the_function_of_the_founding_document(tmp_path):
     save_pairs(tmp_path, [coded(name='a'), coded(50, 40, name='b')])
     loader = create_synthetic_dataloader(
         images_dir=str(tmp_path / 'images'), masks_dir=str(tmp_path / 'masks'), batch_size=4, image_size=(64, 32)

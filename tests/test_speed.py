@@ -1,4 +1,5 @@
-"Measuring speed without a clock deciding anything: networks by name, the ways and what they leave alone, turns and medians under a clock of our own, the ceiling's arithmetic, memory of a process, and faults in one line."
+"""Measuring speed, with no test that depends on a real clock: networks by name, the modes and what they leave alone,
+turns and medians under a fake clock, the ceiling's arithmetic, memory of a process, and faults in one line."""
 
 import json, numpy as np, pytest, torch
 from types import SimpleNamespace
@@ -7,26 +8,26 @@ from khmer_ocr.experiments import generator_speed as speed
 from khmer_ocr.generative.pix2pix import PatchGAN
 from khmer_ocr.experiments.generator_speed import (
     NETWORKS,
-    WAYS,
-    Way,
-    alone,
+    RUN_MODES,
+    RunMode,
+    in_fresh_process,
     calibrations,
     compiler,
     generating_mb,
-    interleave,
-    likeness,
+    time_in_turns,
+    ssim_to_exact,
     measure,
-    network,
-    operations,
+    make_network,
+    count_flops,
     peak_mb,
-    ready,
-    threads,
+    prepare_run,
+    torch_threads,
     training_mb,
 )
 from khmer_ocr.core.errors import KhmerOCRError
 
 toy = dict(size=64, width=8, latent=16)
-plain = [w for w in WAYS if not w.compiled]
+plain = [w for w in RUN_MODES if not w.compiled]
 
 
 def error(f):
@@ -36,8 +37,8 @@ def error(f):
     return str(e.value)
 
 
-class Clock:
-    "A clock that stands still until told"
+class FakeClock:
+    "A clock that moves only when told"
 
     def __init__(self, monkeypatch):
         self.now = 0.0
@@ -58,51 +59,46 @@ class Clock:
 
 
 @pytest.mark.parametrize('name', NETWORKS)
-def test_networks_paint_and_are_always_the_same(name):
+def test_networks_make_images_and_are_always_the_same(name):
     state = torch.get_rng_state()
-    (net, start), (twin, again) = network(name, 3, **toy), network(name, 3, **toy)
+    (net, start) = make_network(name, 3, **toy)
+    (twin, again) = make_network(name, 3, **toy)
     with torch.no_grad():
-        out, out2 = net(*start), twin(*again)
-    assert (
-        out.shape == ((3, 1, 32, 32) if name == 'dcgan' else (3, 3, 64, 64))
-        and out.equal(out2)
-        and not out[0].equal(out[1])
-        and out.abs().max() <= 1
-    )
-    assert not net.training and torch.get_rng_state().equal(state)
+        out = net(*start)
+        out2 = twin(*again)
+    assert out.shape == ((3, 1, 32, 32) if name == 'dcgan' else (3, 3, 64, 64))
+    assert out.equal(out2)
+    assert not out[0].equal(out[1])
+    assert out.abs().max() <= 1
+    assert not net.training
+    assert torch.get_rng_state().equal(state)
 
 
 def test_full_sizes():
     count = {
-        k: sum(p.numel() for p in network(k, device='meta')[0].parameters()) / 1e6
+        k: sum(p.numel() for p in make_network(k, device='meta')[0].parameters()) / 1e6
         for k in ('pix2pix', 'pix2pix, double convolutions', 'hybrid', 'dcgan')
     }
-    assert (
-        30 < count['pix2pix, double convolutions'] < 36
-        and count['hybrid'] > count['pix2pix'] > 50
-        and 3 < count['dcgan'] < 5
-    )
-    assert "did you mean pix2pix?" in error(lambda: network('pixtopix')) and 'power of two' in error(
-        lambda: network('pix2pix', size=48)
-    )
+    assert 30 < count['pix2pix, double convolutions'] < 36
+    assert count['hybrid'] > count['pix2pix'] > 50
+    assert 3 < count['dcgan'] < 5
+    assert "did you mean pix2pix?" in error(lambda: make_network('pixtopix'))
+    assert 'power of two' in error(lambda: make_network('pix2pix', size=48))
 
 
 def test_masks_look_like_text_and_codes_have_their_length():
-    _, (z, mask, noise) = network('vae', 2, **toy)
-    assert (
-        z.shape == (2, 16)
-        and noise.shape == (2, 3, 64, 64)
-        and 0.1 < mask.mean() < 0.5
-        and set(mask.unique().tolist()) == {0.0, 1.0}
-    )
-    assert [x.shape for x in network('hybrid', 2, **toy)[1]] == [(2, 1, 64, 64), (2, 16), (2, 3, 64, 64)] and len(
-        network('pix2pix', 2, **toy)[1]
-    ) == 1
+    _, (z, mask, noise) = make_network('vae', 2, **toy)
+    assert z.shape == (2, 16)
+    assert noise.shape == (2, 3, 64, 64)
+    assert 0.1 < mask.mean() < 0.5
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    assert [x.shape for x in make_network('hybrid', 2, **toy)[1]] == [(2, 1, 64, 64), (2, 16), (2, 3, 64, 64)]
+    assert len(make_network('pix2pix', 2, **toy)[1]) == 1
 
 
 def test_grain_and_code_are_heard():
     for name, k in (('vae', 0), ('vae', 1), ('vae', 2), ('hybrid', 0), ('hybrid', 1), ('vae, plain', 0), ('dcgan', 0)):
-        net, start = network(name, 1, **toy)
+        net, start = make_network(name, 1, **toy)
         other = [s * -1 + 0.5 if i == k else s for i, s in enumerate(start)]
         with torch.no_grad():
             assert not net(*start).equal(net(*other)), (name, k)
@@ -111,13 +107,11 @@ def test_grain_and_code_are_heard():
 # --- ways
 
 
-def test_ways_have_one_thing_more_than_one_before():
-    on = [{k for k in ('bf16', 'channels_last', 'inference', 'compiled') if getattr(w, k)} for w in WAYS]
-    assert (
-        on[0] == set()
-        and len({w.name for w in WAYS}) == len(WAYS)
-        and all(any(len(on[i] - on[j]) == 1 and on[j] < on[i] for j in range(i)) for i in range(1, len(on)))
-    )
+def test_each_mode_has_one_thing_more_than_one_before():
+    on = [{k for k in ('bf16', 'channels_last', 'inference', 'compiled') if getattr(w, k)} for w in RUN_MODES]
+    assert on[0] == set()
+    assert len({w.name for w in RUN_MODES}) == len(RUN_MODES)
+    assert all(any(len(on[i] - on[j]) == 1 and on[j] < on[i] for j in range(i)) for i in range(1, len(on)))
 
 
 class Spy(nn.Module):
@@ -142,22 +136,20 @@ class Spy(nn.Module):
 
 
 @pytest.mark.parametrize('way', plain)
-def test_a_way_is_what_it_says(way):
+def test_a_mode_is_what_it_says(way):
     Spy.__deepcopy__ = lambda self, memo: SpyCopy(self)
     net = Spy().train()
-    x, z = torch.rand(2, 1, 8, 8), torch.rand(2, 3)
-    out = ready(net, way, [x, z])()
+    x = torch.rand(2, 1, 8, 8)
+    z = torch.rand(2, 3)
+    out = prepare_run(net, way, [x, z])()
     t = torch.bfloat16 if way.bf16 else torch.float32
-    assert (
-        SpyCopy.last.seen == [(t, True, way.inference, False, t, t, False)] and out.dtype == t
-    )  # one channel is channels last in any layout
-    assert (
-        not net.seen
-        and net.training
-        and net.conv.weight.dtype == torch.float32
-        and net.conv.weight.requires_grad
-        and x.dtype == torch.float32
-    )
+    assert SpyCopy.last.seen == [(t, True, way.inference, False, t, t, False)]
+    assert out.dtype == t  # one channel is channels last in any layout
+    assert not net.seen
+    assert net.training
+    assert net.conv.weight.dtype == torch.float32
+    assert net.conv.weight.requires_grad
+    assert x.dtype == torch.float32
 
 
 class SpyCopy(Spy):
@@ -178,54 +170,55 @@ def test_channels_last_changes_layout_alone():
         )
     )
     x = torch.rand(2, 3, 8, 8)
-    a, b = (ready(net, w, [x])() for w in (Way('a'), Way('b', channels_last=True)))
-    assert seen == [(False, False), (True, True)] and a.allclose(b, atol=1e-6)
+    a, b = (prepare_run(net, w, [x])() for w in (RunMode('a'), RunMode('b', channels_last=True)))
+    assert seen == [(False, False), (True, True)]
+    assert a.allclose(b, atol=1e-6)
 
 
 @pytest.mark.parametrize('name', ('pix2pix', 'vae', 'hybrid', 'dcgan'))
-def test_ways_make_the_same_image(name):
-    net, start = network(name, **toy)
-    exact = ready(net, plain[0], start)()
-    assert all(likeness(exact, ready(net, w, start)()) > 0.97 for w in plain[1:])
+def test_all_modes_make_the_same_image(name):
+    net, start = make_network(name, **toy)
+    exact = prepare_run(net, plain[0], start)()
+    assert all(ssim_to_exact(exact, prepare_run(net, w, start)()) > 0.97 for w in plain[1:])
 
 
-def test_likeness_by_the_range_of_the_exact_one():
+def test_similarity_by_the_range_of_the_exact_one():
     x = torch.rand(1, 3, 32, 32) * 1e-3
-    assert (
-        likeness(x, x) == pytest.approx(1)
-        and likeness(x, x.flip(-1)) < 0.3
-        and likeness(x, x.flip(-1)) == pytest.approx(likeness(x * 1e3, x.flip(-1) * 1e3), abs=1e-3)
-    )
-    assert likeness(x * 0 + 0.5, x * 0 + 0.5) == pytest.approx(1) and likeness(x, x.bfloat16()) > 0.9
+    assert ssim_to_exact(x, x) == pytest.approx(1)
+    assert ssim_to_exact(x, x.flip(-1)) < 0.3
+    assert ssim_to_exact(x, x.flip(-1)) == pytest.approx(ssim_to_exact(x * 1e3, x.flip(-1) * 1e3), abs=1e-3)
+    assert ssim_to_exact(x * 0 + 0.5, x * 0 + 0.5) == pytest.approx(1)
+    assert ssim_to_exact(x, x.bfloat16()) > 0.9
 
 
 # --- turns
 
 
-def test_turns_under_our_clock(monkeypatch):
-    log, c = [], Clock(monkeypatch)
-    t = interleave(
+def test_turns_under_a_clock_of_the_test(monkeypatch):
+    log = []
+    c = FakeClock(monkeypatch)
+    t = time_in_turns(
         dict(a=c.work(9, 1, 2, 3, name='a', log=log), b=c.work(7, 5, 5, 50, name='b', log=log)), rounds=3, seconds=1e9
     )
-    assert (
-        ''.join(log) == 'ab' * 4 and t['a'].tolist() == [1, 2, 3] and t['b'].tolist() == [5, 5, 50]
-    )  # the first call is not counted
+    assert ''.join(log) == 'ab' * 4
+    assert t['a'].tolist() == [1, 2, 3]
+    assert t['b'].tolist() == [5, 5, 50]  # the first call is not counted
 
 
 @pytest.mark.parametrize('seconds, rounds, made', [(0.0, 9, 3), (4.5, 9, 5), (1e9, 9, 9), (1e9, 2, 2), (0.0, 1, 1)])
 def test_no_round_begins_after_its_time(monkeypatch, seconds, rounds, made):
-    c = Clock(monkeypatch)
-    assert len(interleave(dict(a=c.work(*[1.0] * 20)), rounds, seconds)['a']) == made
+    c = FakeClock(monkeypatch)
+    assert len(time_in_turns(dict(a=c.work(*[1.0] * 20)), rounds, seconds)['a']) == made
 
 
 def test_threads_are_put_back():
     was = torch.get_num_threads()
     with pytest.raises(ZeroDivisionError):
-        with threads(was + 1):
+        with torch_threads(was + 1):
             assert torch.get_num_threads() == was + 1
             1 / 0
     assert torch.get_num_threads() == was
-    with threads(0):
+    with torch_threads(0):
         assert torch.get_num_threads() == was
 
 
@@ -233,12 +226,10 @@ def test_threads_are_put_back():
 
 
 def test_operations_by_hand():
-    assert (
-        operations(nn.Conv2d(3, 5, 3, padding=1, bias=False), [torch.zeros(2, 3, 8, 8)]) == 2 * 2 * 5 * 3 * 9 * 64
-        and operations(nn.Linear(5, 7, bias=False), [torch.zeros(3, 5)]) == 2 * 3 * 5 * 7
-    )
-    judge = PatchGAN(4)
-    assert operations(judge, [torch.zeros(4, 4, 64, 64)]) == 4 * operations(judge, [torch.zeros(1, 4, 64, 64)])
+    assert count_flops(nn.Conv2d(3, 5, 3, padding=1, bias=False), [torch.zeros(2, 3, 8, 8)]) == 2 * 2 * 5 * 3 * 9 * 64
+    assert count_flops(nn.Linear(5, 7, bias=False), [torch.zeros(3, 5)]) == 2 * 3 * 5 * 7
+    net = PatchGAN(4)
+    assert count_flops(net, [torch.zeros(4, 4, 64, 64)]) == 4 * count_flops(net, [torch.zeros(1, 4, 64, 64)])
 
 
 def test_calibrations_count_what_they_do():
@@ -251,9 +242,10 @@ def test_calibrations_count_what_they_do():
 
 
 def test_measure_by_hand(monkeypatch):
-    "Times by our clock: rates, ratios round by round, shares and ceiling must follow"
-    net, x = nn.Conv2d(1, 1, 3, padding=1, bias=False), torch.rand(4, 1, 16, 16)
-    need = operations(net, [x])
+    "Times by the fake clock: rates, ratios round by round, shares and ceiling must follow"
+    net = nn.Conv2d(1, 1, 3, padding=1, bias=False)
+    x = torch.rand(4, 1, 16, 16)
+    need = count_flops(net, [x])
     done = SimpleNamespace(rounds=None)
 
     def fake(work, rounds, seconds):
@@ -265,28 +257,24 @@ def test_measure_by_hand(monkeypatch):
             product=np.array([3.0, 0.5, 0.5]),
         )
 
-    monkeypatch.setattr(speed, 'interleave', fake)
+    monkeypatch.setattr(speed, 'time_in_turns', fake)
     monkeypatch.setattr(
         speed, 'calibrations', lambda d, s: dict(convolution=(lambda: 0, need * 8), product=(lambda: 0, need * 8))
     )
-    a, b = measure(net, [x], [Way('fp32', inference=False), Way('quick')], 3, 7.0)
-    assert (
-        done.rounds == (3, 7.0)
-        and (a['samples_per_s'], a['ratio'], a['share']) == (1.0, 1.0, need / 4 / (need * 16))
-        and b['samples_per_s'] == 4.0
-        and b['ratio'] == 2.0
-        and (b['low'], b['high']) == (2.0, 3.0)
-    )
-    assert (
-        a['ceiling'] == b['ceiling'] == 64.0
-        and b['share'] == 1 / 16 == b['samples_per_s'] / b['ceiling']
-        and b['ssim'] == pytest.approx(1)
-        and b['gflop'] == need / 4e9
-        and json.dumps([a, b])
-    )
+    a, b = measure(net, [x], [RunMode('fp32', inference=False), RunMode('quick')], 3, 7.0)
+    assert done.rounds == (3, 7.0)
+    assert (a['samples_per_s'], a['ratio'], a['share']) == (1.0, 1.0, need / 4 / (need * 16))
+    assert b['samples_per_s'] == 4.0
+    assert b['ratio'] == 2.0
+    assert (b['low'], b['high']) == (2.0, 3.0)
+    assert a['ceiling'] == b['ceiling'] == 64.0
+    assert b['share'] == 1 / 16 == b['samples_per_s'] / b['ceiling']
+    assert b['ssim'] == pytest.approx(1)
+    assert b['gflop'] == need / 4e9
+    assert json.dumps([a, b])
 
 
-def test_a_way_without_compiler_is_left_out(monkeypatch):
+def test_a_mode_without_compiler_is_left_out(monkeypatch):
     def broken(*a, **kw):
         def f(*x):
             raise RuntimeError('no compiler\nand a long story')
@@ -294,17 +282,22 @@ def test_a_way_without_compiler_is_left_out(monkeypatch):
         return f
 
     monkeypatch.setattr(torch, 'compile', broken)
-    net, x = nn.Conv2d(1, 1, 3, padding=1), [torch.rand(1, 1, 16, 16)]
-    c = Way('c', compiled=True)
-    rows = measure(net, x, [Way('a'), c, Way('b', bf16=True)], rounds=1, side=8)
-    assert [r['way'] for r in rows] == ['a', 'c', 'b'] and rows[1] == dict(way='c', failed='RuntimeError: no compiler')
-    assert 'what the others are compared with' in error(lambda: measure(net, x, [c, Way('a')], rounds=1, side=8))
+    net = nn.Conv2d(1, 1, 3, padding=1)
+    x = [torch.rand(1, 1, 16, 16)]
+    c = RunMode('c', compiled=True)
+    rows = measure(net, x, [RunMode('a'), c, RunMode('b', bf16=True)], rounds=1, side=8)
+    assert [r['way'] for r in rows] == ['a', 'c', 'b']
+    assert rows[1] == dict(way='c', failed='RuntimeError: no compiler')
+    assert 'what the others are compared with' in error(lambda: measure(net, x, [c, RunMode('a')], rounds=1, side=8))
     with pytest.raises(RuntimeError):
-        measure(net, [torch.rand(1, 2, 16, 16)], [Way('a')], rounds=1, side=8)  # a fault of the network is not hidden
+        measure(
+            net, [torch.rand(1, 2, 16, 16)], [RunMode('a')], rounds=1, side=8
+        )  # a fault of the network is not hidden
 
 
 def test_compiler_in_one_line(monkeypatch):
-    assert compiler() and '\n' not in compiler()
+    assert compiler()
+    assert '\n' not in compiler()
     monkeypatch.setattr(speed.subprocess, 'run', lambda *a, **kw: 1 / 0)
     assert compiler() == 'none (ZeroDivisionError)'
 
@@ -316,15 +309,18 @@ def test_memory_of_a_process_of_its_own():
     assert peak_mb() > 10
     bulk = np.ones(400 * 2**17)
     here = peak_mb()
-    assert here > 400 and bulk[0] == 1  # 400 MB, which the child must not inherit
-    before, peak = alone(generating_mb, 'pix2pix', 1, True, dict(size=64, width=4, latent=16))
-    assert 10 < before <= peak and before < here
-    before, peak = alone(training_mb, 'hybrid', 2, dict(size=64, width=4, latent=4), 'cpu', '32-true')
+    assert here > 400
+    assert bulk[0] == 1  # 400 MB, which the child must not inherit
+    before, peak = in_fresh_process(generating_mb, 'pix2pix', 1, True, dict(size=64, width=4, latent=16))
+    assert 10 < before <= peak
+    assert before < here
+    before, peak = in_fresh_process(training_mb, 'hybrid', 2, dict(size=64, width=4, latent=4), 'cpu', '32-true')
     assert 10 < before < peak
-    assert 'did you mean pix2pix?' in error(lambda: alone(generating_mb, 'pixtopix', 1, False, {}))
+    assert 'did you mean pix2pix?' in error(lambda: in_fresh_process(generating_mb, 'pixtopix', 1, False, {}))
 
 
 @pytest.mark.parametrize('name', [n for n in NETWORKS if n != 'dcgan' and n != 'hybrid'])
-def test_every_painter_trains_for_its_memory(name):
+def test_every_generator_trains_for_its_memory(name):
     before, after = training_mb(name, 2, dict(size=64, width=4, latent=4), 'cpu', '32-true')
-    assert before > 0 and after > before - 1  # the kernel counts in lumps
+    assert before > 0
+    assert after > before - 1  # the kernel counts in lumps
