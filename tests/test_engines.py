@@ -4,15 +4,15 @@ import json, sys
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image, features
-from khmer_ocr.experiments import renderers as dp
-from khmer_ocr.evaluation import engines as peers
+from khmer_ocr.experiments import pillow_baseline, renderers
+from khmer_ocr.evaluation import engines
 from khmer_ocr.synth.fonts import find_fonts
 from khmer_ocr.synth.rendering import render
 from khmer_ocr.core.errors import KhmerOCRError
 
 texts = ['ស្ត្រីខ្មែរ', 'ព្រះរាជាណាចក្រកម្ពុជា', 'ភ្នំពេញ ឆ្នាំ២០២៥']
 font = next(f for f in find_fonts(split='train') if f.style in ('Regular', 'Variable Regular'))
-kiri = next(p for p in dp.DRAW_PEERS if p.name == 'kiri-ocr')
+kiri = next(p for p in renderers.OTHER_RENDERERS if p.name == 'kiri-ocr')
 raqm = pytest.mark.skipif(not features.check('raqm'), reason='this Pillow has no Raqm')
 
 
@@ -26,12 +26,12 @@ def fake(folder, monkeypatch, script, home='kiri'):
 
 def test_only_installed_peers_are_listed(tmp_path, monkeypatch):
     monkeypatch.delenv('KHMER_OCR_PEERS', raising=False)
-    assert all(not p.home for p in dp.draw_peers())
+    assert all(not p.home for p in renderers.installed_renderers())
     monkeypatch.setenv('KHMER_OCR_PEERS', str(tmp_path / 'nowhere'))
-    assert kiri not in dp.draw_peers()
+    assert kiri not in renderers.installed_renderers()
     fake(tmp_path, monkeypatch, 'exit 0')
-    assert kiri in dp.draw_peers()
-    assert len([p for p in dp.draw_peers() if p.home]) == 1
+    assert kiri in renderers.installed_renderers()
+    assert len([p for p in renderers.installed_renderers() if p.home]) == 1
 
 
 def test_a_peer_is_asked_and_believed(tmp_path, monkeypatch):
@@ -41,7 +41,7 @@ def test_a_peer_is_asked_and_believed(tmp_path, monkeypatch):
         'echo noise; cp "$4" "$8/got.txt"; echo "$5 $6 $7 $9" >> "$8/got.txt"; echo \'{"seconds": 0.5, "version": "9.9"}\'',
     )
     (out := tmp_path / 'out').mkdir()
-    assert dp.draw_with(kiri, texts, font, 24, 'degraded', out, seed=3) == (0.5, '9.9')
+    assert renderers.draw_with_renderer(kiri, texts, font, 24, 'degraded', out, seed=3) == (0.5, '9.9')
     assert (out / 'got.txt').read_text(encoding='utf-8') == '\n'.join(
         texts
     ) + f'{Path(font.path).resolve()} 24 {kiri.written} 3\n'
@@ -59,7 +59,7 @@ def test_a_peer_is_asked_and_believed(tmp_path, monkeypatch):
 def test_a_failing_peer_is_one_line(tmp_path, monkeypatch, script, says):
     fake(tmp_path, monkeypatch, script)
     with pytest.raises(KhmerOCRError, match=says) as e:
-        dp.draw_with(kiri, texts, font, 24, 'bare', tmp_path)
+        renderers.draw_with_renderer(kiri, texts, font, 24, 'bare', tmp_path)
     assert '\n' not in str(e.value)
 
 
@@ -67,62 +67,62 @@ def test_an_environment_may_be_named_from_here(tmp_path, monkeypatch):
     fake(tmp_path, monkeypatch, 'echo \'{"seconds": 1, "version": "1"}\'')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('KHMER_OCR_PEERS', '.')
-    assert dp.draw_with(kiri, texts, font, 24, 'bare', tmp_path) == (1.0, '1')
+    assert renderers.draw_with_renderer(kiri, texts, font, 24, 'bare', tmp_path) == (1.0, '1')
 
 
 def test_unknown_recipe_is_named(tmp_path):
     with pytest.raises(KhmerOCRError, match='did you mean kiri'):
-        dp.install_draw_peers(tmp_path, ['kirii'])
+        renderers.install_renderers(tmp_path, ['kirii'])
     assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_peer_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv('KHMER_OCR_PEERS', raising=False)
     with pytest.raises(KhmerOCRError, match='KHMER_OCR_PEERS'):
-        dp.draw_with(kiri, texts, font, 24, 'bare', tmp_path)
+        renderers.draw_with_renderer(kiri, texts, font, 24, 'bare', tmp_path)
 
 
 def test_the_table_names_who_is_missing(monkeypatch):
     monkeypatch.delenv('KHMER_OCR_PEERS', raising=False)
     monkeypatch.setenv('PATH', '')
-    speeds = {font.family: dp.time_ways(dp.drawing_ways(texts, font, peer_lines=1), rounds=1)}
-    rows = dp.drawing_table(speeds)
-    assert {r['who'] for r in rows if r['work'] == 'not installed'} == {p.name for p in dp.DRAW_PEERS}
+    speeds = {font.family: renderers.time_renderers(renderers.renderer_jobs(texts, font, peer_lines=1), rounds=1)}
+    rows = renderers.drawing_table(speeds)
+    assert {r['who'] for r in rows if r['work'] == 'not installed'} == {p.name for p in renderers.OTHER_RENDERERS}
     assert [r[f'× {font.family}'] for r in rows if r['who'] == 'khmer_ocr'] == [1, 1, 1, 1]
     look = dict(lines=3, right=2, cut=1, same_bytes=True, version='1')
-    assert dp.seen_table({'a': {'kiri-ocr': look}, 'b': {'kiri-ocr': look | dict(same_bytes=False)}}) == [
+    assert renderers.inspection_table({'a': {'kiri-ocr': look}, 'b': {'kiri-ocr': look | dict(same_bytes=False)}}) == [
         {'who': 'kiri-ocr', 'version': '1', 'right': '4 of 6', 'cut': '2 of 6', 'same bytes': 'no', 'note': kiri.note}
     ]
 
 
 def test_drivers_are_python():
-    for p in dp.DRAW_PEERS:
+    for p in renderers.OTHER_RENDERERS:
         compile(p.driver, p.name, 'exec')
 
 
 def test_agreement_at_other_sizes_and_its_faults():
     ink = render(texts[1], font, 48).ink
     for size in (20, 24, 31, 96):
-        share, lack = dp.agreement(255 - np.pad(render(texts[1], font, size).ink, 5), ink)
+        share, lack = renderers.ink_agreement(255 - np.pad(render(texts[1], font, size).ink, 5), ink)
         assert share > 0.93 and abs(lack) <= 4, size
-    share, lack = dp.agreement(255 - ink, ink)
+    share, lack = renderers.ink_agreement(255 - ink, ink)
     assert share == 1 and abs(lack) <= 1  # a row of the faintest ink may not count
-    assert dp.agreement(255 - ink[:-9], ink)[1] >= 8  # cut below
-    assert dp.agreement(255 - render(texts[0] + texts[2], font, 48).ink, ink)[0] < 0.8  # another line
+    assert renderers.ink_agreement(255 - ink[:-9], ink)[1] >= 8  # cut below
+    assert renderers.ink_agreement(255 - render(texts[0] + texts[2], font, 48).ink, ink)[0] < 0.8  # another line
     for empty in (np.full((30, 100), 255, np.uint8), np.zeros((9, 9), np.uint8)):
-        assert 0 <= dp.agreement(empty, ink)[0] < 0.8
+        assert 0 <= renderers.ink_agreement(empty, ink)[0] < 0.8
 
 
 @raqm
 def test_pillow_twin_repeats_and_takes_variable_fonts(tmp_path):
     for k in 'ab':
         (tmp_path / k).mkdir()
-        dp.draw_pillow(texts, font, 24, 'written', tmp_path / k)
-    assert dp._digest(tmp_path / 'a') == dp._digest(tmp_path / 'b')
+        pillow_baseline.draw_pillow(texts, font, 24, 'written', tmp_path / k)
+    assert renderers._digest(tmp_path / 'a') == renderers._digest(tmp_path / 'b')
     for t in texts:
-        assert dp.agreement(np.asarray(dp.pillow_line(t, dp.pillow_face(font, 48))), render(t, font, 48).ink)[0] > 0.9
+        assert renderers.ink_agreement(np.asarray(pillow_baseline.pillow_line(t, pillow_baseline.pillow_face(font, 48))), render(t, font, 48).ink)[0] > 0.9
     thin, thick = (
-        (np.asarray(dp.pillow_line(texts[0], dp.pillow_face(f, 48))) < 128).mean()
+        (np.asarray(pillow_baseline.pillow_line(texts[0], pillow_baseline.pillow_face(f, 48))) < 128).mean()
         for name in ('Light', 'Black')
         for f in find_fonts()
         if f.name == f'Noto Sans Khmer Variable {name}'
@@ -137,17 +137,17 @@ def test_pillow_twin_takes_lines_of_all_sizes():
     for h, w in ((1, 1), (3, 200), (14, 9), (300, 60)):
         im = Image.new('L', (w, h), 255)
         im.putpixel((0, h // 2), 0)
-        for op, _ in dp.pillow_operations(im):
+        for op, _ in pillow_baseline.pillow_operations(im):
             for seed in range(3):
                 out = op(im, np.random.default_rng(seed))
                 assert out.mode == 'L' and min(out.size) > 0
 
 
-@pytest.mark.parametrize('peer', dp.DRAW_PEERS, ids=lambda p: p.name)
+@pytest.mark.parametrize('peer', renderers.OTHER_RENDERERS, ids=lambda p: p.name)
 def test_installed_peers_draw(peer):
-    if not dp._program(peer):
+    if not renderers._program(peer):
         pytest.skip('not installed')
-    seen = dp.inspect_drawing(dp.drawers()[peer.name], texts, font)
+    seen = renderers.inspect_drawing(renderers.all_renderers()[peer.name], texts, font)
     assert seen['lines'] == 3 and seen['missing'] == 0 and seen['right'] == (3 if peer.name != 'trdg' else 0)
 
 
@@ -167,19 +167,19 @@ WRITES = 'printf \'{"text": "a"}\\n{"text": "b"}\\n{"text": ""}\\n\' > "$5"; ech
 
 
 def test_only_installed_readers_are_listed(tmp_path, monkeypatch):
-    here = lambda *a: [n for n in peers.available_peers(*a) if not n.startswith('Tesseract ')]
+    here = lambda *a: [n for n in engines.available_engines(*a) if not n.startswith('Tesseract ')]
     monkeypatch.delenv('KHMER_OCR_PEERS', raising=False)
     assert here() == []
     fake(tmp_path, monkeypatch, 'exit 0', 'netra-ocr')
     assert here() == ['netra-ocr'] == here(tmp_path)
     assert here(tmp_path / 'nowhere') == []
     monkeypatch.setenv('PATH', '')
-    assert peers.available_peers() == ['netra-ocr']
+    assert engines.available_engines() == ['netra-ocr']
 
 
 def test_a_reader_is_asked_and_believed(tmp_path, monkeypatch, lines):
     fake(tmp_path, monkeypatch, f'cp "$4" "{tmp_path}/asked.json"; {WRITES}', 'kiri-ocr')
-    run = peers.run_peer('kiri-ocr', lines)
+    run = engines.run_engine('kiri-ocr', lines)
     assert (run.engine, run.texts, run.cpu_seconds, run.lines_per_cpu_second) == (
         'kiri-ocr 9.9',
         ['a', 'b', ''],
@@ -203,24 +203,24 @@ def test_a_reader_is_asked_and_believed(tmp_path, monkeypatch, lines):
 def test_a_failing_reader_is_one_line(tmp_path, monkeypatch, lines, script, says):
     fake(tmp_path, monkeypatch, script, 'kiri-ocr')
     with pytest.raises(KhmerOCRError, match=says) as e:
-        peers.run_peer('kiri-ocr', lines)
+        engines.run_engine('kiri-ocr', lines)
     assert '\n' not in str(e.value)
 
 
 def test_unknown_and_missing_readers(tmp_path, monkeypatch, lines):
     monkeypatch.delenv('KHMER_OCR_PEERS', raising=False)
-    with pytest.raises(KhmerOCRError, match="Unknown peer 'netra'.* did you mean netra-ocr"):
-        peers.run_peer('netra', lines)
+    with pytest.raises(KhmerOCRError, match="Unknown engine 'netra'.* did you mean netra-ocr"):
+        engines.run_engine('netra', lines)
     with pytest.raises(KhmerOCRError, match='KHMER_OCR_PEERS'):
-        peers.run_peer('netra-ocr', lines)
+        engines.run_engine('netra-ocr', lines)
     with pytest.raises(KhmerOCRError, match='did you mean kiri'):
-        peers.install_peers(tmp_path / 'homes', ['kiri-orc'])
+        engines.install_engines(tmp_path / 'homes', ['kiri-orc'])
     assert not (tmp_path / 'homes').exists()
     with pytest.raises(KhmerOCRError, match='tesseract'):
-        peers.run_peer('Tesseract no_such_model', lines)
+        engines.run_engine('Tesseract no_such_model', lines)
 
 
-BEGIN = peers._BEGIN.replace(
+BEGIN = engines._BEGIN.replace(
     'import torch\ntorch.set_num_threads(1)\n', ''
 )  # it takes long, and is not asked for anything here
 
@@ -228,7 +228,7 @@ BEGIN = peers._BEGIN.replace(
 def drive(tmp_path, read, paths, first=''):
     "What a driver that reads by the expression `read` answers, run by our own Python"
     (tmp_path / 'paths.json').write_text(json.dumps(paths))
-    said = peers.ask_peer(
+    said = engines.ask_engine(
         'toy',
         sys.executable,
         BEGIN + f"{first}\nfinish('torch', lambda some: {read})",
@@ -239,7 +239,7 @@ def drive(tmp_path, read, paths, first=''):
 
 def test_a_driver_reads_what_can_be_read(tmp_path):
     said, got = drive(tmp_path, '[p.upper() if p != "bad" else 1/0 for p in some]', ['a', 'bad', 'c'])
-    assert BEGIN != peers._BEGIN and got == ['A', '', 'C'] and said['seconds'] >= 0 and said['version'].startswith('2.')
+    assert BEGIN != engines._BEGIN and got == ['A', '', 'C'] and said['seconds'] >= 0 and said['version'].startswith('2.')
     with pytest.raises(KhmerOCRError, match='toy failed: ZeroDivisionError') as e:
         drive(tmp_path, '1/0', ['a', 'b'])
     assert '\n' not in str(e.value)
@@ -258,11 +258,11 @@ def test_the_clock_of_a_driver_starts_late(tmp_path):
     assert said['seconds'] == 4
 
 
-@pytest.mark.parametrize('name', peers.READ_RECIPES)
+@pytest.mark.parametrize('name', engines.READ_RECIPES)
 def test_installed_readers_read(name, lines):
-    if not peers.peer_python(name):
+    if not engines.engine_python(name):
         pytest.skip('not installed')
-    run = peers.run_peer(name, lines)
+    run = engines.run_engine(name, lines)
     assert (
-        len(run.texts) == 3 and run.cpu_seconds > 0 and peers.compare([run], texts)[0]['CER folded, no spaces %'] < 60
+        len(run.texts) == 3 and run.cpu_seconds > 0 and engines.compare_engines([run], texts)[0]['CER folded, no spaces %'] < 60
     )

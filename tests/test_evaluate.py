@@ -3,7 +3,7 @@
 import json, re, shutil
 import numpy as np
 import pytest
-from tiny import make_tiny
+from conftest import make_tiny
 from khmer_ocr.evaluation.benchmark import (
     DEGRADATIONS,
     FIXED_SETS,
@@ -37,7 +37,7 @@ from khmer_ocr.reporting.runs import run_notebook
 from khmer_ocr.synth.store import generate_set
 from khmer_ocr.synth.generator import Recipe
 from khmer_ocr.core.errors import KhmerOCRError
-from khmer_ocr.text.khmer import clusters, fold, normalise, random_runs, strip_spaces
+from khmer_ocr.text.khmer import clusters, fold_lookalikes, normalise, random_runs, strip_spaces
 
 # Texts that stand nowhere else, so that finding them means that they leaked
 SECRETS = ['សម្ងាត់បំផុតទីមួយ ឋឹឍឺ', 'ឯកសារលាក់លៀមលេខពីរ ឡែឈោ', 'កុំបង្ហាញបន្ទាត់នេះ ឰឮឪ']
@@ -186,7 +186,7 @@ def test_peers_stand_beside_ours_on_the_same_lines(tiny, model, tmp_path):
     assert [r['engine'] for r in m['ranked'].get('data', [])][:1] == ['khmer_ocr best'][: len(available_engines())]
     assert len(m['ranked'].get('data', [])) == (1 + len(available_engines()) if available_engines() else 0)
     assert m['scores']['data']['lines'] == 4
-    with pytest.raises(KhmerOCRError, match='No peer called'):
+    with pytest.raises(KhmerOCRError, match='No engine called'):
         run_notebook('evaluate', dict(model=model, data=str(tiny / 'set'), peers=['nobody']), tmp_path / 'r')
 
 
@@ -270,14 +270,14 @@ def test_a_difference_never_splits_a_cluster_and_loses_nothing():
         assert all(
             m == '∅' or clusters(m)[0] in {c.replace(' ', '␣') for c in whole} or '&' in m or '␣' in m for m in marks
         )
-        assert not any(same and fold(a) != fold(b) for a, b, same in pairs)
+        assert not any(same and fold_lookalikes(a) != fold_lookalikes(b) for a, b, same in pairs)
 
 
 def test_places_of_a_real_reader_lie_on_the_image_in_order(tiny):
     reader, line_set = Reader.load('fast'), open_set(tiny / 'set', tiny)
     for p, r in zip(line_set.paths, evaluate_set(reader, line_set).readings):
         places, w = cluster_places(r), read_image(p).shape[1]
-        assert [c for c, *_ in places] == [fold(c) or c for c in clusters(strip_spaces(r.text))]
+        assert [c for c, *_ in places] == [fold_lookalikes(c) or c for c in clusters(strip_spaces(r.text))]
         assert all(0 <= a < b <= w for _, a, b in places) and all(x[1] <= y[1] for x, y in zip(places, places[1:]))
 
 
@@ -294,7 +294,7 @@ def test_measure_agrees_with_its_pieces(tiny):
     assert (
         worse['cer'] == 1
         and worse['reject_1pc'] == 1
-        and worse['dropped'] == sum(len(strip_spaces(fold(t))) > 5 for t in j.lines.truths)
+        and worse['dropped'] == sum(len(strip_spaces(fold_lookalikes(t))) > 5 for t in j.lines.truths)
     )
     rows = rank_engines_by_part([EngineResult('a', j.texts, 1.0), EngineResult('b', [''] * 4, 1.0)], j.lines)['data']
     assert rows[0]['cer_folded'] == m['cer_folded'] and rows[1]['behind_ours']['difference'] == pytest.approx(
@@ -353,7 +353,7 @@ def test_the_command_writes_the_report(hidden, model, tmp_path):
 def test_what_cannot_be_evaluated_is_one_line(tiny, model, tmp_path):
     (tmp_path / 'x.tar').write_bytes(b'x' * 99)
     assert 'x.tar' in refused('evaluate', tmp_path, '--model', model)
-    assert 'No peer called' in refused('evaluate', tiny / 'set', '--model', model, '--peers', 'nobody')
+    assert 'No engine called' in refused('evaluate', tiny / 'set', '--model', model, '--peers', 'nobody')
     assert 'fsat' in refused('evaluate', tiny / 'set', '--model', 'fsat')
     assert 'fsat' in refused('evaluate', tiny / 'set', '--model', 'fsat')
     assert 'none.safetensors' in refused(

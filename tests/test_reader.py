@@ -3,34 +3,35 @@
 import subprocess, sys, textwrap
 import numpy as np, pytest, torch
 from PIL import Image
-from khmer_ocr import reader
+from khmer_ocr.models import zoo
 from khmer_ocr.models.ctc import CTCConfig, CTCNet, header, load_ctc
 from khmer_ocr.text.tokenizers import SubscriptTokenizer
 from khmer_ocr.data.batching import collate
 from khmer_ocr.data.preprocess import preprocess
 from khmer_ocr.synth.fonts import find_fonts
 from khmer_ocr.training.checkpoints import load_weights, save_checkpoint
-from khmer_ocr.models.language_model import NGram
-from khmer_ocr.inference.reader import DECODERS, Reader, Prediction, read_files, prepare_for_inference
-from khmer_ocr.models.zoo import _checkpoint, models, open_model
+from khmer_ocr.models.language_model import NGramModel
+from khmer_ocr.inference.reader import DECODERS, Reader, Prediction, read_files
+from khmer_ocr.models.acceleration import prepare_for_inference
+from khmer_ocr.models.zoo import checkpoint_path, available_models, open_model
 from khmer_ocr.synth.rendering import render
 from khmer_ocr.models.attention import Seq2Seq, Seq2SeqConfig, make_units
 from khmer_ocr.models.attention_training import read_lines
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.text.khmer import charset
 from khmer_ocr.models.transformer import ImageToText, ImageToTextConfig
-from khmer_ocr.models.transformer_training import vision_text_header
+from khmer_ocr.models.transformer_training import image_to_text_header
 
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
-    if 'fast' in models():
-        return models()['fast']
+    if 'fast' in available_models():
+        return available_models()['fast']
     torch.manual_seed(0)
     units, path = SubscriptTokenizer(charset()), tmp_path_factory.mktemp('weights') / 'random.safetensors'
     net = CTCNet(len(units))
     for n, p in net.named_parameters():
-        if 'weight_ih' in n or n == 'name.weight':
+        if 'weight_ih' in n or n == 'classifier.weight':
             torch.nn.init.normal_(p, std=0.5)  # so that it says more than one thing
     save_checkpoint(path, net.state_dict(), header(net.config, units))
     return path
@@ -120,11 +121,11 @@ def test_windows(reader):
 KINDS = dict(
     stride2=dict(stride=2),
     stride8=dict(stride=8, height=48),
-    attention=dict(reading='attention', layers=2),
-    convolutions=dict(reading='conv', layers=2),
-    blocks=dict(blocks=(1, 1, 1)),
-    large=dict(blocks=(1, 1, 2), block='large', layers=0),
-    low=dict(height=32, reading='attention'),
+    attention=dict(encoder='attention', layers=2),
+    convolutions=dict(encoder='conv', layers=2),
+    res_blocks=dict(res_blocks=(1, 1, 1)),
+    large=dict(res_blocks=(1, 1, 2), block_type='large', layers=0),
+    low=dict(height=32, encoder='attention'),
 )
 
 
@@ -158,7 +159,7 @@ def test_kinds_of_network_in_windows(kind):
     cut, whole = frames(kind, line)
     assert len(cut) == len(whole) == -(-2900 // kind.stride)
     inside = slice(0, 1600 // kind.stride)  # what lies in the first window and believed
-    if kind.net.config.reading == 'conv':
+    if kind.net.config.encoder == 'conv':
         assert (cut == whole).mean() > 0.99
     else:
         assert (cut[inside] == whole[inside]).mean() > 0.8
@@ -166,7 +167,7 @@ def test_kinds_of_network_in_windows(kind):
 
 def test_padding_does_not_matter(kind):
     "The network is told how wide a line is: with attention, paper behind its end changes nothing"
-    if kind.net.config.reading != 'attention':
+    if kind.net.config.encoder != 'attention':
         pytest.skip('an LSTM reads the padding too: lines go in buckets')
     line = preprocess(scribble(300), kind.height)
     with torch.inference_mode():
@@ -209,7 +210,7 @@ def writer(request, tmp_path_factory):
             SubscriptTokenizer(charset()),
         )
         save_checkpoint(
-            path, strong(ImageToText(len(units), config), 0.3).state_dict(), vision_text_header(config, units)
+            path, strong(ImageToText(len(units), config), 0.3).state_dict(), image_to_text_header(config, units)
         )
         return path
     config = (
@@ -217,7 +218,7 @@ def writer(request, tmp_path_factory):
             **small, encoder='ctc', ctc=CTCConfig(channels=(8, 8, 16, 16, 32), hidden=16, layers=1), ctc_weight=0.3
         )
         if 'encoder' in request.param
-        else Seq2SeqConfig(**small, frames=16, ctc_weight=0.3 if 'with' in request.param else 0)
+        else Seq2SeqConfig(**small, encoder_hidden=16, ctc_weight=0.3 if 'with' in request.param else 0)
     )
     units = make_units(config)
     net = strong(Seq2Seq(len(units), config), 0.3)
@@ -230,7 +231,7 @@ def test_readers_that_write(writer, lines):
     net, units, head = open_model(writer)
     some = [scribble(w, i) for i, w in enumerate((200, 90, 201, 20))]
     for decoder in DECODERS:
-        if decoder == 'ctc' and not net.hears:
+        if decoder == 'ctc' and not net.has_ctc_head:
             continue
         reader = Reader.load(writer, decoder=decoder)
         whole = reader.read(some)
@@ -275,7 +276,7 @@ def test_decoders_of_a_ctc_reader(weights, lines):
     beam = Reader.load(weights, decoder='beam')
     whole = beam.read(lines)
     assert all(map(same, whole, [beam.read([im])[0] for im in lines]))
-    if 'fast' in models():
+    if 'fast' in available_models():
         text = 'ព្រះរាជាណាចក្រកម្ពុជា'
         line = 255 - np.pad(render(text, find_fonts(split='train')[0], 32).ink, 8)
         assert beam.read([line])[0].text == text
@@ -288,26 +289,26 @@ def test_decoders_of_a_ctc_reader(weights, lines):
 def test_a_language_model_advises(weights, tmp_path):
     "The model is asked: one that knows a single word pulls the reading towards it"
     units = open_model(weights)[1]
-    lm = NGram.train(['កម្ពុជា'] * 50, units, order=4, cuts=(1,))
+    lm = NGramModel.train(['កម្ពុជា'] * 50, units, order=4, cuts=(1,))
     lm.save(tmp_path / 'lm.safetensors')
     asked = []
 
     class Spy:
         n, order = lm.n, lm.order
 
-        def p(self, h):
+        def probs(self, h):
             asked.append(h)
-            return lm.p(h)
+            return lm.probs(h)
 
-        def shorten(self, h):
-            return lm.shorten(h)
+        def context(self, h):
+            return lm.context(h)
 
     reader = Reader.load(weights, lm=tmp_path / 'lm.safetensors')
     assert reader.decoder.lm.n == len(units)
     reader.decoder.lm = Spy()
     reader.read([scribble(400)])
     assert len(asked) > 3
-    other = NGram.train(['ab'], SubscriptTokenizer(type(units.charset)(('a', 'b'))), order=2, cuts=(1,))
+    other = NGramModel.train(['ab'], SubscriptTokenizer(type(units.charset)(('a', 'b'))), order=2, cuts=(1,))
     other.save(tmp_path / 'other.safetensors')
     with pytest.raises(KhmerOCRError, match='units'):
         Reader.load(weights, decoder='beam', lm=tmp_path / 'other.safetensors')
@@ -327,7 +328,7 @@ def test_combinations_that_do_not_exist(weights, writer):
         with pytest.raises(KhmerOCRError, match=says) as e:
             call()
         assert '\n' not in str(e.value)
-    if not net.hears:
+    if not net.has_ctc_head:
         with pytest.raises(KhmerOCRError, match='no CTC head'):
             Reader.load(writer, decoder='ctc')
 
@@ -337,7 +338,7 @@ def test_wide_memory(weights, tmp_path, decoder):
     "A line 20,000 px wide takes hardly more memory than one of 2,000"
     code = textwrap.dedent('''
         import sys, resource, numpy as np
-        from khmer_ocr.reader import Reader
+        from khmer_ocr.inference.reader import Reader
         r, rng = Reader.load(sys.argv[1], decoder=sys.argv[2]), np.random.default_rng(0)
         line = np.where(rng.random((40, 20000)) < .2, 30, 235).astype(np.uint8)
         r.read([line[:, :2000]]*4); a = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -390,9 +391,9 @@ def test_loading(weights, tmp_path):
 
 def test_best_is_the_default(monkeypatch, tmp_path):
     for known, first in ((dict(best='b', fast='f'), 'b'), (dict(fast='f'), 'f')):
-        monkeypatch.setattr(reader_module, 'models', lambda: known)
-        assert _checkpoint() == first
-    monkeypatch.setattr(reader_module, 'models', dict)
+        monkeypatch.setattr(zoo, 'available_models', lambda: known)
+        assert checkpoint_path() == first
+    monkeypatch.setattr(zoo, 'available_models', dict)
     with pytest.raises(KhmerOCRError, match='no weights are installed'):
         Reader.load()
 
@@ -483,7 +484,7 @@ def test_where_it_looked(weights, lines):
     units, looks = reader.attention_map(wide)
     assert looks.shape[1] == wide.shape[1] and looks[-1].argmax() > 3000 and np.allclose(looks.sum(1), 1, atol=1e-3)
     assert reader.attention_map(np.full((40, 300), 255, np.uint8))[0] == []
-    if 'fast' not in models():
+    if 'fast' not in available_models():
         return
     line = 255 - np.pad(render('ព្រះរាជាណាចក្រកម្ពុជា', find_fonts(split='train')[0], 32).ink, 8)  # a line that it can read
     for row, (_, _, x0, x1) in zip(reader.attention_map(line)[1], reader.read([line])[0].chars):

@@ -7,7 +7,7 @@ from khmer_ocr.text.tokenizers import SubscriptTokenizer
 from khmer_ocr.inference.voting import NULL, FileFunctionReader, MeanProbabilityReader, Rover, Candidate, vote_column, confusion_network, vote, split_prediction
 from khmer_ocr.inference.reader import Reader, Prediction
 from khmer_ocr.models.attention import Seq2Seq, make_units
-from khmer_ocr.models.attention_training import seq2seq_preset
+from khmer_ocr.models.attention_training import seq2seq_variant
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.text.khmer import charset, clusters, normalise
 
@@ -70,8 +70,8 @@ def test_three_readers_with_mistakes_in_other_places_are_right_together():
         ([Candidate('ក', 0.4), Candidate('ក', 0.4), Candidate('ខ', 0.9)], dict(alpha=1.0), 'ក'),
         ([Candidate('ក', 0.4), Candidate('ក', 0.4), Candidate('ខ', 0.9)], dict(alpha=0.0), 'ខ'),
         ([Candidate('ក', 0.4), NULL, NULL], dict(alpha=1.0), ''),
-        ([Candidate('ក', 0.4), NULL], dict(silence=0.3), 'ក'),
-        ([Candidate('ក', 0.4), NULL], dict(silence=0.6), ''),
+        ([Candidate('ក', 0.4), NULL], dict(null_confidence=0.3), 'ក'),
+        ([Candidate('ក', 0.4), NULL], dict(null_confidence=0.6), ''),
     ],
 )
 def test_elections(column, settings, winner):
@@ -111,7 +111,7 @@ def test_the_mean_of_a_reader_and_its_double_is_the_reader():
 
 
 @pytest.mark.parametrize(
-    'shape', [dict(stride=2), dict(stride=8), dict(height=48), dict(height=32, stride=8), dict(reading='attention')]
+    'shape', [dict(stride=2), dict(stride=8), dict(height=48), dict(height=32, stride=8), dict(encoder='attention')]
 )
 def test_readers_of_any_shape_have_a_mean(shape):
     a, b = reader(1), reader(2, **shape)
@@ -129,7 +129,7 @@ def test_readers_of_any_shape_have_a_mean(shape):
 
 
 def test_readers_that_cannot_be_averaged():
-    config = seq2seq_preset('buoy2022').config
+    config = seq2seq_variant('buoy2022').config
     theirs = make_units(config)
     writes = Reader(Seq2Seq(len(theirs), config), theirs, dict(height=config.height))
     with pytest.raises(KhmerOCRError, match='vote on texts'):

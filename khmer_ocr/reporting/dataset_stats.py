@@ -216,7 +216,7 @@ def read_records(
     split,  # folder of a split of a generated set (files or shards), or of a fixed validation set
 ) -> list[dict]:  # one for each image
     "The record of a set: `samples.jsonl`, or what stands in the shards"
-    from khmer_ocr.synth.records import read_shard
+    from khmer_ocr.synth.set_layouts import read_shard
 
     if shards := sorted(Path(split).glob('*.tar')):
         return [row for p in shards for *_, row in read_shard(p)]
@@ -233,7 +233,7 @@ def read_record_images(
     "The images that belong to some records of a split"
     import cv2
     from khmer_ocr.data.images import read_image
-    from khmer_ocr.synth.records import read_shard
+    from khmer_ocr.synth.set_layouts import read_shard
 
     shards = sorted(Path(split).glob('*.tar'))
     if not shards:
