@@ -69,7 +69,7 @@ def test_no_label_without_its_glyphs(held_out, monkeypatch):
     rng, drawn, fonts = np.random.default_rng(5), [], Counter()
     texts = None if (CORPUS / 'train.txt').exists() else [normalise(rule_line(rng)) for _ in range(400)]
     try:
-        synth = S.Synth(
+        synth = S.LineGenerator(
             S.Recipe(corpus=str(CORPUS), random_text=True, common=0.0, styles=0.2, held_out=held_out, seed=77),
             texts=texts,
         )
@@ -81,14 +81,14 @@ def test_no_label_without_its_glyphs(held_out, monkeypatch):
         drawn.append((text, font, latin, line))
         return line
 
-    draw = S._draw
+    draw = S._draw_sample
 
     def afresh(*args):
         drawn.clear()
         return draw(*args)
 
     monkeypatch.setattr(S, 'render', recorded)
-    monkeypatch.setattr(S, '_draw', afresh)
+    monkeypatch.setattr(S, '_draw_sample', afresh)
     n = MANY // 4 if held_out else MANY - MANY // 4
     blank = 0
     for i in range(n):

@@ -16,14 +16,14 @@ from khmer_ocr.synth.fonts import find_fonts
 from khmer_ocr.training.checkpoints import save_checkpoint
 from khmer_ocr.inference.page import open_pages
 from khmer_ocr.inference.reader import Reader, read_files
-from khmer_ocr.models.zoo import models
+from khmer_ocr.models.zoo import available_models
 from khmer_ocr.synth.rendering import render
 from khmer_ocr.models.attention import Seq2Seq, Seq2SeqConfig, make_units
 from khmer_ocr.models.attention_training import read_lines
 from khmer_ocr.synth.store import generate_set
 from khmer_ocr.synth.generator import Recipe
 from khmer_ocr.text.khmer import charset
-from tiny import make_tiny
+from conftest import make_tiny
 
 text = 'ព្រះរាជាណាចក្រកម្ពុជា'
 
@@ -163,8 +163,8 @@ CASES = dict(
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
-    if 'fast' in models():
-        return models()['fast']
+    if 'fast' in available_models():
+        return available_models()['fast']
     torch.manual_seed(0)
     net = CTCNet(len(units := SubscriptTokenizer(charset())))
     save_checkpoint(
@@ -254,7 +254,7 @@ def test_same_text_from_the_command(folder, pair, weights):
         [
             sys.executable,
             '-c',
-            'from khmer_ocr.cli import app; app()',
+            'from khmer_ocr.cli.app import app; app()',
             'read',
             '--line',
             '--model',
@@ -268,7 +268,7 @@ def test_same_text_from_the_command(folder, pair, weights):
     assert p.returncode == 0, p.stderr
     got = dict(zip(folder, p.stdout.split('\n')[:-1], strict=True))
     assert got == dict(zip(folder, wanted))
-    if weights == models().get('fast'):
+    if weights == available_models().get('fast'):
         assert {n for n, t in got.items() if t != text} <= {
             'one_bit',
             'pbm',
@@ -290,8 +290,8 @@ def test_pages_too(folder):
     [
         dict(stride=2),
         dict(stride=8, height=48),
-        dict(reading='attention', height=32),
-        dict(reading='conv', blocks=(0, 1, 1), block='large'),
+        dict(encoder='attention', height=32),
+        dict(encoder='conv', res_blocks=(0, 1, 1), block_type='large'),
     ],
     ids=str,
 )

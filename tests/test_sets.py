@@ -5,12 +5,14 @@ from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 import psutil, pytest
-from khmer_ocr import sets
 from khmer_ocr.text.corpus import load_lines
-from khmer_ocr.core.files import _put
-from khmer_ocr.synth.records import _seal, read_shard
+from khmer_ocr.core.files import folder_lock, write_atomic
+from khmer_ocr.synth import records
+from khmer_ocr.synth.records import checked_bytes, write_checked
+from khmer_ocr.synth.set_layouts import PngLayout, ShardLayout, read_shard
 from khmer_ocr.synth.store import generate_set, make_validation_set, validate_validation_set, verify_set
-from khmer_ocr.synth.generator import Recipe
+from khmer_ocr.synth.generator import DRAWING_VERSION, Recipe
+from khmer_ocr.synth.workers import PlainProgress
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.text.khmer import normalise
 
@@ -32,8 +34,8 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(sets._Files, 'chunk', 10)
-    monkeypatch.setattr(sets._Shards, 'chunk', 10)
+    monkeypatch.setattr(PngLayout, 'chunk', 10)
+    monkeypatch.setattr(ShardLayout, 'chunk', 10)
 
 
 def tree(folder):
@@ -74,7 +76,7 @@ def test_layout_of_the_seed(corpus, tmp_path):
         'fonts',
         'corpus',
         'splits',
-        'code',
+        'drawing',
     }
     row = json.loads((tmp_path / 'train/samples.jsonl').read_text(encoding='utf-8').splitlines()[0])
     assert set(row) >= {'name', 'text', 'font', 'size', 'ops', 'sha256', 'bytes'}
@@ -149,8 +151,8 @@ def test_another_recipe_is_refused_with_what_differs(corpus, tmp_path):
 
 
 def test_progress_is_plain_lines_off_a_terminal(corpus, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(sets._Files, 'chunk', 1)
-    monkeypatch.setattr(sets._PlainLines, 'every', 0)
+    monkeypatch.setattr(PngLayout, 'chunk', 1)
+    monkeypatch.setattr(PlainProgress, 'every', 0)
     for _ in range(2):
         generate_set(Recipe(corpus=corpus), tmp_path, max_lines=3, splits=('val',))
     out, err = capfd.readouterr()
@@ -166,7 +168,7 @@ def test_progress_is_plain_lines_off_a_terminal(corpus, tmp_path, capfd, monkeyp
 
 
 def test_two_runs_do_not_share_a_folder(corpus, tmp_path):
-    with sets._alone(tmp_path), pytest.raises(KhmerOCRError, match='Another run is at work'):
+    with folder_lock(tmp_path), pytest.raises(KhmerOCRError, match='Another run is at work'):
         make(corpus, tmp_path)
     make(corpus, tmp_path, 1)
 
@@ -258,7 +260,7 @@ def edit(p, old, new):
 
 
 def reseal(p, **kw):
-    p.write_bytes(_seal(json.loads(p.read_text(encoding='utf-8')) | kw))  # an edit by someone who knows of the checksum
+    p.write_bytes(checked_bytes(json.loads(p.read_text(encoding='utf-8')) | kw))  # an edit by someone who knows of the checksum
 
 
 faults = {
@@ -389,9 +391,10 @@ def test_what_a_kill_in_the_middle_of_a_write_leaves_is_swept_up(copy, whole, co
     assert make(corpus, copy)['images_made'] == 0 and verify_set(copy) == [] and tree(copy) == tree(whole)
 
 
-child = '''import sys, khmer_ocr.sets as s
-s._Files.chunk = s._Shards.chunk = 10
-from khmer_ocr.cli import app
+child = '''import sys
+from khmer_ocr.synth.set_layouts import PngLayout, ShardLayout
+PngLayout.chunk = ShardLayout.chunk = 10
+from khmer_ocr.cli.app import app
 app(['generate', '--corpus', sys.argv[1], '--out', sys.argv[2], '--max-lines', '150', *sys.argv[3:]])'''
 
 
@@ -571,7 +574,7 @@ def test_a_limit_on_files_is_one_line(corpus, tmp_path):
 def test_a_failed_write_leaves_nothing(tmp_path):
     (tmp_path / 'a.png').mkdir()
     with pytest.raises(KhmerOCRError, match='a.png'):
-        _put(tmp_path / 'a.png', b'x')
+        write_atomic(tmp_path / 'a.png', b'x')
     assert [p.name for p in tmp_path.iterdir()] == ['a.png']
 
 
@@ -622,7 +625,7 @@ def test_the_validation_set_does_not_depend_on_the_processor(corpus, tmp_path):
         OPENCV_CPU_DISABLE='AVX512-SKX,AVX2,AVX,FP16', OPENCV_IPP='disabled', NPY_DISABLE_CPU_FEATURES='X86_V4 X86_V3'
     )  # an old x86; without meaning elsewhere
     for d, env in (('new', {}), ('old', plain)):
-        code = f'from khmer_ocr.sets import make_validation_set; make_validation_set({str(tmp_path / d)!r}, 40, corpus={corpus!r}, progress=False)'
+        code = f'from khmer_ocr.synth.store import make_validation_set; make_validation_set({str(tmp_path / d)!r}, 40, corpus={corpus!r}, progress=False)'
         subprocess.run(
             [sys.executable, '-W', 'ignore', '-c', code], env=os.environ | env, check=True, capture_output=True
         )
@@ -650,6 +653,49 @@ def test_sets_of_an_earlier_version(corpus, tmp_path):
     ):
         with pytest.raises(KhmerOCRError, match=why):
             f()
+
+
+def recorded_by_code(folder, code):
+    "Turn the records of a set into those of a time when a hash of source text stood in place of DRAWING_VERSION"
+    for path in (folder / 'generation_metadata.json', *folder.glob('*/metadata.json')):
+        record = json.loads(path.read_text())
+        made_of = record.get('provenance', record)
+        assert made_of.pop('drawing') == DRAWING_VERSION
+        made_of['code'] = code
+        write_checked(path, record)
+
+
+def test_a_set_of_the_last_code_before_versions_is_verified_and_goes_on(corpus, tmp_path, small_chunks):
+    (code,) = records._DRAWING_OF_CODE
+    make(corpus, tmp_path / 'set', 12)
+    recorded_by_code(tmp_path / 'set', code)
+    assert verify_set(tmp_path / 'set') == []
+    before = tree(tmp_path / 'set')
+    assert make(corpus, tmp_path / 'set', 12)['images_made'] == 0
+    assert tree(tmp_path / 'set') == before  # its records stay as they were
+    assert make(corpus, tmp_path / 'set', 25)['images_made'] == 30
+    assert verify_set(tmp_path / 'set') == []
+    make(corpus, tmp_path / 'whole', 25)
+    images = {path: sha for path, sha in tree(tmp_path / 'whole').items() if not path.endswith('metadata.json')}
+    assert images.items() <= tree(tmp_path / 'set').items()
+
+
+def test_a_set_of_unknown_code_is_verified_but_not_completed(corpus, tmp_path):
+    make(corpus, tmp_path / 'set', 3)
+    recorded_by_code(tmp_path / 'set', 'c0ffee' * 10 + '0000')
+    before = tree(tmp_path / 'set')
+    assert verify_set(tmp_path / 'set') == []
+    with pytest.raises(KhmerOCRError, match=r'drawn by earlier code \(c0ffeec0\), which may draw other images') as e:
+        make(corpus, tmp_path / 'set', 5)
+    assert '\n' not in str(e.value)
+    assert tree(tmp_path / 'set') == before
+
+
+def test_a_model_recorded_by_code_is_known_by_its_version():
+    (code,) = records._LEARNED_OF_CODE
+    old = dict(look=dict(model='m', code=code, torch='2'))
+    assert records.with_versions(old) == dict(look=dict(model='m', version=1, torch='2'))
+    assert old['look']['code'] == code  # the record itself is not changed
 
 
 validation_faults = {
@@ -685,7 +731,7 @@ def test_a_stopped_validation_set_is_not_mixed_with_another(corpus, tmp_path):
     whole = tree(tmp_path / 'v')
     (tmp_path / 'v/parts').mkdir()
     (tmp_path / 'v/parts/provenance.json').write_bytes(
-        _seal(json.loads((tmp_path / 'v/metadata.json').read_text())['provenance'])
+        checked_bytes(json.loads((tmp_path / 'v/metadata.json').read_text())['provenance'])
     )
     for f in ('metadata.json', 'samples.jsonl', 'validation_texts.txt'):
         (tmp_path / 'v' / f).unlink()  # as a kill leaves it
@@ -700,7 +746,7 @@ def test_a_stopped_validation_set_is_not_mixed_with_another(corpus, tmp_path):
 
 def call(*args):
     from typer.testing import CliRunner
-    from khmer_ocr.cli.common import app
+    from khmer_ocr.cli.app import app
 
     return CliRunner().invoke(app, [str(a) for a in args])
 

@@ -82,7 +82,10 @@ def _check_wording(wording: TextConfig):
         shares = getattr(wording, name)
         if len(shares) != n or not all(_is_number(v) and 0 <= v <= 1 for v in shares):
             raise setting_error(f'wording.{name}', shares, f'{n} shares from 0 to 1')
-    check_ranges(wording, {name: (0, 1) for name in ('floor', 'rare', 'twins', 'blank')})
+    for name in ('floor', 'rare', 'twins', 'blank'):
+        share = getattr(wording, name)
+        if not 0 <= share <= 1:
+            raise setting_error(f'wording.{name}', share, 'from 0 to 1')
 
 # %% ../../nbs/03_synth/10_generator.ipynb #4e9e0f1d
 MIXES = dict(
