@@ -1,4 +1,4 @@
-"Degradations: what weights were trained on stays the same bytes; whatever an operation does, a reader could still read it."
+"Degradations: presets keep their bytes, and whatever an operation does, the text can still be read."
 
 import hashlib
 from functools import partial
@@ -92,7 +92,7 @@ def test_a_function_of_its_seed_that_changes_the_image(name):
 
 
 def likeness(image, reference, piece=40, reach=24):
-    "Mean correlation of the reference's pieces with the best place for them nearby in `image`; sizes are brought together first"
+    "Mean correlation of the reference's pieces with the best place for them nearby in `image`"
     a = cv2.copyMakeBorder(image, reach, reach, reach, reach, cv2.BORDER_REPLICATE).astype(np.float32)
     found = []
     for x in range(0, reference.shape[1] - piece + 1, piece):

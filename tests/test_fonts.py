@@ -1,7 +1,10 @@
-"Faults of the font folder, and what a machine without network or Debian fonts still gets; offline, with toy files and the embedded font"
+"Faults of the font folder, and what a machine without network or Debian fonts still gets; offline, with toy files"
 
-import hashlib, json, shutil
-import numpy as np, pytest
+import hashlib
+import json
+import shutil
+import numpy as np
+import pytest
 from khmer_ocr.synth import fonts as F
 from khmer_ocr.core.errors import KhmerOCRError
 

@@ -1,11 +1,14 @@
-"""No label is paired with an image that lacks one of its glyphs: every line drawn for a sample is looked at again by another route,
-the font's character map as fontTools reads it and a second shaping. KHMER_OCR_MANY=50000 raises the number of samples."""
+"""No label is paired with an image that lacks one of its glyphs: every line drawn for a sample is checked by another
+route, the font's character map as fontTools reads it and a second shaping. KHMER_OCR_MANY=50000 raises the number of
+samples."""
 
 import os
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
-import numpy as np, pytest, uharfbuzz as hb
+import numpy as np
+import pytest
+import uharfbuzz as hb
 from fontTools.ttLib import TTFont
 from khmer_ocr.synth import generator as S
 from khmer_ocr.text.rules import rule_line

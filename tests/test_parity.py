@@ -1,9 +1,13 @@
-"Training and reading see the same: a line in any kind of file reaches the network as the same pixels by both ways, and reads the same."
+"Training and reading see the same: a line in any kind of file reaches the network as the same pixels"
 
-import copy, subprocess, sys
+import copy
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from typing import Callable
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 from PIL import Image, features
 from khmer_ocr.models.ctc import CTCConfig, CTCNet, header, load_ctc
 from khmer_ocr.models.ctc_training import CTCLoss, read_batches
@@ -206,6 +210,26 @@ class Seen:
         self.hook.remove()
 
 
+class EncoderInput:
+    "What the encoder of a network is given: `with EncoderInput(net) as seen: ...; seen.calls`"
+
+    def __init__(self, net):
+        self.net, self.calls = net, []
+
+    def __enter__(self):
+        encode = self.net.encode
+
+        def watched(x, widths):
+            self.calls.append((x.clone(), widths.clone()))
+            return encode(x, widths)
+
+        self.net.encode = watched
+        return self
+
+    def __exit__(self, *_):
+        del self.net.encode
+
+
 def same_input(trained, read):
     "One line in two batches of its own: equal to the last bit, and nothing but paper behind it"
     (a, m), (b, n) = trained, read
@@ -313,7 +337,7 @@ def test_other_networks_get_the_same(kw, folder):
 @pytest.mark.parametrize(
     'kw',
     [
-        dict(frames=16, ctc_weight=0.3),
+        dict(encoder_hidden=16, ctc_weight=0.3),
         dict(encoder='ctc', ctc=CTCConfig(channels=(8, 8, 8, 8, 16), hidden=8, layers=1, height=48)),
     ],
     ids=['buoy2022', 'ctc'],
@@ -327,22 +351,15 @@ def test_readers_that_write_get_the_same(kw, folder):
     assert reader.dtype == torch.float32
     for name in ('png', 'sixteen_bits', 'exif6_tif', 'inverted_rgb', 'alpha_la'):
         (batch,) = open_lines(folder[name], config.height).batches()
-        seen = []
-        for n, read in (
-            (net, lambda: read_lines(net, units, [batch])),
-            (reader.net, lambda: list(read_files(reader, [line_of(folder[name])]))),
-        ):
-            real = n.encode
-            n.encode = lambda x, widths, real=real: (seen.append((x.clone(), widths.clone())), real(x, widths))[1]
-            try:
-                read()
-            finally:
-                del n.encode
-        same_input(*seen)
+        with EncoderInput(net) as training:
+            read_lines(net, units, [batch])
+        with EncoderInput(reader.net) as reading:
+            list(read_files(reader, [line_of(folder[name])]))
+        same_input(training.calls[0], reading.calls[0])
 
 
 def test_lines_made_on_the_fly_and_lines_of_sets(pair, tmp_path):
-    "What the training stream makes, what it reads from a set and from shards, and what the reader makes of the same images"
+    "The training stream, a set and shards give the network what the reader gives it for the same images"
     net, units, reader = pair
     make_tiny(tmp_path, model=False)
     recipe = Recipe(corpus=str(tmp_path / 'corpus'), random_text=True)

@@ -1,6 +1,7 @@
 "Drawing with the embedded font: the exact box, boxes of clusters, and every refusal; offline"
 
-import numpy as np, pytest
+import numpy as np
+import pytest
 from khmer_ocr.synth.fonts import Font, find_fonts
 from khmer_ocr.synth.rendering import RenderError, hconcat, latin_scale, render, runs, GlyphCache, _caches
 from khmer_ocr.core.errors import KhmerOCRError

@@ -1,10 +1,19 @@
 "Sets: the same bytes for any number of workers and after any kill, verified by their own record."
 
-import hashlib, json, os, random, shutil, signal, subprocess, sys, time
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-import psutil, pytest
+import psutil
+import pytest
 from khmer_ocr.text.corpus import load_lines
 from khmer_ocr.core.files import folder_lock, write_atomic
 from khmer_ocr.synth import records
@@ -132,9 +141,12 @@ def test_faults_of_the_caller(corpus, tmp_path):
 def test_another_recipe_is_refused_with_what_differs(corpus, tmp_path):
     make(corpus, tmp_path / 'set', 3, ('val',))
     before = tree(tmp_path / 'set')
-    go = lambda **kw: generate_set(
-        replace(Recipe(corpus=corpus), **kw), tmp_path / 'set', max_lines=3, splits=('val',), progress=False
-    )
+
+    def go(**kw):
+        return generate_set(
+            replace(Recipe(corpus=corpus), **kw), tmp_path / 'set', max_lines=3, splits=('val',), progress=False
+        )
+
     with pytest.raises(KhmerOCRError, match='seed: 42 there, 43 now'):
         go(seed=43)
     with pytest.raises(KhmerOCRError, match='preset: .mixed. there, .light. now'):
@@ -156,14 +168,14 @@ def test_progress_is_plain_lines_off_a_terminal(corpus, tmp_path, capfd, monkeyp
     for _ in range(2):
         generate_set(Recipe(corpus=corpus), tmp_path, max_lines=3, splits=('val',))
     out, err = capfd.readouterr()
-    said = [l for l in err.splitlines() if not l.startswith('warning: no fonts')]
-    assert out == '' and '\r' not in err and len(said) == 4
+    printed = [l for l in err.splitlines() if not l.startswith('warning: no fonts')]
+    assert out == '' and '\r' not in err and len(printed) == 4
     assert (
-        said[0].startswith('val: 1/3 images, ')
-        and said[0].endswith(' left')
-        and ' a second' in said[0]
-        and said[2].startswith('val: 3/3 images')
-        and said[3] == 'val: 3/3 images, there already'
+        printed[0].startswith('val: 1/3 images, ')
+        and printed[0].endswith(' left')
+        and ' a second' in printed[0]
+        and printed[2].startswith('val: 3/3 images')
+        and printed[3] == 'val: 3/3 images, there already'
     )
 
 
@@ -219,7 +231,9 @@ def test_shards_hold_the_same_samples(corpus, tmp_path, small_chunks):
 
 
 def test_shards_resume_grow_and_are_verified(corpus, tmp_path, small_chunks):
-    go = lambda out, n=25: make(corpus, out, n, ('train',), format='shards')
+    def go(out, n=25):
+        return make(corpus, out, n, ('train',), format='shards')
+
     go(tmp_path / 'whole')
     go(tmp_path / 'a', 13)
     assert go(tmp_path / 'a')['images_made'] == 15  # the shard of 3 and the one after it
@@ -260,7 +274,8 @@ def edit(p, old, new):
 
 
 def reseal(p, **kw):
-    p.write_bytes(checked_bytes(json.loads(p.read_text(encoding='utf-8')) | kw))  # an edit by someone who knows of the checksum
+    "An edit by someone who knows of the checksum"
+    p.write_bytes(checked_bytes(json.loads(p.read_text(encoding='utf-8')) | kw))
 
 
 faults = {
@@ -311,7 +326,7 @@ faults = {
     'broken JSON': (lambda d: (d / 'generation_metadata.json').write_text('{'), 'generation_metadata.json is damaged'),
 }
 
-strangers = (
+extra = (
     'a.txt',
     'train/a.png',
     'train/images/train_000025.png',
@@ -339,10 +354,10 @@ def copy(whole, tmp_path):
 
 @pytest.mark.parametrize('name', faults)
 def test_verify_finds(name, copy, whole, corpus):
-    plant, says = faults[name]
+    plant, message = faults[name]
     plant(copy)
     problems = verify_set(copy)
-    assert any(says in p for p in problems), problems
+    assert any(message in p for p in problems), problems
     assert not any('\n' in p for p in problems)
     if 'with care' in name or 'another set' in name:
         return  # what was sealed anew is believed by the next run, which then refuses it as another recipe
@@ -350,7 +365,7 @@ def test_verify_finds(name, copy, whole, corpus):
     assert verify_set(copy) == [] and tree(copy) == tree(whole)
 
 
-@pytest.mark.parametrize('name', strangers)
+@pytest.mark.parametrize('name', extra)
 def test_verify_finds_an_extra_file(name, copy):
     (copy / name).parent.mkdir(parents=True, exist_ok=True)
     (copy / name).write_bytes(b'x')
@@ -398,7 +413,7 @@ from khmer_ocr.cli.app import app
 app(['generate', '--corpus', sys.argv[1], '--out', sys.argv[2], '--max-lines', '150', *sys.argv[3:]])'''
 
 
-def told(err):
+def complaints(err):
     "What is no progress, nor the warning where only the embedded font is there"
     return [l for l in err.splitlines() if not l.startswith(('train: ', 'val: ', 'test: ', 'warning: no fonts'))]
 
@@ -416,7 +431,10 @@ def start(corpus, out, *more, **kw):
 
 def wait_a_while(p, out, rng) -> bool:
     "Until some time has passed, or some more images are there; False if the run ended before"
-    count = lambda: len(list(out.glob('*/images/*.png')))
+
+    def count():
+        return len(list(out.glob('*/images/*.png')))
+
     until, enough = time.monotonic() + rng.uniform(0.1, 1.5), count() + rng.randint(1, 60)
     by_time = rng.random() < 0.5
     while p.poll() is None:
@@ -433,8 +451,10 @@ def kill(p, rng):
     if workers and rng.random() < 0.3:
         rng.choice(workers).kill()
         _, err = p.communicate(timeout=60)
-        said = told(err)
-        assert p.returncode == 0 or p.returncode == 1 and len(said) == 1 and 'worker process was killed' in said[0], err
+        printed = complaints(err)
+        assert (
+            p.returncode == 0 or p.returncode == 1 and len(printed) == 1 and 'worker process was killed' in printed[0]
+        ), err
     else:
         p.kill()
         p.communicate()
@@ -486,9 +506,12 @@ def test_killed_shards_and_validation_sets(corpus, tmp_path, command):
     code = (
         child[: child.index('app([')] + f"app([{command[0]!r}, '--corpus', sys.argv[1], *{command[1:]!r}, sys.argv[2]])"
     )
-    go = lambda out: subprocess.Popen(
-        [sys.executable, '-c', code, corpus, str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+
+    def go(out):
+        return subprocess.Popen(
+            [sys.executable, '-c', code, corpus, str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+
     rng, out = random.Random(3), tmp_path / 'set'
     for k in range(4):
         p, n = go(out), len(list(out.rglob('parts/*.jsonl')))
@@ -517,7 +540,7 @@ def test_ctrl_c_in_a_terminal_is_one_line_and_resumes(corpus, tmp_path, more):
         time.sleep(0.01)
     os.killpg(p.pid, signal.SIGINT)  # as a terminal does: to the workers too
     out, err = p.communicate(timeout=60)
-    assert p.returncode == 130 and told(err) == [
+    assert p.returncode == 130 and complaints(err) == [
         'khmer-ocr: stopped; what was finished stays, and the same command goes on from there'
     ], err
     for d in ('set', 'whole'):
@@ -530,9 +553,12 @@ def disk(tmp_path):
     "A disk of 400 kB"
     d = tmp_path / 'disk'
     d.mkdir()
-    mount = lambda *args: (
-        shutil.which('mount') and not subprocess.run(['mount', *args, str(d)], stderr=subprocess.DEVNULL).returncode
-    )
+
+    def mount(*args):
+        return (
+            shutil.which('mount') and not subprocess.run(['mount', *args, str(d)], stderr=subprocess.DEVNULL).returncode
+        )
+
     if os.name == 'nt' or not mount('-t', 'tmpfs', '-o', 'size=400k', 'tmpfs'):
         pytest.skip('no right to mount a small disk')
     yield d, lambda how: mount('-o', f'remount,{how}')
@@ -550,10 +576,13 @@ def test_disk_full_or_read_only_is_one_line_and_resumes(corpus, tmp_path, disk, 
     assert remount(broken)
     p = start(corpus, d / 'set', *more)
     out, err = p.communicate(timeout=60)
-    said = told(err)
-    assert p.returncode == 1 and len(said) == 1 and said[0].startswith('khmer-ocr: Cannot write') and why in said[0], (
-        err
-    )
+    printed = complaints(err)
+    assert (
+        p.returncode == 1
+        and len(printed) == 1
+        and printed[0].startswith('khmer-ocr: Cannot write')
+        and why in printed[0]
+    ), err
     assert not [f for f in d.rglob('.*')]
     assert remount(mended)
     for out in (d / 'set', tmp_path / 'whole'):
@@ -625,7 +654,10 @@ def test_the_validation_set_does_not_depend_on_the_processor(corpus, tmp_path):
         OPENCV_CPU_DISABLE='AVX512-SKX,AVX2,AVX,FP16', OPENCV_IPP='disabled', NPY_DISABLE_CPU_FEATURES='X86_V4 X86_V3'
     )  # an old x86; without meaning elsewhere
     for d, env in (('new', {}), ('old', plain)):
-        code = f'from khmer_ocr.synth.store import make_validation_set; make_validation_set({str(tmp_path / d)!r}, 40, corpus={corpus!r}, progress=False)'
+        code = (
+            'from khmer_ocr.synth.store import make_validation_set; '
+            f'make_validation_set({str(tmp_path / d)!r}, 40, corpus={corpus!r}, progress=False)'
+        )
         subprocess.run(
             [sys.executable, '-W', 'ignore', '-c', code], env=os.environ | env, check=True, capture_output=True
         )
@@ -712,7 +744,9 @@ validation_faults = {
 
 @pytest.mark.parametrize('name', validation_faults)
 def test_validate_only_finds_and_making_it_again_repairs(name, corpus, tmp_path):
-    go = lambda: make_validation_set(tmp_path / 'v', num_samples=5, corpus=corpus, progress=False)
+    def go():
+        return make_validation_set(tmp_path / 'v', num_samples=5, corpus=corpus, progress=False)
+
     go()
     whole = tree(tmp_path / 'v')
     plant, n = validation_faults[name]
@@ -724,9 +758,9 @@ def test_validate_only_finds_and_making_it_again_repairs(name, corpus, tmp_path)
 
 
 def test_a_stopped_validation_set_is_not_mixed_with_another(corpus, tmp_path):
-    go = lambda seed: make_validation_set(
-        tmp_path / 'v', num_samples=5, random_seed=seed, corpus=corpus, progress=False
-    )
+    def go(seed):
+        return make_validation_set(tmp_path / 'v', num_samples=5, random_seed=seed, corpus=corpus, progress=False)
+
     go(1)
     whole = tree(tmp_path / 'v')
     (tmp_path / 'v/parts').mkdir()

@@ -1,6 +1,10 @@
-"Compare `normalise` with SIL's khnormal, as PyPI's khmerspell carries it: every difference must have a reason that we chose"
+"Compare `normalise` with SIL's khnormal, as PyPI's khmerspell carries it: every difference has a reason"
 
-import importlib, importlib.util, pickle, re, types
+import importlib
+import importlib.util
+import pickle
+import re
+import types
 from collections import Counter
 from pathlib import Path
 

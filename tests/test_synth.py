@@ -40,7 +40,8 @@ def test_every_sample_is_its_own(corpus):
 
 
 def test_labels_are_normal_and_drawn_in_training_fonts(corpus):
-    s, held = LineGenerator(Recipe(corpus=corpus, random_text=True)), {f.family for f in find_fonts() if f.split == 'heldout'}
+    s = LineGenerator(Recipe(corpus=corpus, random_text=True))
+    held = {f.family for f in find_fonts() if f.split == 'heldout'}
     for i in range(60):
         x = s('train', i)
         assert x.text == normalise(x.text) and not any(
