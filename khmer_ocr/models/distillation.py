@@ -72,7 +72,7 @@ def _output_stride(config) -> float:
     "px per position in the logits"
     return getattr(config, 'output_stride', config.stride)
 
-
+# %% ../../nbs/06_models/14_distillation.ipynb #e4a98cd5
 class CTCEnsemble(CTCNet):
     "Networks as one CTC network: the logarithm of the mean of their probabilities, in the frames of the first"
 
@@ -148,7 +148,7 @@ class DistillationLoss(FrameDistillationLoss):
         return [greedy_line(b[:n], c[:n])[0] for b, c, n in zip(best, confidence, lengths)]
 
     def kl_divergence(self, logits, p, batch, units: int):
-        "The divergence of the student's logits from probabilities p, both (B, frames, n): nats for each of `units` units"
+        "The divergence of the student's logits from probabilities p, both (B, frames, n): nats for each unit"
         t = self.temperature
         log_q = (logits / t).log_softmax(-1)
         p = soften(p, t)

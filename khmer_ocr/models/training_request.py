@@ -9,7 +9,6 @@ __all__ = ['TABLES', 'check_tables', 'read_document', 'SettingsFile', 'read_tabl
 
 # %% ../../nbs/06_models/15_training_request.ipynb #97a3306f
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,13 +20,7 @@ from ..data.datasets import open_lines
 from ..data.mixing import DataConfig, read_stages, training_source
 from .attention_training import Variant
 from .distillation import DistillationConfig, read_distillation
-from khmer_ocr.models.i2t_training import (
-    I2TConfig,
-    image_to_text_config,
-    loop_settings,
-    read_i2t_config,
-    warmup_share,
-)
+from .i2t_training import I2TConfig, image_to_text_config, loop_settings, read_i2t_config, warmup_share
 from .zoo import ModelSpec, find_spec, train_recogniser, variant
 from ..synth.generator import Recipe
 from ..text.corpus import load_lines
@@ -53,9 +46,7 @@ def check_tables(
             raise KhmerOCRError(f'{where}: {name!r} is not one of the tables {names}{suggest(name, known)}')
         if name == 'curriculum':
             if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-                raise KhmerOCRError(
-                    f'{where}: curriculum must be a list of tables: write [[curriculum]] before each'
-                )
+                raise KhmerOCRError(f'{where}: curriculum must be a list of tables: write [[curriculum]] before each')
         elif not isinstance(value, dict):
             raise KhmerOCRError(f'{where}: {name} must be a table: write [{name}] before its settings')
 
@@ -146,7 +137,7 @@ def _drawn_texts(request: TrainingRequest) -> list | None:
         )
     return texts
 
-
+# %% ../../nbs/06_models/15_training_request.ipynb #cabf6282
 def request_lines(request: TrainingRequest, texts=None) -> tuple:  # data and texts for `train_recogniser`
     "The source of a request's lines; `texts` stand in for the corpus"
     drawn = request.source == 'onthefly'

@@ -7,7 +7,7 @@ __all__ = ['SIZES', 'PEAK_LR', 'ImageToTextLoss', 'unit_cross_entropy', 'evaluat
            'load_image_to_text', 'init_image_to_text', 'image_to_text_variant', 'backbone_path', 'ParagraphSource']
 
 # %% ../../nbs/06_models/09_transformer_training.ipynb #74a825c4
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -222,9 +222,7 @@ class ParagraphSource(LineSource):
         first = n * self.most
         lines = self.source.fetch(first, first + int(rng.integers(1, self.most + 1)), seed)
         width = max(image.shape[1] for image, _ in lines)
-        rows = [
-            np.pad(image, ((6, 6), (8, 8 + width - image.shape[1])), constant_values=255) for image, _ in lines
-        ]
+        rows = [np.pad(image, ((6, 6), (8, 8 + width - image.shape[1])), constant_values=255) for image, _ in lines]
         return preprocess(np.concatenate(rows), self.height), ' '.join(label for _, label in lines)
 
     def fetch(self, a, b, seed=None):

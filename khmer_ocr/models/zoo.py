@@ -329,8 +329,7 @@ AUTOREGRESSIVE = (Seq2Seq, ImageToText)  # networks that write unit by unit
 # How this version prepares a line and a label, and which earlier ways it may stand in for:
 # a reader of prepare/2, which left shadows in, reads better without them
 COMPATIBLE_TAGS = dict(
-    preprocess=('khmer_ocr.data.prepare/3', 'khmer_ocr.data.prepare/2'),
-    normal_form=('khmer_ocr.text.normalise/1',),
+    preprocess=('khmer_ocr.data.prepare/3', 'khmer_ocr.data.prepare/2'), normal_form=('khmer_ocr.text.normalise/1',)
 )
 
 
@@ -350,11 +349,13 @@ def open_model(path) -> tuple[nn.Module, object, dict]:  # network in eval mode,
     header = load_checkpoint(path)[1]
     kind = header.get('model')
     if kind not in MODELS:
-        raise KhmerOCRError(f'{path} holds a model of kind {kind!r}, which reads no lines: known are {", ".join(MODELS)}')
+        known = ', '.join(MODELS)
+        raise KhmerOCRError(f'{path} holds a model of kind {kind!r}, which reads no lines: known are {known}')
     _check_tags(path, header)
     net, tokenizer, header = MODELS[kind].load(path)
     if header['height'] != net.config.height:
         raise KhmerOCRError(
-            f'{path} says height {header["height"]}, but its network is {net.config.height} high: fetch or train it again'
+            f'{path} says height {header["height"]}, but its network is {net.config.height} high: '
+            'fetch or train it again'
         )
     return net, tokenizer, header
