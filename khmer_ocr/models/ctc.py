@@ -201,7 +201,8 @@ def forward(self: CTCNet, x, widths=None):  # widths: int (B,) px, of the lines 
 @patch
 def lengths(self: CTCNet, widths):
     "Positions in the logits of images of `widths` px; int or int tensor -> the same"
-    return n_frames(widths, self.config.stride) * self.config.outputs_per_frame
+    config = self.config
+    return n_frames(widths, config.stride) * (config.stride // config.output_stride)
 
 # %% ../../nbs/06_models/02_ctc.ipynb #98d6c3ef
 def _copy_into(
