@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRAIN_SIZES', 'Pix2PixConfig', 'AttentionGate', 'ProgressiveHeads', 'StyleModulation', 'run_stage', 'style_inputs',
-           'check_mask_size', 'rename_old_keys', 'UNet', 'DoubleUNet', 'make_generator', 'PatchGAN', 'Pix2Pix',
-           'check_generator', 'l1_loss', 'feature_matching_loss', 'pix2pix_phases']
+           'check_mask_size', 'rename_old_keys', 'MaskGenerator', 'UNet', 'DoubleUNet', 'make_generator', 'PatchGAN',
+           'Pix2Pix', 'check_generator', 'l1_loss', 'feature_matching_loss', 'pix2pix_phases']
 
 # %% ../../nbs/07_generative/05_pix2pix.ipynb #fe6d5085
 import math
@@ -242,15 +242,36 @@ def rename_old_keys(module, state_dict, prefix, *rest):
         new = '.'.join(_OLD_KEYS.get(part, part) for part in parts)
         state_dict[prefix + new] = state_dict.pop(key)
 
-# %% ../../nbs/07_generative/05_pix2pix.ipynb #816d3112
-class UNet(nn.Module):
+# %% ../../nbs/07_generative/05_pix2pix.ipynb #17780900
+class MaskGenerator(nn.Module):
     """mask float (B, 1, H, W) in 0..1 -> image (B, 3, H, W) in -1..1; H and W are multiples of 2**levels
 
     With `config.style`, also a style (B, style) and white noise (B, 3, H, W), see `style_inputs`."""
 
-    def __init__(self, config: Pix2PixConfig | None = None, stages: int = 0):
+    def __init__(self, config: Pix2PixConfig):
         super().__init__()
-        self.config = config = config or Pix2PixConfig()
+        self.config = config
+        self.register_load_state_dict_pre_hook(rename_old_keys)
+
+    def forward(self, mask, style=None, noise=None):
+        check_mask_size(self, mask)
+        style, noise = style_inputs(self.config, mask, style, noise)
+        x = self.layers(mask, style)
+        if style is not None:
+            x = x + self.modulation.tones(style, mask) + self.modulation.grain(style, noise)
+        return torch.tanh(x)
+
+    def layers(self, mask, style):
+        "The image before the tanh, without the tones and the grain of a style"
+        raise NotImplementedError
+
+# %% ../../nbs/07_generative/05_pix2pix.ipynb #816d3112
+class UNet(MaskGenerator):
+    "Strided convolutions on the way down, doubling stages on the way up"
+
+    def __init__(self, config: Pix2PixConfig | None = None, stages: int = 0):
+        super().__init__(config or Pix2PixConfig())
+        config = self.config
         widths = config.widths
         n = len(widths)
         if stages >= n:
@@ -262,20 +283,12 @@ class UNet(nn.Module):
         self.gates = nn.ModuleList(AttentionGate(w) for w in widths[:-1]) if config.attention else None
         self.heads = ProgressiveHeads(widths, 1, stages) if stages else None
         self.modulation = StyleModulation(config.style, widths[:-1]) if config.style else None
-        self.register_load_state_dict_pre_hook(rename_old_keys)
 
-# %% ../../nbs/07_generative/05_pix2pix.ipynb #9f378090
-@patch
-def forward(self: UNet, mask, style=None, noise=None):
-    check_mask_size(self, mask)
-    style, noise = style_inputs(self.config, mask, style, noise)
-    stage, faded = self.heads.position if self.heads else (0, 1.0)
-    x = self.decode(self.encode(mask, stage, faded), stage, faded, style)
-    if style is not None:
-        x = x + self.modulation.tones(style, mask) + self.modulation.grain(style, noise)
-    return torch.tanh(x)
+    def layers(self, mask, style):
+        stage, faded = self.heads.position if self.heads else (0, 1.0)
+        return self.decode(self.encode(mask, stage, faded), stage, faded, style)
 
-
+# %% ../../nbs/07_generative/05_pix2pix.ipynb #2ac7d0d8
 @patch
 def encode(self: UNet, mask, stage, faded) -> dict:
     "Maps by level, from `stage` to the innermost"
@@ -325,12 +338,11 @@ def _upsample2(c, i):
     return ResizeConv(cin, cout, True) if i < c.smooth else nn.ConvTranspose2d(cin, cout, 2, 2)
 
 # %% ../../nbs/07_generative/05_pix2pix.ipynb #9b8a9fee
-class DoubleUNet(nn.Module):
-    "The same function as `UNet`, with two 3x3 convolutions and a pooling at each level"
+class DoubleUNet(MaskGenerator):
+    "Two 3x3 convolutions at each level, pooling on the way down"
 
     def __init__(self, config: Pix2PixConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         w = config.widths
         outer = range(len(w) - 1)
         self.downs = nn.ModuleList(_double_conv(config, w[i - 1] if i else 1, w[i]) for i in range(len(w)))
@@ -340,27 +352,19 @@ class DoubleUNet(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.out = nn.Conv2d(w[0], 3, 1)
         self.modulation = StyleModulation(config.style, w[:-1]) if config.style else None
-        self.register_load_state_dict_pre_hook(rename_old_keys)
 
-# %% ../../nbs/07_generative/05_pix2pix.ipynb #1231ebcc
-@patch
-def forward(self: DoubleUNet, mask, style=None, noise=None):
-    check_mask_size(self, mask)
-    style, noise = style_inputs(self.config, mask, style, noise)
-    skips = [run_stage(self.config, self.downs[0], mask)]
-    for down in self.downs[1:]:
-        skips.append(run_stage(self.config, down, F.max_pool2d(skips[-1], 2)))
-    x = self.drop(skips.pop())
-    for i in reversed(range(len(self.ups))):
-        x = self.doubles[i](x)
-        skip = self.gates[i](skips[i], x) if self.gates else skips[i]
-        x = run_stage(self.config, self.ups[i], torch.cat([skip, x], 1))
-        if style is not None:
-            x = self.modulation(i, x, style)
-    x = self.out(x)
-    if style is not None:
-        x = x + self.modulation.tones(style, mask) + self.modulation.grain(style, noise)
-    return torch.tanh(x)
+    def layers(self, mask, style):
+        skips = [run_stage(self.config, self.downs[0], mask)]
+        for down in self.downs[1:]:
+            skips.append(run_stage(self.config, down, F.max_pool2d(skips[-1], 2)))
+        x = self.drop(skips.pop())
+        for i in reversed(range(len(self.ups))):
+            x = self.doubles[i](x)
+            skip = self.gates[i](skips[i], x) if self.gates else skips[i]
+            x = run_stage(self.config, self.ups[i], torch.cat([skip, x], 1))
+            if style is not None:
+                x = self.modulation(i, x, style)
+        return self.out(x)
 
 # %% ../../nbs/07_generative/05_pix2pix.ipynb #240f43a3
 def make_generator(config: Pix2PixConfig, stages: int = 0) -> nn.Module:

@@ -148,7 +148,8 @@ def _data(self: SyntheticDataGenerator, dataloader) -> PairBatches:
     "The loader for this training"
     if dataloader is None and self.pairs is None:
         raise KhmerOCRError(
-            'There is nothing to train on: give a dataloader, made by create_synthetic_dataloader(images_dir, masks_dir)'
+            'There is nothing to train on: give a dataloader, '
+            'made by create_synthetic_dataloader(images_dir, masks_dir)'
         )
     if isinstance(dataloader, (list, tuple)):
         dataloader = PairBatches(list(dataloader), self.batch_size, CropConfig(self.resolution), self.seed)

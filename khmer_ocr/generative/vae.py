@@ -313,6 +313,15 @@ def _init(m):
         nn.init.zeros_(m.bias)
 
 
+def _init_decoder(decoder, latent):
+    "A decoder that ignores the code at first, whatever its length"
+    for m in (*decoder.films, decoder.out):
+        nn.init.normal_(m.weight, 0, 0.01)
+    nn.init.normal_(decoder.map[0].weight, 0, 0.05 / latent**0.5)
+    if decoder.bands:
+        nn.init.constant_(decoder.out.bias[3:], -4.0)
+
+# %% ../../nbs/07_generative/08_vae.ipynb #32d5e7ad
 class VAE(nn.Module):
     "encode -> code -> decode; the plain form encodes masks, the style form images"
 
@@ -325,15 +334,14 @@ class VAE(nn.Module):
         self.apply(_init)
         nn.init.normal_(self.encoder.out.weight, 0, 0.01)
         if not self.plain:
-            self._init_decoder()
+            _init_decoder(self.decoder, config.latent)
 
-    def _init_decoder(self):
-        "A decoder that ignores the code at first, whatever its length"
-        for m in (*self.decoder.films, self.decoder.out):
-            nn.init.normal_(m.weight, 0, 0.01)
-        nn.init.normal_(self.decoder.map[0].weight, 0, 0.05 / self.config.latent**0.5)
-        if self.decoder.bands:
-            nn.init.constant_(self.decoder.out.bias[3:], -4.0)
+    def forward(self, x, mask=None) -> tuple:
+        "mean image, mu, logvar, strengths of grain or None"
+        mu, logvar = self.encode(x, mask)
+        z = reparameterise(mu, logvar) if self.training else mu
+        made, scales = self.mean_and_grain(z, mask)
+        return made, mu, logvar, scales
 
 # %% ../../nbs/07_generative/08_vae.ipynb #38b50f7f
 @patch
@@ -376,15 +384,6 @@ def decode(
     if noise is None or scales is None:
         return made
     return (made.float() + synthesise_grain(scales, noise)).clamp(-1, 1)
-
-
-@patch
-def forward(self: VAE, x, mask=None) -> tuple:
-    "mean image, mu, logvar, strengths of grain or None"
-    mu, logvar = self.encode(x, mask)
-    z = reparameterise(mu, logvar) if self.training else mu
-    made, scales = self.mean_and_grain(z, mask)
-    return made, mu, logvar, scales
 
 
 @patch
