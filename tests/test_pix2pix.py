@@ -620,7 +620,7 @@ def test_memorises_one_pair(tmp_path):
     c = Pix2PixConfig(
         resolution=64, ngf=12, ndf=8, dropout=0.0, smooth=1, use_spectral_norm=True, use_least_squares=True
     )
-    learn = train_pix2pix(tmp_path, [page], c, epochs=200, lr=2e-3, ema=0.98, samples_every=1000, **quick)
+    train_pix2pix(tmp_path, [page], c, epochs=200, lr=2e-3, ema=0.98, samples_every=1000, **quick)
     image = generate_tiled(load_pix2pix(tmp_path / 'generator.safetensors'), page.mask, tile=64, overlap=0)
 
     def as_tensor(a):

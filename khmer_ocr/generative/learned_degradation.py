@@ -11,6 +11,7 @@ import numpy as np
 import sys
 import torch
 from contextlib import contextmanager
+from fastcore.basics import patch
 from pathlib import Path
 from .tiling import tile_starts, tile_window
 from khmer_ocr.generative.trained_generator import (
@@ -204,14 +205,16 @@ class LearnedDegradation:
     def __call__(self, image, rng):
         return self.many([image], [rng])[0]
 
-    def many(self, images: list, rngs: list) -> list[np.ndarray]:
-        "Many lines, each with its own generator of random numbers"
-        if self.bank:
-            return [self.bank(im, rng) for im, rng in zip(images, rngs)]
-        masks = [line_mask(im) for im in images]
-        lines = [_TiledLine(self.generator, mask, rng) for mask, rng in zip(masks, rngs)]
-        with _one_thread():
-            _generate_lines(self.generator, lines, self.batch_size)
-        results = [line.result() for line in lines]
-        kept = [ink_preserved(out, mask, self.min_correlation) for out, mask in zip(results, masks)]
-        return [out if ok else image for out, ok, image in zip(results, kept, images)]
+# %% ../../nbs/07_generative/13_learned_degradation.ipynb #89c6486a
+@patch
+def many(self: LearnedDegradation, images: list, rngs: list) -> list[np.ndarray]:
+    "Many lines, each with its own generator of random numbers"
+    if self.bank:
+        return [self.bank(im, rng) for im, rng in zip(images, rngs)]
+    masks = [line_mask(im) for im in images]
+    lines = [_TiledLine(self.generator, mask, rng) for mask, rng in zip(masks, rngs)]
+    with _one_thread():
+        _generate_lines(self.generator, lines, self.batch_size)
+    results = [line.result() for line in lines]
+    kept = [ink_preserved(out, mask, self.min_correlation) for out, mask in zip(results, masks)]
+    return [out if ok else image for out, ok, image in zip(results, kept, images)]

@@ -42,6 +42,16 @@ class ELBO:
             return loss
         return loss + self.config.texture * grain_loss(scales, image - made.detach().float())
 
+# %% ../../nbs/07_generative/09_vae_training.ipynb #3f67db50
+def _count_active(learn, batch) -> int:
+    "Active units of the network in training, over a fixed batch"
+    net = learn.net.eval()
+    image, mask = (batch[k].to(learn.fabric.device) for k in ('image', 'mask'))
+    with torch.no_grad():
+        mu, _ = net.encode(mask if net.plain else image, mask)
+    learn.train_mode()
+    return active_units(mu)
+
 # %% ../../nbs/07_generative/09_vae_training.ipynb #1df950e3
 class ELBOMonitor(Callback):
     "Sets beta by the step; every `log_every` steps beta, mse, KL (nats) and active units go to elbo.csv"
@@ -72,19 +82,11 @@ class ELBOMonitor(Callback):
         if learn.step % learn.config.log_every and learn.step != learn.config.steps:
             return
         parts = {k: v.item() for k, v in learn.loss_fn.measured.items()}
-        self.last = dict(beta=learn.loss_fn.beta, **parts, active=float(self.count_active(learn)))
+        self.last = dict(beta=learn.loss_fn.beta, **parts, active=float(_count_active(learn, self.batch)))
         learn.logs |= self.last
         self.rows.append(dict(step=learn.step, loss=learn.loss_value, **self.last))
         if learn.fabric.is_global_zero:
             write_csv(learn.log_dir / 'elbo.csv', self.rows)
-
-    def count_active(self, learn) -> int:
-        net = learn.net.eval()
-        image, mask = (self.batch[k].to(learn.fabric.device) for k in ('image', 'mask'))
-        with torch.no_grad():
-            mu, _ = net.encode(mask if net.plain else image, mask)
-        learn.train_mode()
-        return active_units(mu)
 
 # %% ../../nbs/07_generative/09_vae_training.ipynb #c102abb5
 def reconstruction_scores(
