@@ -11,8 +11,6 @@ __all__ = ['FIXED_SETS', 'DEGRADATIONS', 'EvalSet', 'open_set', 'fixed_generator
 # %% ../../nbs/10_evaluation/02_benchmark.ipynb #6e20357b
 import json, os, sys
 import cv2
-import numpy as np
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from tqdm import tqdm
@@ -267,10 +265,7 @@ def publishable(sets: list[EvaluatedSet]) -> list[EvaluatedSet]:
     return [s for s in sets if s.lines.shown]
 
 # %% ../../nbs/10_evaluation/02_benchmark.ipynb #d9559f0d
-def pool_sets(
-    sets: list[EvaluatedSet],
-    name: str,
-) -> EvaluatedSet:  # shown only if all of them are
+def pool_sets(sets: list[EvaluatedSet], name: str) -> EvaluatedSet:  # shown only if all of them are
     "Several sets as one"
     pooled = EvalSet(name, [], [], [], title=name, shown=all(s.lines.shown for s in sets))
     readings = []
@@ -380,8 +375,8 @@ def choose_engines(
     for name in map(str, names):
         found = [engine for engine in installed if name == 'all' or engine.lower().startswith(name.lower())]
         if not found and name != 'all':
-            there = ', '.join(installed) or 'none'
-            raise KhmerOCRError(f'No engine called {name!r} is installed{suggest(name, installed)} (there are: {there})')
+            there = f'(there are: {", ".join(installed) or "none"})'
+            raise KhmerOCRError(f'No engine called {name!r} is installed{suggest(name, installed)} {there}')
         chosen.update(found)
     return [engine for engine in installed if engine in chosen]
 

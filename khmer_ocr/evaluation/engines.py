@@ -8,8 +8,6 @@ __all__ = ['READ_RECIPES', 'tesseract_models', 'EngineResult', 'run_tesseract', 
 
 # %% ../../nbs/10_evaluation/01_engines.ipynb #4cbb3056
 import json, os, resource, shutil, subprocess, tempfile, time, venv
-import cv2
-import numpy as np
 from dataclasses import dataclass
 from pathlib import Path
 from ..core.errors import KhmerOCRError, suggest
@@ -145,9 +143,7 @@ def ask_engine(
     "The JSON object on the last line that the driver prints. KhmerOCRError, one line, if there is none"
     environment = os.environ | _OFFLINE_ONE_THREAD
     with tempfile.TemporaryDirectory() as d:
-        p = subprocess.run(
-            [program, '-I', '-c', driver, *args], capture_output=True, text=True, cwd=d, env=environment
-        )
+        p = subprocess.run([program, '-I', '-c', driver, *args], capture_output=True, text=True, cwd=d, env=environment)
     try:
         answer = json.loads(p.stdout.strip().splitlines()[-1])
         return {key: answer[key] for key in wants}
@@ -231,7 +227,8 @@ def available_engines(
     folder=None,  # of environments; None: KHMER_OCR_PEERS
 ) -> list[str]:
     "Names for `run_engine`: 'Tesseract MODEL' for its installed models, then the readers in `folder`"
-    return [f'Tesseract {model}' for model in tesseract_models()] + [n for n in READ_RECIPES if engine_python(n, folder)]
+    installed = [name for name in READ_RECIPES if engine_python(name, folder)]
+    return [f'Tesseract {model}' for model in tesseract_models()] + installed
 
 
 def _find_engine(name, folder) -> Path:
@@ -303,6 +300,6 @@ def compare_engines(
     results: list[EngineResult],
     truths: list[str],  # what the lines say
 ) -> list[dict]:  # the best first
-    "One row an engine: error rates in %, exact lines in %, lines per CPU-second, and that as a ratio to the first result"
+    "One row an engine: error rates and exact lines in %, lines per CPU-second, and that as a ratio to the first result"
     rows = [_comparison_row(result, truths, results[0].lines_per_cpu_second) for result in results]
     return sorted(rows, key=lambda row: row['CER folded, no spaces %'])

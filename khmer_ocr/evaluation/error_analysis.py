@@ -87,8 +87,7 @@ def _lines_with_errors(evaluated: EvaluatedSet) -> list[tuple]:
 
 
 def worst_lines(
-    sets: list[EvaluatedSet],
-    most: int = 50,
+    sets: list[EvaluatedSet], most: int = 50
 ) -> list[tuple[EvaluatedSet, int, int]]:  # (set, number of the line, edits), set by set, the worst first
     "The lines with the most edits, from each set in turn; only of sets that may be shown, and only lines with an error"
     shown = publishable(sets)

@@ -97,7 +97,7 @@ def export_onnx(
     name_or_path,  # of a CTC reader
     out,  # .onnx file to write
 ) -> int:  # bytes written
-    "A reader as ONNX: `images` float32 (lines, 1, height, width), ink 1, paper 0 -> `logits` float32 (lines, frames, units)"
+    "A reader as ONNX: `images` float32 (lines, 1, height, width), ink 1 -> `logits` float32 (lines, frames, units)"
     (onnx,) = _import_extra('onnx')
     path = checkpoint_path(name_or_path)
     net, units, head = open_model(path)
@@ -184,7 +184,7 @@ class OnnxReader(Reader):
         _check_header_tags(path, self.header)
         self.units = SubscriptTokenizer(Charset(self.header['charset']))
         self.height = self.header['height']
-        self.stride = self.header['stride']
+        self.stride = self.net.config.output_stride
         self.device = 'cpu'
         self.dtype = torch.float32
         self.threads = threads

@@ -10,7 +10,6 @@ __all__ = ['dark_on_light', 'binarise', 'deskew_angle', 'rotate', 'Box', 'Page',
 import cv2
 import math
 import numpy as np
-from PIL import Image
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..data.preprocess import local_threshold

@@ -16,7 +16,6 @@ from fastcore.basics import patch
 from torch import nn
 from typing import NamedTuple
 from ..data.preprocess import line_box, preprocess
-from ..models.ctc import CTCNet
 from ..models.decoding import greedy_line, beam_line, beam_search, greedy_decode, ctc_fallback, ctc_log_probs
 from ..models.language_model import NGramModel
 from ..text.tokenizers import SubscriptTokenizer
@@ -326,7 +325,7 @@ class Reader:
         self.device = device
         self.threads = threads
         self.height = header['height']
-        self.stride = net.config.output_stride
+        self.stride = getattr(net.config, 'output_stride', net.config.stride)
         self.decoder = choose_decoder(self.net, units, decoder, lm)
 
 # %% ../../nbs/09_inference/01_reader.ipynb #b3311cda

@@ -36,7 +36,8 @@ def split_prediction(
     "A prediction in pieces, as `cut` makes them"
     if ''.join(c[0] for c in prediction.chars) != prediction.text:  # no letters, or normalising has moved them
         return [Candidate(piece, prediction.confidence) for piece in cut(prediction.text)]
-    of_code_point = [(c, i == 0) for c in prediction.chars for i in range(len(c[0]))]  # char, and whether it begins here
+    # of each code point: its char, and whether it begins there
+    of_code_point = [(c, i == 0) for c in prediction.chars for i in range(len(c[0]))]
     out, start = [], 0
     for piece in cut(prediction.text):
         inside = of_code_point[start : start + len(piece)]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['count_bars', 'lengths_figure', 'symbol_map', 'rarest_symbols', 'drop_table', 'summarise_records', 'read_records',
-           'read_record_images', 'summarise_counts']
+           'read_record_images', 'summarise_counts', 'describe_record', 'record_sheet']
 
 # %% ../../nbs/08_reporting/03_dataset_stats.ipynb #7536e7fc
 import json
@@ -12,7 +12,7 @@ import numpy as np
 from collections import Counter
 from pathlib import Path
 from .figures import new_figure, khmer_mpl_font
-from .tables import symbol_label, Table
+from .tables import ContactSheet, symbol_label, Table
 from ..text.khmer import clusters
 from ..core.errors import KhmerOCRError
 
@@ -112,9 +112,7 @@ def _symbol_tile(ax, x, y, symbol, n, shade, rare):
 
     red = '#c1121f'
     face = (shade, 0.5 + 0.5 * shade, 1) if n else 'white'
-    ax.add_patch(
-        Rectangle((x + 0.04, y + 0.04), 0.92, 0.92, facecolor=face, edgecolor=red if rare else 'none', lw=1.6)
-    )
+    ax.add_patch(Rectangle((x + 0.04, y + 0.04), 0.92, 0.92, facecolor=face, edgecolor=red if rare else 'none', lw=1.6))
     shown = '␣' if symbol == ' ' else symbol_label(symbol).split('  ')[0]
     ax.text(x + 0.5, y + 0.42, shown, ha='center', va='center', font=khmer_mpl_font(13))
     ax.text(x + 0.5, y + 0.95, _short_count(n), ha='center', va='bottom', fontsize=6, color=red if rare else '#555')
@@ -254,3 +252,21 @@ def summarise_counts(
     median = numbers[int(np.searchsorted(below, below[-1] / 2))]
     mean = round(sum(k * n for k, n in counts.items()) / int(below[-1]), 1)
     return dict(least=numbers[0], median=median, mean=mean, most=numbers[-1])
+
+# %% ../../nbs/08_reporting/03_dataset_stats.ipynb #4251acd4
+def describe_record(
+    record: dict,  # of a sample: font, size, ops, and latin where there is such a font
+) -> str:
+    "Font, size and operations of a sample, for small print"
+    latin = f', Latin {record["latin"]}' if 'latin' in record else ''
+    ops = f'; {", ".join(record["ops"])}' if record['ops'] else ''
+    return f'{record["font"]}{latin}, {record["size"]:g} px{ops}'
+
+
+def record_sheet(
+    split,  # folder, as in `read_records`
+    records: list[dict],  # those to show
+) -> ContactSheet:
+    "The images of some records with their texts, and in small print how they were made"
+    texts = [record['text'] for record in records]
+    return ContactSheet(read_record_images(split, records), texts, [describe_record(record) for record in records])

@@ -93,9 +93,7 @@ def trace_layers(
     return trace.layers
 
 # %% ../../nbs/08_reporting/06_networks.ipynb #6c1ad49f
-_KIND_COLOURS = dict(
-    input='#d9d9d9', convolution='#9db4c0', strided='#e0a458', transposed='#7fae8a', linear='#b79fc4'
-)
+_KIND_COLOURS = dict(input='#d9d9d9', convolution='#9db4c0', strided='#e0a458', transposed='#7fae8a', linear='#b79fc4')
 
 
 def _box_height(shape) -> float:
