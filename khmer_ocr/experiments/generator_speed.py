@@ -227,7 +227,7 @@ def _prepare_modes(net, modes, inputs) -> tuple[dict, dict]:  # name -> function
             failed[mode.name] = f'{type(e).__name__}: {first_line}'[:200]
     return runs, failed
 
-
+# %% ../../nbs/11_experiments/04_generator_speed.ipynb #c4418385
 def _row(name, times, exact, own, need, rate, batch):
     "What is reported of one mode; `exact` has the name and the output of the first mode, `own` the output of this one"
     low, ratio, high = np.quantile(times[exact[0]] / times[name], (0.25, 0.5, 0.75)).tolist()

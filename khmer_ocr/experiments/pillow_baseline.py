@@ -98,7 +98,7 @@ def _paper(im, rng, sigma=(2.0, 12.0)):
     grain = _soft_noise(im.size, rng, 2.4) * np.float32(rng.uniform(0, sigma[1] / 2))
     return ImageChops.multiply(im, _to_image(level + clouds + grain))
 
-
+# %% ../../nbs/11_experiments/03_pillow_baseline.ipynb #c770af28
 def _contrast(im, rng, ink=(0, 110), paper=(170, 255)):
     dark = int(rng.integers(ink[0], ink[1] + 1))
     light = int(rng.integers(paper[0], paper[1] + 1))
@@ -250,7 +250,7 @@ def _save_bare(folder, images):
     for i, im in enumerate(images):
         cv2.imwrite(str(folder / f'{i:06d}.png'), np.asarray(im))
 
-
+# %% ../../nbs/11_experiments/03_pillow_baseline.ipynb #c46c9fbc
 def draw_ours(
     texts, font, size, work, folder, seed=0, degradations='document'
 ) -> tuple[float, str]:  # seconds of processor time, version

@@ -195,7 +195,7 @@ def _text2image_command(font, size, degraded, out, widest):
     )
     return ['text2image', *(f'--{k}={v}' for k, v in options.items())]
 
-
+# %% ../../nbs/11_experiments/07_renderers.ipynb #3fb555d8
 def _tesseract_version():
     shown = subprocess.run(['tesseract', '--version'], capture_output=True, text=True).stdout
     return ' '.join(shown.split()[1:2])
@@ -227,7 +227,7 @@ class Renderer:
     bare: str = 'bare'  # what the driver calls the work `bare`
     written: str = 'written'  # and `written`
 
-
+# %% ../../nbs/11_experiments/07_renderers.ipynb #2956fc26
 OTHER_RENDERERS = (
     Renderer('trdg', 'trdg', _TRDG, 'its default; sets one character after the other; no seed of its own'),
     Renderer('trdg, word_split', 'trdg', _TRDG, 'no seed of its own', 'bare words', 'written words'),
@@ -244,7 +244,7 @@ OTHER_RENDERERS = (
     Renderer('text2image', '', '', 'whole pages of one bit a pixel, and a box for every cluster'),
 )
 
-
+# %% ../../nbs/11_experiments/07_renderers.ipynb #bc2c48bf
 def _program(renderer) -> Path | None:
     "Where the renderer's Python (or program) is; None if it is not installed"
     if renderer.home:
@@ -303,7 +303,7 @@ def _scaled_to_width(image, ink):
     scaled = cv2.resize(line, (ink.shape[1], height), interpolation=method)
     return (scaled > 110).astype(np.uint8)
 
-
+# %% ../../nbs/11_experiments/07_renderers.ipynb #bbf72593
 def ink_agreement(
     image,  # uint8 (H, W), somebody's line, dark on light, undamaged
     ink,  # uint8 (h, w), ours, as `render` gives it
@@ -340,7 +340,9 @@ class TextBox:
 
 def _extent(boxes):
     "The lowest and the highest edge of some boxes"
-    return min(b.bottom for b in boxes), max(b.top for b in boxes)
+    lowest = min(b.bottom for b in boxes)
+    highest = max(b.top for b in boxes)
+    return lowest, highest
 
 
 def _starts_line(box, line):
@@ -360,7 +362,7 @@ def _side_by_side(a, b):
     b0, b1 = _extent(b)
     return min(a1, b1) - max(a0, b0) > 0.5 * min(a1 - a0, b1 - b0)
 
-
+# %% ../../nbs/11_experiments/07_renderers.ipynb #9436a8cd
 def _page_rows(boxes: list[TextBox]) -> list[list[TextBox]]:
     "Boxes of each line, in reading order"
     pieces = [[]]
@@ -397,7 +399,7 @@ def _cut_row(pages, row):
     box = (left - 8, pages.height - top - 2, right + 8, pages.height - bottom + 2)
     return np.asarray(pages.convert('L').crop(box))
 
-
+# %% ../../nbs/11_experiments/07_renderers.ipynb #7e793eaa
 def _cut_page_lines(folder, texts) -> list[np.ndarray | None]:
     "The lines of page.tif, cut out with page.box and recognised by their text"
     rows = _page_rows(_read_boxes(folder / 'page.box'))
@@ -440,7 +442,7 @@ def _compare_lines(images, texts, font, size) -> dict:
         missing=len(texts) - len(found),
     )
 
-
+# %% ../../nbs/11_experiments/07_renderers.ipynb #66cc4e82
 def inspect_drawing(
     draw: Callable,  # one of `all_renderers`
     texts,
@@ -525,14 +527,15 @@ def inspection_table(
     rows = []
     for who in next(iter(inspected.values())):
         found = [by_renderer[who] for by_renderer in inspected.values()]
-        lines = sum(f['lines'] for f in found)
+        total = {k: sum(f[k] for f in found) for k in ('lines', 'right', 'cut')}
+        same_bytes = all(f['same_bytes'] for f in found)
         rows.append(
             {
                 'who': who,
                 'version': found[0]['version'],
-                'right': f"{sum(f['right'] for f in found)} of {lines}",
-                'cut': f"{sum(f['cut'] for f in found)} of {lines}",
-                'same bytes': 'yes' if all(f['same_bytes'] for f in found) else 'no',
+                'right': f"{total['right']} of {total['lines']}",
+                'cut': f"{total['cut']} of {total['lines']}",
+                'same bytes': 'yes' if same_bytes else 'no',
                 'note': notes.get(who, ''),
             }
         )

@@ -7,14 +7,16 @@ __all__ = ['LOSSES', 'AUGMENTATIONS', 'init_weights', 'bce', 'lsgan', 'hinge', '
            'generator_loss', 'p_real', 'aug_color', 'aug_translation', 'aug_cutout', 'read_policy', 'diffaugment',
            'r1_penalty', 'apply_spectral_norm', 'GAN', 'Phase', 'PhaseProgress', 'DiscriminatorPhase', 'GeneratorPhase',
            'without_side_effects', 'p_real_of_made', 'GANStatistics', 'SampleGrid', 'SaveSnapshots', 'gan_optimizer',
-           'gan_learner', 'balance', 'plot_statistics']
+           'read_state_dict', 'gan_learner', 'balance', 'plot_statistics']
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #e57745df
 import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+import pickle
 from contextlib import contextmanager
+from fastcore.basics import patch
 from pathlib import Path
 from torch import nn
 from ..core.errors import KhmerOCRError, suggest
@@ -229,7 +231,7 @@ class Phase:
             image = image + torch.randn_like(image) * self.noise * (1 - self.progress)
         return net.discriminate(image, condition)
 
-
+# %% ../../nbs/07_generative/02_adversarial.ipynb #6ce81a42
 class PhaseProgress(Callback):
     "Tells every phase how much of the run is over"
 
@@ -348,32 +350,36 @@ class GANStatistics(Callback):
         if self.say:
             self.say(self.line(learn))
 
-    def measure(self, learn) -> dict:
-        "What is written of this step"
-        *discriminator_phases, generator_phase = learn.loss_fn
-        d_loss = float(np.mean(learn.losses[:-1]))
-        g_loss = learn.losses[-1]
-        row = dict(
-            Loss_D=d_loss,
-            Loss_G=g_loss,
-            D_x=discriminator_phases[-1].measured['real'].item(),
-            D_G_z1=self.before_update,
-            D_G_z2=p_real_of_made(learn.net, generator_phase),
-            ratio=g_loss / d_loss if d_loss else math.inf,
-        )
-        if generator_phase.extra:
-            row |= {k: v.item() for k, v in generator_phase.measured.items()}
-        return row
+# %% ../../nbs/07_generative/02_adversarial.ipynb #d23c9c3c
+@patch
+def measure(self: GANStatistics, learn) -> dict:
+    "What is written of this step"
+    *discriminator_phases, generator_phase = learn.loss_fn
+    d_loss = float(np.mean(learn.losses[:-1]))
+    g_loss = learn.losses[-1]
+    row = dict(
+        Loss_D=d_loss,
+        Loss_G=g_loss,
+        D_x=discriminator_phases[-1].measured['real'].item(),
+        D_G_z1=self.before_update,
+        D_G_z2=p_real_of_made(learn.net, generator_phase),
+        ratio=g_loss / d_loss if d_loss else math.inf,
+    )
+    if generator_phase.extra:
+        row |= {k: v.item() for k, v in generator_phase.measured.items()}
+    return row
 
-    def line(self, learn) -> str:
-        "The last row as the tutorial prints it: [epoch/epochs][step/steps] and the values"
-        row = self.rows[-1]
-        per_epoch = self.per_epoch or learn.config.steps
-        epoch, step = divmod(row['step'] - 1, per_epoch)
-        epochs = -(-learn.config.steps // per_epoch)
-        losses = f"Loss_D: {row['Loss_D']:.4f}\tLoss_G: {row['Loss_G']:.4f}"
-        probabilities = f"D(x): {row['D_x']:.4f}\tD(G(z)): {row['D_G_z1']:.4f} / {row['D_G_z2']:.4f}"
-        return f'[{epoch}/{epochs}][{step}/{per_epoch}]\t{losses}\t{probabilities}'
+# %% ../../nbs/07_generative/02_adversarial.ipynb #c950b3ae
+@patch
+def line(self: GANStatistics, learn) -> str:
+    "The last row as the tutorial prints it: [epoch/epochs][step/steps] and the values"
+    row = self.rows[-1]
+    per_epoch = self.per_epoch or learn.config.steps
+    epoch, step = divmod(row['step'] - 1, per_epoch)
+    epochs = -(-learn.config.steps // per_epoch)
+    losses = f"Loss_D: {row['Loss_D']:.4f}\tLoss_G: {row['Loss_G']:.4f}"
+    probabilities = f"D(x): {row['D_x']:.4f}\tD(G(z)): {row['D_G_z1']:.4f} / {row['D_G_z2']:.4f}"
+    return f'[{epoch}/{epochs}][{step}/{per_epoch}]\t{losses}\t{probabilities}'
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #fd636d29
 class SampleGrid(Callback):
@@ -407,23 +413,27 @@ class SampleGrid(Callback):
         if self.diversity is not None:
             learn.logs['diversity'] = self.diversity
 
-    def after_step(self, learn):
-        if learn.step % self.every and learn.step != learn.config.steps:
-            return
-        made = self.generate(learn)
-        save_image(made, learn.out_dir / 'samples' / f'{self.name(learn.step)}.png', self.nrow)
-        if self.real is not None and len(made) > 1:
-            self.diversity = learn.logs['diversity'] = round(diversity(made, self.real), 6)
+# %% ../../nbs/07_generative/02_adversarial.ipynb #dae1e09e
+@patch
+def generate(self: SampleGrid, learn):
+    "Images from the start, float32 (B, C, H, W), on the CPU"
+    net = learn.averaged
+    net.eval()
+    start = tuple(s.to(learn.fabric.device) for s in self.start)
+    with without_side_effects(net):
+        made = net.generate(start if len(start) > 1 else start[0]).float().cpu()
+    learn.train_mode()
+    return made
 
-    def generate(self, learn):
-        "Images from the start, float32 (B, C, H, W), on the CPU"
-        net = learn.averaged
-        net.eval()
-        start = tuple(s.to(learn.fabric.device) for s in self.start)
-        with without_side_effects(net):
-            made = net.generate(start if len(start) > 1 else start[0]).float().cpu()
-        learn.train_mode()
-        return made
+
+@patch
+def after_step(self: SampleGrid, learn):
+    if learn.step % self.every and learn.step != learn.config.steps:
+        return
+    made = self.generate(learn)
+    save_image(made, learn.out_dir / 'samples' / f'{self.name(learn.step)}.png', self.nrow)
+    if self.real is not None and len(made) > 1:
+        self.diversity = learn.logs['diversity'] = round(diversity(made, self.real), 6)
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #46512cde
 class SaveSnapshots(Callback):
@@ -465,6 +475,23 @@ def gan_optimizer(
         return torch.optim.Adam(groups, lr=config.lr, betas=betas)
 
     return opt
+
+# %% ../../nbs/07_generative/02_adversarial.ipynb #27e39bcd
+def read_state_dict(
+    path: str | Path,  # a .pth file
+) -> dict[str, torch.Tensor]:  # in the order of the file
+    "The tensors of a state dict, read without running code; KhmerOCRError if there is none"
+    path = Path(path)
+    if not path.is_file():
+        raise KhmerOCRError(f'Checkpoint not found: {path}: check the path, or train it')
+    remedy = 'save net.state_dict() in the program that made it'
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError):
+        raise KhmerOCRError(f'{path} holds no weights that can be read without running code: {remedy}') from None
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise KhmerOCRError(f'{path} is no state dict, a table of tensors: {remedy}')
+    return state
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #0f695275
 _TRAINING = dict(lr=2e-4, schedule='constant', warmup=0.0, clip=0.0, ema=0.0, optimizer='adam')

@@ -13,7 +13,6 @@ __all__ = ['BATCH_SIZE', 'IMAGE_SIZE', 'CHANNELS', 'Z_DIM', 'LR', 'BETA1', 'EPOC
 import cv2
 import math
 import numpy as np
-import pickle
 import sys
 import torch
 from collections.abc import Iterator
@@ -38,6 +37,7 @@ from khmer_ocr.generative.adversarial import (
     init_weights,
     pick_loss,
     read_policy,
+    read_state_dict,
 )
 from .artifacts import ResizeConv, image_grid, write_png
 from .pairs import image_files, read_colour
@@ -323,7 +323,7 @@ def _loop_settings(config, per_epoch):
     settings = {k: getattr(c, k) for k in ('batch_size', 'lr', 'ema', 'clip', 'seed')}
     return settings | dict(steps=steps, precision='32-true', save_every=c.snapshot_every, eval_every=steps)
 
-# %% ../../nbs/07_generative/04_dcgan.ipynb #32923232
+# %% ../../nbs/07_generative/04_dcgan.ipynb #4ecc5692
 def save_networks(learn: Learner, config: DCGANConfig):
     "Write generator_model.safetensors (averaged weights, where there are any) and discriminator_model.safetensors"
     averaged = learn.net if learn.ema is None else learn.ema
@@ -331,7 +331,7 @@ def save_networks(learn: Learner, config: DCGANConfig):
         header = dict(model='dcgan', part=part, config=asdict(config), step=learn.step)
         save_checkpoint(learn.out_dir / f'{part}_model.safetensors', net.state_dict(), header)
 
-
+# %% ../../nbs/07_generative/04_dcgan.ipynb #32923232
 def _training_images(data, config):
     if isinstance(data, list):
         return data
@@ -369,23 +369,9 @@ def train_dcgan(
     return learn
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #c6931aab
-def _read_pth(path):
-    "The tensors of a state dict in a .pth file, in order"
-    if not path.is_file():
-        raise KhmerOCRError(f'Checkpoint not found: {path}: check the path, or train it')
-    remedy = 'save net.state_dict() in the program that made it'
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError):
-        raise KhmerOCRError(f'{path} holds no weights that can be read without running code: {remedy}') from None
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise KhmerOCRError(f'{path} is no state dict, a table of tensors: {remedy}')
-    return {k: v for k, v in state.items() if v.ndim}  # without the norms' counters
-
-
 def _from_pth(path, build, read_config):
     "A network with the weights of a foreign state dict: tensors in order, whatever their names"
-    state = _read_pth(path)
+    state = {k: v for k, v in read_state_dict(path).items() if v.ndim}  # without the norms' counters
     kernels = [v.shape for v in state.values() if v.ndim == 4]
     if len(kernels) < 3:
         raise KhmerOCRError(f'{path} is no DCGAN: it has {len(kernels)} layers')
@@ -421,7 +407,7 @@ def _load_part(path, part, build, read_config):
     net.load_state_dict(weights)
     return net.eval(), config
 
-
+# %% ../../nbs/07_generative/04_dcgan.ipynb #dd1b6dcf
 def load_generator(
     path: str | Path,  # generator_model.safetensors, a snapshot, or a .pth state dict
 ) -> tuple[Generator, DCGANConfig]:
@@ -461,7 +447,7 @@ def sample_images(
             made = net(z * scale)
         yield made.float().cpu()
 
-
+# %% ../../nbs/07_generative/04_dcgan.ipynb #72f1b65e
 def _as_generator(model):
     "The network itself, or the one in a file"
     return model if isinstance(model, nn.Module) else load_generator(model)[0]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fastcore.basics import patch
 from pathlib import Path
 from PIL import Image, ImageOps
 from ..core.errors import KhmerOCRError
@@ -271,6 +272,14 @@ def read_groups(
         raise KhmerOCRError(f'{path} must have the columns id and group; it has {", ".join(map(str, rows[0]))}')
     return {r['id']: r['group'] or '' for r in rows}
 
+# %% ../../nbs/07_generative/03_pairs.ipynb #6d619457
+def _size_error(mask_path, mask, image_path, image) -> KhmerOCRError:
+    mask_size = f'{mask.shape[1]} x {mask.shape[0]} pixels'
+    image_size = f'{image.shape[1]} x {image.shape[0]}'
+    return KhmerOCRError(
+        f'The mask {mask_path} is {mask_size}, its image {image_path} {image_size}: both must be of one size'
+    )
+
 # %% ../../nbs/07_generative/03_pairs.ipynb #cf92d547
 def read_pairs(
     images_dir: str | Path,
@@ -295,14 +304,6 @@ def read_pairs(
             raise _size_error(files[name], mask, path, image)
         pairs.append(ImagePair(image, mask, name, groups.get(name, '')))
     return pairs
-
-
-def _size_error(mask_path, mask, image_path, image) -> KhmerOCRError:
-    mask_size = f'{mask.shape[1]} x {mask.shape[0]} pixels'
-    image_size = f'{image.shape[1]} x {image.shape[0]}'
-    return KhmerOCRError(
-        f'The mask {mask_path} is {mask_size}, its image {image_path} {image_size}: both must be of one size'
-    )
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #ec4fc801
 def save_pairs(folder: str | Path, pairs: list[ImagePair]):
@@ -464,19 +465,25 @@ class PairBatches:
         page = self.pairs[int(rng.integers(len(self.pairs)))]
         return random_crop(page, rng, self.crops)
 
-    def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
-        "Batch `n`, from 0 up without end"
-        first = n * self.batch_size
-        return as_batch([self.sample(i) for i in range(first, first + self.batch_size)])
+# %% ../../nbs/07_generative/03_pairs.ipynb #7a53f525
+@patch
+def __getitem__(self: PairBatches, n: int) -> dict[str, torch.Tensor]:
+    "Batch `n`, from 0 up without end"
+    first = n * self.batch_size
+    return as_batch([self.sample(i) for i in range(first, first + self.batch_size)])
 
-    def batches(self, n: int = 0) -> Iterator[dict]:
-        "Batches from number `n` on, without end"
-        while True:
-            yield self[n]
-            n += 1
 
-    def __iter__(self):
-        return (self[n] for n in range(len(self)))
+@patch
+def batches(self: PairBatches, n: int = 0) -> Iterator[dict]:
+    "Batches from number `n` on, without end"
+    while True:
+        yield self[n]
+        n += 1
+
+
+@patch
+def __iter__(self: PairBatches):
+    return (self[n] for n in range(len(self)))
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #aeb19cbe
 def create_synthetic_dataloader(

@@ -13,6 +13,7 @@ __all__ = ['STYLE_FEATURES', 'KID_FLOOR', 'MEASURES', 'check_images', 'cut_tiles
 import cv2
 import numpy as np
 import torch
+from fastcore.basics import patch
 from ..core.errors import KhmerOCRError
 from ..text.metrics import CER
 from .artifacts import checkerboard_strength, has_checkerboard, spectrum
@@ -248,7 +249,7 @@ def _tile_features(image):
         _edge_steepness(light, edge, contrast),
     ]
 
-
+# %% ../../nbs/07_generative/10_quality.ipynb #26b2e271
 def _spectrum_features(images):
     "Mean log-power of each octave, finest first: (n, 6)"
     power = torch.cat([spectrum(as_batch([(i, i[..., 0])])['image']) for i in images]).double().numpy()
@@ -396,6 +397,20 @@ def text_kept(
     more_errors = _error_rate(read(list(made)), truths) - _error_rate(clean, truths)
     return 1 - min(1.0, max(0.0, more_errors))
 
+# %% ../../nbs/07_generative/10_quality.ipynb #b98272ad
+def _check_groups(train: set, held_out: set):
+    "KhmerOCRError unless both sides have groups enough, and none in common"
+    if both := train & held_out:
+        raise KhmerOCRError(
+            f'Page {sorted(both)[0]!r} is on both sides: '
+            'split by group (pairs.split_pairs), or the measures are too good'
+        )
+    if len(train) < 3 or len(held_out) < 2:
+        raise KhmerOCRError(
+            f'{len(train)} training pages and {len(held_out)} held out (each group counts as one) '
+            'are too few for a standard error: give three and two at least'
+        )
+
 # %% ../../nbs/07_generative/10_quality.ipynb #4b575aee
 class ReferenceSet:
     "Training tiles A of three groups or more and held-out tiles B of two or more, and what they score"
@@ -403,7 +418,7 @@ class ReferenceSet:
     def __init__(self, train: list[ImagePair], held_out: list[ImagePair], k: int = 5, seed: int = 0):
         self.train_groups = np.array([t.group for t in train])
         self.held_out_groups = np.array([t.group for t in held_out])
-        self._check_groups()
+        _check_groups(set(self.train_groups), set(self.held_out_groups))
         self.k = k  # neighbours, of `coverage`
         self.train, _ = stack_tiles(train)
         self.held_out, self.masks = stack_tiles(held_out)
@@ -418,34 +433,22 @@ class ReferenceSet:
                 'flat colours are. Take more pages, or a split with similar pages on both sides'
             )
 
-    def measure(self, features, iou, train=slice(None), held_out=slice(None)) -> dict[str, float]:
-        "Measures of a set in their own units; `train` and `held_out` choose among the real tiles"
-        of_train = self.train_features[train]
-        real = standardise(of_train, of_train)
-        made = standardise(features, of_train)
-        flat = standardise(self.flat_features[held_out], of_train)
-        return dict(
-            iou=float(np.median(iou)),
-            kid=kid(made, real),
-            kid_flat=kid(flat, real),
-            coverage=coverage(real, made, self.k, self.train_groups[train]),
-            pair_distance=mean_pair_distance(made),
-            novelty=novelty(made, real),
-        )
-
-    def _check_groups(self):
-        train = set(self.train_groups)
-        held_out = set(self.held_out_groups)
-        if both := train & held_out:
-            raise KhmerOCRError(
-                f'Page {sorted(both)[0]!r} is on both sides: '
-                'split by group (pairs.split_pairs), or the measures are too good'
-            )
-        if len(train) < 3 or len(held_out) < 2:
-            raise KhmerOCRError(
-                f'{len(train)} training pages and {len(held_out)} held out (each group counts as one) '
-                'are too few for a standard error: give three and two at least'
-            )
+# %% ../../nbs/07_generative/10_quality.ipynb #147817d2
+@patch
+def measure(self: ReferenceSet, features, iou, train=slice(None), held_out=slice(None)) -> dict[str, float]:
+    "Measures of a set in their own units; `train` and `held_out` choose among the real tiles"
+    of_train = self.train_features[train]
+    real = standardise(of_train, of_train)
+    made = standardise(features, of_train)
+    flat = standardise(self.flat_features[held_out], of_train)
+    return dict(
+        iou=float(np.median(iou)),
+        kid=kid(made, real),
+        kid_flat=kid(flat, real),
+        coverage=coverage(real, made, self.k, self.train_groups[train]),
+        pair_distance=mean_pair_distance(made),
+        novelty=novelty(made, real),
+    )
 
 # %% ../../nbs/07_generative/10_quality.ipynb #41dc1296
 MEASURES = ('mask_iou', 'realism', 'coverage', 'diversity', 'novelty')  # those with a standard error
@@ -489,7 +492,7 @@ def _leave_one_page_out(reference, features, iou, groups):
         raw = reference.measure(features[others], iou[others], held_out=b)
         yield 'b', relative_to_reference(raw, reference.measure(b_features[b], b_iou[b], held_out=b))
 
-
+# %% ../../nbs/07_generative/10_quality.ipynb #7bdb393a
 def jackknife(
     reference: ReferenceSet,
     features: np.ndarray,  # (n, 28) of the made tiles
@@ -577,7 +580,8 @@ def measure_table(
     errors: bool = True,  # with the standard error after each number
 ) -> list[list[str]]:  # the first row is the head
     "Rows for a report: measures that no set has are left out"
-    keys = [k for k in _COLUMNS if any(k in e for e in evaluated.values())]
+    found = {k for measures in evaluated.values() for k in measures}
+    keys = [k for k in _COLUMNS if k in found]
 
     def cell(measures, key):
         if key not in measures:
@@ -585,5 +589,7 @@ def measure_table(
         error = measures.get('error', {}).get(key) if errors else None
         return f'{measures[key]:.2f}' + ('' if error is None else f' ± {error:.2f}')
 
-    rows = [[name, *(cell(measures, k) for k in keys)] for name, measures in evaluated.items()]
-    return [['', *keys], *rows]
+    rows = [['', *keys]]
+    for name, measures in evaluated.items():
+        rows.append([name, *(cell(measures, k) for k in keys)])
+    return rows
