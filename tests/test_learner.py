@@ -1,7 +1,13 @@
 "What the learner promises: the same bits after any interruption, and one clear line for what is wrong."
 
-import csv, math, os, re, signal, time
-import pytest, torch
+import csv
+import math
+import os
+import re
+import signal
+import time
+import pytest
+import torch
 from torch import nn
 from khmer_ocr.training.callbacks import Callback, CancelFit, Progress
 from khmer_ocr.training.learner import Learner
@@ -17,20 +23,24 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2))
-        self.rnn, self.head = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 5)
+        self.rnn = nn.LSTM(8, 8, batch_first=True)
+        self.head = nn.Linear(8, 5)
 
     def forward(self, x):
-        return self.head(self.rnn(self.conv(x).mean(2).transpose(1, 2))[0])
+        frames, _ = self.rnn(self.conv(x).mean(2).transpose(1, 2))
+        return self.head(frames)
 
 
 def batches(n):
     while True:
-        g = torch.Generator().manual_seed(n)
+        rng = torch.Generator().manual_seed(n)
         n += 1
-        yield dict(x=torch.rand(4, 1, 8, 12, generator=g), y=torch.randint(5, (4, 12), generator=g))
+        x = torch.rand(4, 1, 8, 12, generator=rng)
+        yield dict(x=x, y=torch.randint(5, (4, 12), generator=rng))
 
 
-def finite(n):  # an epoch of three batches, drawn with torch's global generator touched, as DataLoader does
+def epoch_of_three(n):
+    "A source that ends; it draws from torch's global generator when it is opened, as DataLoader does"
     torch.rand(1)
     for i in range(n % 3, 3):
         yield next(batches(i))
@@ -46,10 +56,9 @@ def evaluate(model):
 
 def learner(folder, callbacks=(), source=batches, **kw):
     torch.manual_seed(0)
-    kw = dict(steps=12, eval_every=4, save_every=4, log_every=5, tensorboard=False) | kw
-    return Learner(
-        Net(), loss, source, TrainConfig(**kw), folder, callbacks, evaluate, dict(charset='កខ'), verbose=False
-    )
+    settings = dict(steps=12, eval_every=4, save_every=4, log_every=5, tensorboard=False) | kw
+    header = dict(charset='កខ')
+    return Learner(Net(), loss, source, TrainConfig(**settings), folder, callbacks, evaluate, header, verbose=False)
 
 
 class At(Callback):
@@ -80,7 +89,7 @@ def sigterm(learn):
 @pytest.mark.parametrize(
     'kw,source',
     [
-        (dict(), finite),
+        (dict(), epoch_of_three),
         (dict(precision='bf16-mixed', channels_last=True, accumulate=2), batches),
         (dict(ema=0.0, schedule='onecycle', clip=0.0), batches),
     ],
@@ -108,11 +117,19 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
 def test_best_is_the_average_with_the_header(tmp_path):
     learn = learner(tmp_path).fit()
     tensors, header = load_checkpoint(tmp_path / 'best.safetensors')
-    assert header['charset'] == 'កខ' and header['kind'] == 'weights'
+    assert (header['charset'], header['kind']) == ('កខ', 'weights')
     assert header['metrics']['valid_loss'] == min(r['valid_loss'] for r in learn.history if 'valid_loss' in r)
     assert tensors.keys() == Net().state_dict().keys()
     weights, _ = load_weights(tmp_path / 'latest.safetensors')
-    assert all(weights[k].equal(v) for k, v in learn.ema.state_dict().items())
+    assert learn.averaged is learn.ema
+    assert all(weights[k].equal(v) for k, v in learn.averaged.state_dict().items())
+
+
+def test_without_an_average_the_weights_themselves_are_used(tmp_path):
+    learn = learner(tmp_path, ema=0.0).fit()
+    assert learn.averaged is learn.net
+    weights, _ = load_weights(tmp_path / 'latest.safetensors')
+    assert all(weights[k].equal(v) for k, v in learn.net.state_dict().items())
 
 
 def test_broken_batches_are_skipped(tmp_path):
@@ -121,7 +138,7 @@ def test_broken_batches_are_skipped(tmp_path):
             yield {**b, 'x': b['x'] * math.nan} if i in (2, 6) else b
 
     learn = learner(tmp_path, source=poisoned).fit()
-    assert learn.skipped == 2 and learn.history[-1]['skipped'] == 2
+    assert learn.skipped == learn.history[-1]['skipped'] == 2
     assert all(v.isfinite().all() for v in learn.net.state_dict().values())
     assert math.isfinite(learn.metrics['valid_loss'])
 
@@ -140,26 +157,31 @@ def test_no_data_leaves_nothing(tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
-def test_waiting_and_what_callbacks_show(tmp_path, capsys):
-    "The share of waiting is that of a source that sleeps; numbers of callbacks stand beside it, in the file and in the log"
+def test_waiting_and_the_logs_of_callbacks(tmp_path, capsys):
+    "The share of waiting is that of a source that sleeps; numbers of callbacks stand beside it, in file and log"
 
     def slow(n):
         for b in batches(n):
             time.sleep(0.05)
             yield b
 
-    class Shows(Callback):
+    class LogPadding(Callback):
         def after_loss(self, learn):
-            learn.shown['padding'] = 0.25
+            learn.logs['padding'] = 0.25
 
-    learn = learner(tmp_path, [Shows()], slow, steps=10, log_every=5)
-    next(cb for cb in learn.callbacks if isinstance(cb, Progress)).__init__(True, 0.0)
+    learn = learner(tmp_path, [LogPadding()], slow, steps=10, log_every=5)
+    progress = next(cb for cb in learn.callbacks if isinstance(cb, Progress))
+    progress.verbose = True
+    progress.every = 0.0
     learn.fit()
     with (tmp_path / 'speed.csv').open() as f:
         rows = list(csv.DictReader(f))
-    assert [float(r['padding']) for r in rows] == [0.25] * 2 and 0.3 < float(rows[-1]['waiting']) <= 1
-    said = capsys.readouterr().err
-    assert 'padding 0.25' in said and re.search(r'waiting \d+\.\d%', said) and 'waited for data' in said
+    assert [float(r['padding']) for r in rows] == [0.25] * 2
+    assert 0.3 < float(rows[-1]['waiting']) <= 1
+    log = capsys.readouterr().err
+    assert 'padding 0.25' in log
+    assert re.search(r'waiting \d+\.\d%', log)
+    assert 'waited for data' in log
 
 
 def test_unknown_metric_is_named(tmp_path):
@@ -168,7 +190,7 @@ def test_unknown_metric_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'given,says',
+    'given, error',
     [
         (dict(stepz=3), 'steps'),
         (dict(lr='fast'), 'must be float'),
@@ -178,27 +200,36 @@ def test_unknown_metric_is_named(tmp_path):
         (dict(ema=1.0), 'below 1'),
     ],
 )
-def test_settings_are_checked(given, says):
-    with pytest.raises(KhmerOCRError, match=says):
+def test_settings_are_checked(given, error):
+    with pytest.raises(KhmerOCRError, match=error):
         configure(TrainConfig, given)
 
 
-def test_rate_of_learning():
-    c = TrainConfig(steps=100)
-    rates = [lr_at(i, c) for i in range(100)]
-    assert max(rates) == pytest.approx(c.lr) and rates[0] < rates[5] < rates[9] and rates[-1] < c.lr / 100
+def test_the_learning_rate_rises_and_falls():
+    config = TrainConfig(steps=100)
+    rates = [lr_at(i, config) for i in range(100)]
+    assert max(rates) == pytest.approx(config.lr)
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < config.lr / 100
 
 
 @pytest.mark.parametrize(
-    'spoil',
-    [lambda b: b[:-1], lambda b: b[: len(b) // 2], lambda b: b'', lambda b: b'PK\x03\x04' + b, lambda b: b'\xff' * 64],
+    'damage',
+    [
+        lambda data: data[:-1],
+        lambda data: data[: len(data) // 2],
+        lambda data: b'',
+        lambda data: b'PK\x03\x04' + data,
+        lambda data: b'\xff' * 64,
+    ],
 )
-def test_spoilt_checkpoint(tmp_path, spoil):
-    p = tmp_path / 'a.safetensors'
-    save_checkpoint(p, dict(w=torch.ones(100)), {})
-    p.write_bytes(spoil(p.read_bytes()))
+def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
+    path = tmp_path / 'a.safetensors'
+    save_checkpoint(path, dict(w=torch.ones(100)), {})
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(KhmerOCRError, match='truncated or no safetensors'):
-        load_checkpoint(p)
+        load_checkpoint(path)
 
 
 def test_wrong_checkpoints(tmp_path):
