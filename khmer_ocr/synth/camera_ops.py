@@ -13,7 +13,8 @@ from .degradation_basics import add_noise, draw_float, draw_int, multiply, noise
 # %% ../../nbs/03_synth/07_camera_ops.ipynb #4efe9ba8
 def blur(image, rng, sigma=(0.3, 1.3)):
     "Gaussian blur; `sigma` px, scaled with the line's height over 40 px"
-    radius = draw_float(rng, sigma) * max(0.6, image.shape[0] / 40)
+    scale = max(0.6, image.shape[0] / 40)
+    radius = draw_float(rng, sigma) * scale
     return cv2.GaussianBlur(image, (0, 0), radius)
 
 # %% ../../nbs/03_synth/07_camera_ops.ipynb #4401a7af
@@ -23,8 +24,11 @@ def motion(image, rng, length=(2, 5)):
     angle = rng.uniform(0, np.pi)
     dx = n / 2 * np.cos(angle)
     dy = n / 2 * np.sin(angle)
-    kernel = np.zeros((2 * n + 1, 2 * n + 1), np.float32)
-    cv2.line(kernel, (round(n - dx), round(n - dy)), (round(n + dx), round(n + dy)), 1.0)
+    start = round(n - dx), round(n - dy)
+    end = round(n + dx), round(n + dy)
+    side = 2 * n + 1
+    kernel = np.zeros((side, side), np.float32)
+    cv2.line(kernel, start, end, 1.0)
     return cv2.filter2D(image, -1, kernel / kernel.sum())
 
 # %% ../../nbs/03_synth/07_camera_ops.ipynb #193b752b
@@ -39,7 +43,8 @@ def contrast(image, rng, ink=(0, 110), paper=(170, 255)):
     "Grey ink on grey paper: black goes to a level of `ink`, white to a level of `paper`"
     black = draw_int(rng, ink)
     white = draw_int(rng, paper)
-    return cv2.convertScaleAbs(image, alpha=(white - black) / 255, beta=black)
+    share = (white - black) / 255
+    return cv2.convertScaleAbs(image, alpha=share, beta=black)
 
 
 def light(image, rng, depth=(0.1, 0.45)):
@@ -47,9 +52,13 @@ def light(image, rng, depth=(0.1, 0.45)):
     h, w = image.shape
     angle = rng.uniform(0, 2 * np.pi)
     most = rng.uniform(*depth)
-    across = np.cos(angle) * np.linspace(-1, 1, w, dtype=np.float32)[None]
-    down = np.sin(angle) * np.linspace(-1, 1, h, dtype=np.float32)[:, None]
-    return (image * (1 - most * (across + down + 1.5) / 3)).astype(np.uint8)
+    x = np.linspace(-1, 1, w, dtype=np.float32)
+    y = np.linspace(-1, 1, h, dtype=np.float32)
+    across = np.cos(angle) * x[None]
+    down = np.sin(angle) * y[:, None]
+    loss = most * (across + down + 1.5) / 3
+    lit = image * (1 - loss)
+    return lit.astype(np.uint8)
 
 # %% ../../nbs/03_synth/07_camera_ops.ipynb #5e893168
 def _axis(length, origin):
@@ -62,14 +71,18 @@ def shadow(image, rng, depth=(0.2, 0.55)):
     h, w = image.shape
     angle = rng.uniform(0, 2 * np.pi)
     softness = h * rng.uniform(0.2, 2.0) / 255  # px for each grey level
-    x = _axis(w, w * rng.uniform(0.2, 0.8)) * np.float32(np.cos(angle) / softness)
-    y = _axis(h, h * rng.uniform(0.3, 0.7)) * np.float32(np.sin(angle) / softness)
+    x_slope = np.float32(np.cos(angle) / softness)
+    y_slope = np.float32(np.sin(angle) / softness)
+    x = x_slope * _axis(w, w * rng.uniform(0.2, 0.8))
+    y = y_slope * _axis(h, h * rng.uniform(0.3, 0.7))
     low = 255 * (1 - rng.uniform(*depth))
     middle = np.float32((low + 255) / 2)
-    ground = np.clip(x[None] + (y + middle)[:, None], low, 255)
-    return multiply(image, ground.astype(np.uint8))
+    y = y + middle
+    ground = np.clip(x[None] + y[:, None], low, 255)
+    ground = ground.astype(np.uint8)
+    return multiply(image, ground)
 
-
+# %% ../../nbs/03_synth/07_camera_ops.ipynb #9507d622
 def vignette(image, rng, depth=(0.2, 0.6)):
     "Darker by up to `depth` with the square of the distance from some point of the line"
     h, w = image.shape
@@ -78,7 +91,10 @@ def vignette(image, rng, depth=(0.2, 0.6)):
     y = _axis(h, h * rng.random())
     x = x / np.float32(w * rng.uniform(0.5, 1.0))
     y = y / np.float32(h * rng.uniform(0.8, 2.0))
-    loss = np.minimum(most * (x * x)[None] + (most * y * y)[:, None], most)
+    across = x * x
+    down = most * y * y
+    loss = most * across[None] + down[:, None]
+    loss = np.minimum(loss, most)
     return multiply(image, 255 - loss.astype(np.uint8))
 
 # %% ../../nbs/03_synth/07_camera_ops.ipynb #46e02b86
@@ -89,21 +105,26 @@ def moire(image, rng, depth=(6, 30), period=(3.0, 16.0)):
     frequency = 2 * np.pi / rng.uniform(*period)
     x = np.arange(w, dtype=np.float32)
     y = np.arange(h, dtype=np.float32)
-    straight = np.float32(frequency * np.cos(angle)) * x
-    bend = np.float32(rng.uniform(-0.4, 0.4) * frequency / max(w, 9)) * x * x
-    a = straight + bend + np.float32(rng.uniform(0, 6))
-    b = np.float32(frequency * np.sin(angle)) * y
+    x_frequency = np.float32(frequency * np.cos(angle))
+    y_frequency = np.float32(frequency * np.sin(angle))
+    bend = np.float32(rng.uniform(-0.4, 0.4) * frequency / max(w, 9))
+    phase = np.float32(rng.uniform(0, 6))
+    a = x_frequency * x + bend * x * x + phase
+    b = y_frequency * y
     d = np.float32(rng.uniform(*depth))
-    stripes = (d * np.cos(b))[:, None] * np.cos(a)[None] - (d * np.sin(b))[:, None] * np.sin(a)[None]
-    return np.clip(image - d + stripes, 0, 255).astype(np.uint8)
+    cosines = np.outer(d * np.cos(b), np.cos(a))
+    sines = np.outer(d * np.sin(b), np.sin(a))
+    striped = image - d + (cosines - sines)
+    return np.clip(striped, 0, 255).astype(np.uint8)
 
 # %% ../../nbs/03_synth/07_camera_ops.ipynb #9ac2bccb
 def skew(image, rng, degrees=1.5, slant=0.15, stretch=0.12):
     """Rotation up to `degrees`, horizontal shear up to `slant`, width times 1 +- `stretch`; the canvas grows to hold
     the result"""
     h, w = image.shape
-    slope = np.tan(np.deg2rad(rng.uniform(-degrees, degrees)))
-    slope = float(np.clip(slope, -0.33 * h / w, 0.33 * h / w))
+    angle = np.deg2rad(rng.uniform(-degrees, degrees))
+    steepest = 0.33 * h / w
+    slope = float(np.clip(np.tan(angle), -steepest, steepest))
     shear = float(rng.uniform(-slant, slant))
     scale = float(rng.uniform(1 - stretch, 1 + stretch))
     width = int(np.ceil(w * scale + abs(shear) * h))
@@ -111,7 +132,8 @@ def skew(image, rng, degrees=1.5, slant=0.15, stretch=0.12):
     x_row = [scale, shear, max(0, -shear) * h]
     y_row = [slope * scale, 1, max(0, -slope * scale) * w]
     paper = int(np.median(image[0]))
-    return cv2.warpAffine(image, np.float32([x_row, y_row]), (width, height), flags=cv2.INTER_LINEAR, borderValue=paper)
+    matrix = np.float32([x_row, y_row])
+    return cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderValue=paper)
 
 # %% ../../nbs/03_synth/07_camera_ops.ipynb #307dba05
 def perspective(image, rng, squeeze=0.16):
@@ -119,17 +141,10 @@ def perspective(image, rng, squeeze=0.16):
     h, w = image.shape
     moves = (h * squeeze * rng.random(8)).tolist()
     top_left, top_right, bottom_left, bottom_right = moves[:4]
-    in_top_left, in_top_right, in_bottom_right, in_bottom_left = (min(x, w / 4) for x in moves[4:])
-    corners = np.float32([[0, 0], [w, 0], [w, h], [0, h]])
-    target = np.float32(
-        [
-            [in_top_left, top_left],
-            [w - in_top_right, top_right],
-            [w - in_bottom_right, h - bottom_right],
-            [in_bottom_left, h - bottom_left],
-        ]
-    )
-    matrix = cv2.getPerspectiveTransform(corners, target)
+    x0, x1, x2, x3 = (min(x, w / 4) for x in moves[4:])
+    corners = [[0, 0], [w, 0], [w, h], [0, h]]
+    target = [[x0, top_left], [w - x1, top_right], [w - x2, h - bottom_right], [x3, h - bottom_left]]
+    matrix = cv2.getPerspectiveTransform(np.float32(corners), np.float32(target))
     return cv2.warpPerspective(image, matrix, (w, h), flags=cv2.INTER_LINEAR, borderValue=paper_grey(image))
 
 # %% ../../nbs/03_synth/07_camera_ops.ipynb #4beda929

@@ -60,7 +60,8 @@ def margins(image, rng, most=0.35, cut=0.04):
 def tight(image, rng, cut=0.07):
     """Cropped to the ink and a little further: up to `cut` of the ink's height is lost above and below, and up to two
     pixels at each end"""
-    dark = image < (int(image.min()) + int(image.max()) + 1) // 2
+    middle = (int(image.min()) + int(image.max()) + 1) // 2
+    dark = image < middle
     rows = np.flatnonzero(dark.any(1))
     cols = np.flatnonzero(dark.any(0))
     if len(rows) < 8 or len(cols) < 8:
@@ -68,7 +69,9 @@ def tight(image, rng, cut=0.07):
     height = rows[-1] + 1 - rows[0]
     above, below = (int(height * cut * rng.random()) for _ in range(2))
     left, right = (int(v) for v in rng.integers(0, 3, 2))
-    return image[rows[0] + above : rows[-1] + 1 - below, cols[0] + left : cols[-1] + 1 - right]
+    kept_rows = slice(rows[0] + above, rows[-1] + 1 - below)
+    kept_cols = slice(cols[0] + left, cols[-1] + 1 - right)
+    return image[kept_rows, kept_cols]
 
 
 def loose(image, rng, most=(0.4, 2.5)):
@@ -106,8 +109,8 @@ def joined(
 def _horizontal_rule(out, rng, ink, thick):
     "A stroke in the lower part or at the top edge of `out`, from end to end or not"
     h, w = out.shape
-    low = rng.random() < 0.75
-    y = int(h * (rng.uniform(0.82, 0.99) if low else rng.uniform(0, 0.08)))
+    place = (0.82, 0.99) if rng.random() < 0.75 else (0, 0.08)
+    y = int(h * rng.uniform(*place))
     start, end = 0, w
     if rng.random() >= 0.6:
         start, end = sorted(rng.integers(0, w + 1, 2).tolist())
@@ -143,7 +146,7 @@ def table(image, rng, ink=(0, 140)):
         darken(out[:, x : x + thick], grey)
     return out
 
-
+# %% ../../nbs/03_synth/06_layout_ops.ipynb #b881a521
 def leaders(image, rng, ink=(0, 150)):
     """A row of dots, 3-8 px apart and 1-2 px large, at 0.55-0.88 of the height: from end to end (one in three), or
     before or after some point"""
@@ -154,13 +157,20 @@ def leaders(image, rng, ink=(0, 150)):
     y = int(h * rng.uniform(0.55, 0.88))
     size = 1 + int(h > 30 and rng.random() < 0.6)
     cut = int(rng.integers(w))
-    start, end = ((0, w), (0, cut + 1), (cut, w))[int(rng.integers(3))]
+    parts = (0, w), (0, cut + 1), (cut, w)
+    start, end = parts[int(rng.integers(3))]
     for dx in range(size):
         darken(out[y : y + size, start + dx : end : pitch], grey)
     return out
 
 # %% ../../nbs/03_synth/06_layout_ops.ipynb #c2f81bf9
 _PLAIN, _DOUBLE, _DOTTED, _WAVY = range(4)
+
+
+def _waves(x):
+    "Height of a wave of 3 px, 7 px long, at each `x`"
+    wave = 1.5 + 1.5 * np.sin(x * (2 * np.pi / 7))
+    return np.round(wave).astype(np.intp)
 
 
 def underline(image, rng, ink=(0, 130)):
@@ -176,7 +186,7 @@ def underline(image, rng, ink=(0, 130)):
     x = np.arange(start, end)
     if kind == _DOTTED:
         x = x[(x - start) % 4 < 2]
-    rise = np.round(1.5 + 1.5 * np.sin(x * (2 * np.pi / 7))).astype(np.intp) if kind == _WAVY else 0
+    rise = _waves(x) if kind == _WAVY else 0
     rows = [y + k for k in range(thick)]
     if kind == _DOUBLE:
         rows.append(y - 3)
@@ -188,9 +198,12 @@ def underline(image, rng, ink=(0, 130)):
 # %% ../../nbs/03_synth/06_layout_ops.ipynb #7e3eee71
 def _stamp_letters(x, y, radius, rng):
     "Strokes of illegible letters around (`x`, `y`): float (49, 4, 2), four points each"
-    angle = np.arange(0, 2 * np.pi, 0.13)[:, None] + rng.uniform(0, 0.1, (49, 4))
+    angle = np.arange(0, 2 * np.pi, 0.13)[:, None]
+    angle = angle + rng.uniform(0, 0.1, (49, 4))
     distance = radius * rng.uniform(0.67, 0.86, (49, 4))
-    return np.stack([x + distance * np.cos(angle), y + distance * np.sin(angle)], -1)
+    letters_x = x + distance * np.cos(angle)
+    letters_y = y + distance * np.sin(angle)
+    return np.stack([letters_x, letters_y], -1)
 
 
 def stamp(image, rng, grey=(80, 185)):
@@ -215,10 +228,13 @@ def _signature_path(h, w, rng):
     swing = 2 * np.pi * rng.uniform(2, 6) * t + rng.uniform(0, 6)
     begin = w * rng.uniform(-0.05, 0.8)
     length = h * rng.uniform(2, 5)
-    x = begin + length * (t + 0.07 * np.sin(swing + rng.uniform(0, 3)))
+    back_and_forth = np.sin(swing + rng.uniform(0, 3))
+    x = begin + length * (t + 0.07 * back_and_forth)
     middle = rng.uniform(0.35, 0.65)
     loops = rng.uniform(0.15, 0.5) * np.sin(swing) * (1 - 0.7 * t)
-    return np.stack([x, h * (middle + loops + rng.uniform(-0.3, 0.3) * t)], -1)
+    drift = rng.uniform(-0.3, 0.3) * t
+    y = h * (middle + loops + drift)
+    return np.stack([x, y], -1)
 
 
 def signature(image, rng, grey=(20, 140)):

@@ -76,10 +76,13 @@ def tint(image, rng, level=(125, 215)):
 def _crease_profiles(distance, height, rng, depth, shade):
     "Grey levels of a crease and of the shade beside it, at each `distance` (px) from it"
     width = rng.uniform(0.6, 1.3)
-    crease = np.exp(-((distance / width) ** 2)) * rng.uniform(*depth)
-    fade = np.exp(-np.abs(distance) / (height * rng.uniform(0.2, 2.0)))
+    bell = np.exp(-((distance / width) ** 2))
+    crease = bell * rng.uniform(*depth)
+    reach = height * rng.uniform(0.2, 2.0)
+    fade = np.exp(-np.abs(distance) / reach)
     side = -1 if rng.random() < 0.5 else 1
-    return crease, fade * (distance * side > 0) * rng.uniform(*shade)
+    one_side = distance * side > 0
+    return crease, fade * one_side * rng.uniform(*shade)
 
 
 def _laid(profile, index, along):
@@ -95,9 +98,11 @@ def fold(image, rng, depth=(50, 150), shade=(5, 40)):
     along = rng.random() < 0.25
     length, across = (h, w) if along else (w, h)
     slope = rng.uniform(-0.25, 0.25) * h / across
-    shift = np.round(slope * np.arange(-across / 2, across / 2)).astype(np.intp)
+    rows = np.arange(-across / 2, across / 2)
+    shift = np.round(slope * rows).astype(np.intp)
     pad = int(np.abs(shift).max()) + 1
-    distance = np.arange(-pad, length + pad, dtype=np.float32) - length * rng.uniform(0.15, 0.85)
+    middle = length * rng.uniform(0.15, 0.85)
+    distance = np.arange(-pad, length + pad, dtype=np.float32) - middle
     crease, side = _crease_profiles(distance, h, rng, depth, shade)
     index = np.arange(length)[None] + (pad + shift)[:, None]
     if rng.random() < 0.5:  # dirt in the crease

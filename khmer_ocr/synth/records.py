@@ -166,7 +166,7 @@ def provenance_differences(past: dict, now: dict) -> list[str]:
     keys = [k for k in here | there if there.get(k) != here.get(k)]
     return [f'{k}: {_short(there.get(k))} there, {_short(here.get(k))} now' for k in keys]
 
-
+# %% ../../nbs/03_synth/13_records.ipynb #edfc989a
 def agree_provenance(
     folder: Path,
     now: dict,  # provenance of this run

@@ -189,7 +189,7 @@ def _raise_bad_glyph(cache, text, start, infos):
         if info.codepoint == cache.circle and '\u25cc' not in text:
             raise RenderError(f'{c} has no letter to sit on in {text!r}: correct the text')
 
-
+# %% ../../nbs/03_synth/02_rendering.ipynb #f4c0476d
 def _shape(cache, text, start, end, script):
     "Shape `text[start:end]`: glyph ids, and HarfBuzz's records of them (cluster) and of their positions (1/64 px)"
     buf = hb.Buffer()
@@ -217,7 +217,7 @@ def _check_order(text):
     fault = 'has no letter below it' if coeng else 'has no letter to sit on'
     raise RenderError(f'{_char_name(m.group())} {fault} in {text!r}: correct the text')
 
-
+# %% ../../nbs/03_synth/02_rendering.ipynb #348c50d7
 def _check_coverage(text, font, latin):
     "RenderError for characters that neither font has"
     if coverage(font.path).issuperset(text):
@@ -290,7 +290,7 @@ class Line:
         ends = [*inked[1:], len(parts)]
         return [(''.join(parts[n:end]).strip(), *found[n]) for n, end in zip(inked, ends)]
 
-
+# %% ../../nbs/03_synth/02_rendering.ipynb #e5465985
 def _cluster_of_chars(parts) -> list[int]:
     "For every character, the number of the cluster that it belongs to"
     return [n for n, part in enumerate(parts) for _ in part]
@@ -394,7 +394,7 @@ def hconcat(
     text = ''.join(line.text for line in lines)
     return Line(text, ink, -top, _joint_glyphs(lines, pens), -left, float(pens[-1]))
 
-
+# %% ../../nbs/03_synth/02_rendering.ipynb #f406d1ee
 def _paste(lines, corners):
     "One picture of the ink of several lines, and the smallest x and y of their corners"
     left = min(x for x, _ in corners)

@@ -282,7 +282,7 @@ def _row_problems(folder, layout, prefix, files: set[str], bar) -> tuple[list[st
         problems.append(str(e))
     return problems, samples
 
-
+# %% ../../nbs/03_synth/14_store.ipynb #2cfa14bb
 def _verify_split(folder, files: set[str], root: Path, progress=False) -> list[str]:
     "Problems of one split; the files it should have (relative to `root`) are added to `files`"
     layout = layout_of(folder)
@@ -396,7 +396,7 @@ def make_validation_set(
         _write_run_info(out, started, made, workers)
     return read_checked(out / 'metadata.json')[0]
 
-
+# %% ../../nbs/03_synth/14_store.ipynb #90486371
 def _validation_recipe(corpus, fonts, seed, held_out, augmented) -> Recipe:
     "The recipe of a fixed validation set"
     damage = dict(augment_val=augmented is not None, preset=augmented or 'clean')

@@ -61,7 +61,7 @@ def draw_sample(generator: LineGenerator, split: str, index: int) -> Sample:
     with _drawing:
         return generator(split, index)
 
-
+# %% ../../nbs/03_synth/12_workers.ipynb #fe4013b0
 def _make_chunk(job: ChunkJob, start: int, stop: int) -> int:
     "Files and part of the record of samples start..stop-1"
     cv2.setNumThreads(1)
@@ -142,7 +142,7 @@ def run_calls(
         for future in futures:
             future.cancel()
 
-
+# %% ../../nbs/03_synth/12_workers.ipynb #2afaa353
 def run_chunks(
     executor,  # as for `run_calls`
     job: ChunkJob,
