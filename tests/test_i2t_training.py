@@ -6,7 +6,8 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 from conftest import make_tiny
-from khmer_ocr.cli.common import app, resolve_aliases
+from khmer_ocr.cli.app import app
+from khmer_ocr.cli.common import resolve_aliases
 from khmer_ocr.data.i2t import export_i2t
 from khmer_ocr.models.i2t_training import (
     EXAMPLE_CONFIG,

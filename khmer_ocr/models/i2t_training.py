@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 
 import psutil
 import torch
+from fastcore.basics import patch
 from tqdm import tqdm
 
 from ..core.config import check_at_least, check_below, check_choices, configure, read_settings, setting_error
@@ -222,20 +223,24 @@ class EpochSummary(Callback):
         if learn.fabric.is_global_zero and learn.metrics:
             self.write('\n'.join(lines))
 
-    def results(self, learn) -> list[tuple[str, float]]:
-        "Name and value of each number; a rate that the evaluation does not give is left out"
-        loss = [('Train Loss', self.total / self.n)] if self.n else []
-        return loss + [(name, learn.metrics[k]) for name, k in self.rows if k in learn.metrics]
+# %% ../../nbs/06_models/10_i2t_training.ipynb #a3edbf5d
+@patch
+def results(self: EpochSummary, learn) -> list[tuple[str, float]]:
+    "Name and value of each number; a rate that the evaluation does not give is left out"
+    loss = [('Train Loss', self.total / self.n)] if self.n else []
+    return loss + [(name, learn.metrics[k]) for name, k in self.rows if k in learn.metrics]
 
-    def lines(self, learn) -> list[str]:
-        "The lines to print"
-        out = [f'Epoch {learn.step / self.steps:.3g} Results:']
-        out += [f'   {name}: {value:.3f}' for name, value in self.results(learn)]
-        out.append(f'   {memory_line(learn.fabric.device)}')
-        waiting = learn.speed.get('waiting')
-        if waiting is not None:
-            out.append(f'   Waiting for data: {waiting:.0%} of the time')
-        if learn.improved and learn.metrics:
-            metric, value = learn.monitored_metric()
-            out.append(f'New best {metric.upper()}: {value:.3f}')
-        return out
+
+@patch
+def lines(self: EpochSummary, learn) -> list[str]:
+    "The lines to print"
+    out = [f'Epoch {learn.step / self.steps:.3g} Results:']
+    out += [f'   {name}: {value:.3f}' for name, value in self.results(learn)]
+    out.append(f'   {memory_line(learn.fabric.device)}')
+    waiting = learn.speed.get('waiting')
+    if waiting is not None:
+        out.append(f'   Waiting for data: {waiting:.0%} of the time')
+    if learn.improved and learn.metrics:
+        metric, value = learn.monitored_metric()
+        out.append(f'New best {metric.upper()}: {value:.3f}')
+    return out
