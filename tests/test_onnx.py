@@ -9,7 +9,7 @@ from khmer_ocr.text.tokenizers import SubscriptTokenizer
 from khmer_ocr.training.checkpoints import save_checkpoint
 from khmer_ocr.inference.reader import Reader
 from khmer_ocr.models.attention import Seq2Seq, make_units
-from khmer_ocr.models.attention_training import seq2seq_preset
+from khmer_ocr.models.attention_training import seq2seq_variant
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.text.khmer import charset
 
@@ -36,8 +36,8 @@ def image(i, width=160):
         dict(layers=2),
         dict(stride=8, height=48),
         dict(stride=2),
-        dict(blocks=(1, 1, 1)),
-        dict(reading='conv', block='large', blocks=(0, 1, 0)),
+        dict(res_blocks=(1, 1, 1)),
+        dict(encoder='conv', block_type='large', res_blocks=(0, 1, 0)),
         dict(layers=0),
     ],
 )
@@ -102,7 +102,7 @@ def test_a_program_without_torch_and_library(tmp_path):
 
 
 def test_mistakes(tmp_path):
-    config = seq2seq_preset('buoy2022').config
+    config = seq2seq_variant('buoy2022').config
     theirs = make_units(config)
     save_checkpoint(
         tmp_path / 's.safetensors',
@@ -120,7 +120,7 @@ def test_mistakes(tmp_path):
     for call, words in (
         (lambda: export_onnx(tmp_path / 's.safetensors', tmp_path / 's.onnx'), 'attention'),
         (
-            lambda: export_onnx(checkpoint(tmp_path / 't.safetensors', reading='attention'), tmp_path / 't.onnx'),
+            lambda: export_onnx(checkpoint(tmp_path / 't.safetensors', encoder='attention'), tmp_path / 't.onnx'),
             'attention',
         ),
         (lambda: open_reader(tmp_path / 'bad.onnx'), 'damaged'),

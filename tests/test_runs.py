@@ -3,10 +3,11 @@
 import importlib.util, json, re
 from pathlib import Path
 import nbformat, pytest
-from tiny import make_tiny
+from conftest import make_tiny
 from khmer_ocr.generative.dcgan import DCGANConfig, procedural_paper, train_dcgan
 from khmer_ocr.synth.fonts import find_fonts
 from khmer_ocr.generative.pairs import rendered_pairs
+from khmer_ocr.generative.quality import MEASURES
 from khmer_ocr.generative.pix2pix import Pix2PixConfig
 from khmer_ocr.generative.pix2pix_training import train_pix2pix
 from khmer_ocr.reporting.html import outside_references
@@ -55,7 +56,7 @@ def parameters(name, t, d):
                     train=dict(batch_size=2, log_every=1, precision='32-true', tensorboard=False),
                     stage=[
                         dict(name='one', train=dict(steps=2)),
-                        dict(name='two', train=dict(steps=1), settings=dict(blocks=[1, 0, 0])),
+                        dict(name='two', train=dict(steps=1), settings=dict(res_blocks=[1, 0, 0])),
                     ],
                 )
             )
@@ -336,31 +337,26 @@ def check_speed(m, facts, page):
 
 
 def check_looks(m, facts, page):
-    j = m['judged']
-    plain, styled = 'plain/generator', next(k for k in j if k.startswith('styled/'))
-    assert set(j) == {'real', 'flat colours', 'pasted', plain, styled}
-    assert (
-        m['own_pages']
-        and m['groups'] == {'A': 3, 'B': 3}
-        and m['tiles'] == 18
-        and all(abs(j['real'][k] - 1) < 1e-6 for k in 'MRCDNG')
-        and 'T' not in j['real']
-    )
-    assert (
-        j['flat colours']['M'] == 1
-        and j['flat colours']['R'] < 0.2
-        and all(0 <= j[k]['T'] <= 1 for k in j if k != 'real')
-        and j['flat colours']['T'] > 0.6
-        and {k for k in j if 'D_same' in j[k]} == {styled}
-        and j[styled]['D_same'] > 0
-    )
-    assert (
-        m['models'][plain]['kind'] == 'pix2pix'
-        and m['models'][styled] == {'kind': 'vae', 'style': 4, 'resolution': 64}
-        and page.count('<img') == 4
-        and '±' in page
-        and str(Path.cwd()) not in page
-    )
+    measured = m['measured']
+    plain, styled = 'plain/generator', next(k for k in measured if k.startswith('styled/'))
+    assert set(measured) == {'real', 'flat colours', 'pasted', plain, styled}
+    assert m['own_pages']
+    assert m['groups'] == {'A': 3, 'B': 3}
+    assert m['tiles'] == 18
+    for k in (*MEASURES, 'no_checkerboard'):
+        assert abs(measured['real'][k] - 1) < 1e-6, k
+    assert 'text_kept' not in measured['real']
+    assert measured['flat colours']['mask_iou'] == 1
+    assert measured['flat colours']['realism'] < 0.2
+    assert all(0 <= v['text_kept'] <= 1 for k, v in measured.items() if k != 'real')
+    assert measured['flat colours']['text_kept'] > 0.6
+    assert {k for k, v in measured.items() if 'diversity_same_mask' in v} == {styled}
+    assert measured[styled]['diversity_same_mask'] > 0
+    assert m['models'][plain]['kind'] == 'pix2pix'
+    assert m['models'][styled] == {'kind': 'vae', 'style': 4, 'resolution': 64}
+    assert page.count('<img') == 4
+    assert '±' in page
+    assert str(Path.cwd()) not in page
 
 
 def check_vae(m, facts, page):
@@ -490,8 +486,8 @@ def test_measuring_data_is_not_shown_unasked(tmp_path):
     run = run_notebook('judge_looks', dict(pages=6, page_size=160, tiles=18, tile=64, reader=''), tmp_path / 'report')
     assert (
         {p.name for p in (run.folder / 'figures').glob('*.png')} == {'measures.png', 'statistics.png'}
-        and 'T' not in run.metrics['judged']['pasted']
-        and set(run.metrics['judged']) == {'real', 'flat colours', 'pasted'}
+        and 'text_kept' not in run.metrics['measured']['pasted']
+        and set(run.metrics['measured']) == {'real', 'flat colours', 'pasted'}
     )
     with pytest.raises(KhmerOCRError, match='standard error'):
         run_notebook('judge_looks', dict(pages=3, page_size=160, tiles=18, tile=64, reader=''), tmp_path / 'few')
