@@ -68,20 +68,23 @@ class Seq2SeqConfig:
     def __post_init__(self):
         _check(self)
 
-    @property
-    def height(self) -> int:
-        "px"
-        return self.ctc.height if self.encoder == 'ctc' else 32
+# %% ../../nbs/06_models/03_attention.ipynb #85644b7a
+@patch(as_prop=True)
+def height(self: Seq2SeqConfig) -> int:
+    "px"
+    return self.ctc.height if self.encoder == 'ctc' else 32
 
-    @property
-    def stride(self) -> int:
-        "px per frame"
-        return self.ctc.stride if self.encoder == 'ctc' else 4
 
-    @property
-    def output_stride(self) -> int:
-        "px per output of the CTC head"
-        return self.stride
+@patch(as_prop=True)
+def stride(self: Seq2SeqConfig) -> int:
+    "px per frame"
+    return self.ctc.stride if self.encoder == 'ctc' else 4
+
+
+@patch(as_prop=True)
+def output_stride(self: Seq2SeqConfig) -> int:
+    "px per output of the CTC head"
+    return self.stride
 
 # %% ../../nbs/06_models/03_attention.ipynb #7d30ae18
 _choices = dict(encoder=('buoy2022', 'ctc'), units=('symbols', 'subscripts'))
@@ -103,7 +106,7 @@ def _check(config):
     if config.encoder == 'ctc' and config.ctc.outputs_per_frame > 1:
         raise setting_error('ctc.outputs_per_frame', config.ctc.outputs_per_frame, '1 under a decoder')
 
-
+# %% ../../nbs/06_models/03_attention.ipynb #97c435b7
 def make_units(config: Seq2SeqConfig) -> Tokenizer:
     "The output units of a recogniser"
     return _tokenizer(config.units, charset(config.charset))
@@ -129,7 +132,7 @@ _conv_stages = (
     _ConvStage(2),
 )
 
-
+# %% ../../nbs/06_models/03_attention.ipynb #17825956
 class CRNNEncoder(nn.Module):
     "Line images float (B, 1, 32, W), ink 1, paper 0, and widths (B,) px -> frames (B, ceil(W/4)-1, 2*hidden)"
 
@@ -192,6 +195,12 @@ class DecoderState(NamedTuple):
     attention: torch.Tensor  # weights of the frames in the last step (B, K, T)
     prev: torch.Tensor  # the unit before, int (B, K)
 
+# %% ../../nbs/06_models/03_attention.ipynb #004b56ea
+def _make_encoder(n_units, config):
+    if config.encoder == 'ctc':
+        return CTCNet(n_units, config.ctc)
+    return CRNNEncoder(config.channels, config.projection, config.encoder_hidden)
+
 # %% ../../nbs/06_models/03_attention.ipynb #1f2ef1cf
 class Seq2Seq(nn.Module):
     "Line images (B, 1, height, W), widths (B,) and true unit ids (B, U) -> logits of each next unit (B, U, n_units)"
@@ -203,7 +212,7 @@ class Seq2Seq(nn.Module):
         on_ctc = config.encoder == 'ctc'
         d = 2 * (config.ctc.hidden if on_ctc else config.encoder_hidden)
         unit = config.embedding or n_units  # size of the vector of a unit
-        self.encoder = self._encoder()
+        self.encoder = _make_encoder(n_units, config)
         self.init_state = nn.Linear(d, config.hidden)
         self.key = nn.Linear(d, config.attention)
         self.query = nn.Linear(config.hidden, config.attention, bias=False)
@@ -214,12 +223,6 @@ class Seq2Seq(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(config.hidden + d + unit, n_units)
         self.ctc_head = nn.Linear(d, n_units) if config.ctc_weight and not on_ctc else None
-
-    def _encoder(self):
-        c = self.config
-        if c.encoder == 'ctc':
-            return CTCNet(self.n_units, c.ctc)
-        return CRNNEncoder(c.channels, c.projection, c.encoder_hidden)
 
 # %% ../../nbs/06_models/03_attention.ipynb #359fa5ab
 @patch(as_prop=True)
@@ -382,7 +385,7 @@ def load_into(
             f'{path} does not fit these settings of the reader: give the checkpoint of another, or its settings'
         ) from None
 
-
+# %% ../../nbs/06_models/03_attention.ipynb #be8edd0f
 def load_seq2seq(path) -> tuple[Seq2Seq, Tokenizer, dict]:  # network in eval mode, units, header
     "Open a checkpoint of this model; KhmerOCRError if it is none"
     weights, head = load_weights(path)

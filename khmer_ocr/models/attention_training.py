@@ -130,7 +130,7 @@ def _read_by_ctc(units, logits, frames):
         return []
     return [(units.decode(ids), mean_confidence(p)) for ids, p, _ in greedy_ctc(logits, frames)]
 
-
+# %% ../../nbs/06_models/07_attention_training.ipynb #e8d6ee07
 def _read_batch(net, units, x, widths, decoder, guarded, beam, alpha, weight):
     "(text, confidence) of each line of a batch"
     memory = net.encode(x, widths)
@@ -194,13 +194,13 @@ def mean_loss(
         n += lines
     return total / n
 
-
+# %% ../../nbs/06_models/07_attention_training.ipynb #cdde3f62
 def cross_entropy(net: Seq2Seq, units: Tokenizer, batches) -> float:  # nats
     "Mean cross-entropy per unit of the lines in `batches`, each unit before given"
     plain = replace(net.config, ctc_weight=0.0, guide=0.0, forcing_start=1.0)
     return mean_loss(net, Seq2SeqLoss(units, plain), batches)
 
-
+# %% ../../nbs/06_models/07_attention_training.ipynb #874f5a90
 def evaluate_seq2seq(net, units: Tokenizer, batches, name='') -> dict[str, float]:  # keys begin with `name`
     "cer (folded, without spaces), cer_raw, exact and nats per unit of the decoder; ctc_cer where there is a CTC head"
     net = getattr(net, 'module', net)  # what runs on several processes is wrapped
@@ -227,7 +227,7 @@ def encodable_lines(recipe: Recipe, units: Tokenizer, split='train') -> list[str
         )
     return None if len(kept) == len(lines) else kept
 
-
+# %% ../../nbs/06_models/07_attention_training.ipynb #146bd5cc
 def synthetic_batches(
     recipe: Recipe,
     config: Seq2SeqConfig,
@@ -257,7 +257,7 @@ def _buoy2022(steps, encoder):
     loop = dict(steps=steps, batch_size=64, stop_at=0.01, eval_every=min(steps, epoch), channels_last=True)
     return Seq2SeqConfig(), TrainConfig(**adam, **loop)
 
-
+# %% ../../nbs/06_models/07_attention_training.ipynb #d019ab6d
 _our_loop = dict(warmup=0.1, clip=5.0, ema=0.999, label_smoothing=0.05, channels_last=True)
 
 
@@ -266,7 +266,7 @@ def _recommended(steps, encoder):
     config = Seq2SeqConfig(charset='khmer-latin', units='subscripts', ctc_weight=0.3)
     return config, TrainConfig(steps=steps or 20_000, lr=1e-3, **_our_loop)
 
-
+# %% ../../nbs/06_models/07_attention_training.ipynb #2b191daf
 def _joint(steps, encoder):
     "A small decoder on a frozen CTC network"
     if encoder is None:

@@ -98,7 +98,7 @@ def make_backbone(
         conv_bn_relu(c[3], c[4], (rows_left, 3), padding=(0, 1)),
     )
 
-
+# %% ../../nbs/06_models/02_ctc.ipynb #5e1e2a88
 def make_res_blocks(config: CTCConfig) -> nn.ModuleList:  # of three nn.Sequential, which may be empty
     "The residual blocks behind the backbone's second, third and last stage"
     kind = config.block_type
@@ -135,7 +135,7 @@ class SequenceEncoder(nn.Module):
                 x = layer(x.transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)  # a line of one row
         return x
 
-
+# %% ../../nbs/06_models/02_ctc.ipynb #445441d2
 def make_encoder(c, config: CTCConfig) -> nn.LSTM | SequenceEncoder:
     "What compares the frames along the line"
     if config.encoder != 'lstm' or not config.layers:
@@ -154,7 +154,7 @@ _former_parts = (
     ('name', 'classifier'),
 )
 
-
+# %% ../../nbs/06_models/02_ctc.ipynb #e3e6ba98
 class CTCNet(nn.Module):
     "Line images float (B, 1, height, W), ink 1, paper 0 -> logits (B, ceil(W/stride)*outputs_per_frame, n_units)"
 
@@ -306,7 +306,7 @@ def as_float32(weights: dict) -> dict:  # name -> tensor
     "Weights that may be stored in half precision, in float32; integers as they are"
     return {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
 
-
+# %% ../../nbs/06_models/02_ctc.ipynb #d9c0bee2
 def load_ctc(path) -> tuple[CTCNet, SubscriptTokenizer, dict]:  # network in eval mode, its units, the header
     "Open a checkpoint of this model; KhmerOCRError if it is none"
     weights, head = load_weights(path)

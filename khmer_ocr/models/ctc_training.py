@@ -133,7 +133,7 @@ def read_batches(net, units: SubscriptTokenizer, batches) -> tuple[list[str], li
         true += batch['texts']
     return read, true
 
-
+# %% ../../nbs/06_models/06_ctc_training.ipynb #c5352e10
 def evaluate_ctc(net, units, batches, name='') -> dict[str, float]:  # keys begin with `name`
     "cer (folded, without spaces), cer_raw and exact of the lines in `batches`"
     s = score(*read_batches(net, units, batches), extras=False)

@@ -193,7 +193,7 @@ def _logadd(a, b):
         a, b = b, a
     return a if b == -math.inf else a + math.log1p(math.exp(b - a))
 
-
+# %% ../../nbs/06_models/05_decoding.ipynb #d8936306
 def _advance(prefixes, frame, tree):
     "Prefixes as (node, log p of the paths that end in a blank, of those that end in its unit), after one frame more"
     blank = {}
@@ -227,7 +227,7 @@ def _check_search(beam, top, lm, n_units):
             f'The language model knows {lm.n} units and the reader {n_units}: train one for this charset'
         )
 
-
+# %% ../../nbs/06_models/05_decoding.ipynb #d41544b7
 def ctc_beam_search(
     log_probs: np.ndarray,  # float (T, n_units): of each frame, nats
     beam: int = 8,  # prefixes that are kept
@@ -266,7 +266,7 @@ def prefix_beam(
     ids, score = ctc_beam_search(log_probs, beam, lm, **kwargs)[0]
     return ids, score, align_frames(log_probs, ids)
 
-
+# %% ../../nbs/06_models/05_decoding.ipynb #81167abb
 def beam_line(
     log_probs: np.ndarray,  # float (T, n_units): log-softmax of one line's logits, without its padding
     beam: int = 8,
@@ -360,7 +360,7 @@ def ctc_prefix_scores(
     "Log p that a line's text begins with prefix and unit, over all alignments (Watanabe et al. 2017, algorithm 2)"
     return torch.logsumexp(_prefix_before(state, last, ids) + _unit_log_probs(log_probs, ids), -1)
 
-
+# %% ../../nbs/06_models/05_decoding.ipynb #e7eeb93f
 def ctc_extend_prefix(log_probs, state, last, ids) -> torch.Tensor:  # float64 (B, K, T, 2)
     "States of the prefixes with the unit `ids`, int (B, K), behind each"
     y = _unit_log_probs(log_probs, ids[..., None])[:, :, 0]
@@ -406,7 +406,7 @@ def _first_beam(net, memory, ctc) -> _BeamState:
     prefix = None if ctc is None else ctc_empty_prefix(ctc)
     return _BeamState(net.begin(memory), zero, empty.long(), empty, prefix, zero)
 
-
+# %% ../../nbs/06_models/05_decoding.ipynb #93e2c2f0
 def _pick(x, k):
     "Rows `k` (B, K') of x (B, K, ...): (B, K', ...)"
     index = k.view(*k.shape, *[1] * (x.ndim - 2))
@@ -423,7 +423,7 @@ class _Proposals(NamedTuple):
     end_joint: torch.Tensor  # scores of the texts if they end here (B, K)
     end_log_prob: torch.Tensor  # of the end by the decoder (B, K)
 
-
+# %% ../../nbs/06_models/05_decoding.ipynb #2b3ccdce
 def _propose(net, memory, beam, eos, weight, ctc, wide) -> _Proposals:
     state, out = net.step(memory, beam.decoder)
     log_probs = net.classifier(out).float().log_softmax(-1).double()
@@ -465,7 +465,7 @@ def _update_best(best, beam: _BeamState, proposed: _Proposals, penalty):
             log_probs = torch.cat([beam.unit_log_probs[b, k], proposed.end_log_prob[b, k : k + 1]])
             best[b] = (float(scores[b, k]), beam.ids[b, k].tolist(), log_probs.exp().tolist())
 
-
+# %% ../../nbs/06_models/05_decoding.ipynb #568575ab
 @torch.inference_mode()
 def beam_search(
     net: Seq2Seq,  # or another network with `begin`, `step` and `classifier`

@@ -107,30 +107,36 @@ class NGramModel:
         self._cache = {}
         self._unpack()
 
-    def _unpack(self):
-        "Runs, shares and what is left over, for each length"
-        self.keys = []  # packed runs, int64 sorted
-        self.share = []  # of each run
-        self.left = []  # for each history, the probability of all units whose run is not in the table
-        self.range = []  # for each history i, its runs are range[i]..range[i+1]-1
-        histories = np.zeros(1, np.int64)
-        for k, (last, code, _) in enumerate(self.levels):
-            n_runs = self.levels[k - 1][2].astype(np.int64) if k else np.array([len(last)])
-            history_of_run = np.repeat(np.arange(len(n_runs)), n_runs)
-            share = _share_of_code[code]
-            self.left.append(1 - np.bincount(history_of_run, share, len(n_runs)))
-            self.range.append(np.r_[0, np.cumsum(n_runs)])
-            histories = histories[history_of_run] << self.bits | last.astype(np.int64)
-            self.keys.append(histories)
-            self.share.append(share)
+# %% ../../nbs/06_models/04_language_model.ipynb #42486162
+@patch
+def _unpack(self: NGramModel):
+    "Runs, shares and what is left over, for each length"
+    self.keys = []  # packed runs, int64 sorted
+    self.share = []  # of each run
+    self.left = []  # for each history, the probability of all units whose run is not in the table
+    self.range = []  # for each history i, its runs are range[i]..range[i+1]-1
+    histories = np.zeros(1, np.int64)
+    for k, (last, code, _) in enumerate(self.levels):
+        n_runs = self.levels[k - 1][2].astype(np.int64) if k else np.array([len(last)])
+        history_of_run = np.repeat(np.arange(len(n_runs)), n_runs)
+        share = _share_of_code[code]
+        self.left.append(1 - np.bincount(history_of_run, share, len(n_runs)))
+        self.range.append(np.r_[0, np.cumsum(n_runs)])
+        histories = histories[history_of_run] << self.bits | last.astype(np.int64)
+        self.keys.append(histories)
+        self.share.append(share)
 
-    def context(self, history: tuple) -> tuple:
-        "The end of a history that the model goes by"
-        return history[max(0, len(history) - self.order + 1) :]
+# %% ../../nbs/06_models/04_language_model.ipynb #2810fc88
+@patch
+def context(self: NGramModel, history: tuple) -> tuple:
+    "The end of a history that the model goes by"
+    return history[max(0, len(history) - self.order + 1) :]
 
-    def clear_cache(self):
-        "Drop the answers that were kept"
-        self._cache.clear()
+
+@patch
+def clear_cache(self: NGramModel):
+    "Drop the answers that were kept"
+    self._cache.clear()
 
 # %% ../../nbs/06_models/04_language_model.ipynb #ecbd299b
 @patch
@@ -145,7 +151,7 @@ def _find_history(self: NGramModel, history):
     i = int(keys.searchsorted(key))
     return i if i < len(keys) and keys[i] == key else -1
 
-
+# %% ../../nbs/06_models/04_language_model.ipynb #850e31d0
 @patch
 def probs(self: NGramModel, history: tuple) -> np.ndarray:  # float64 (n units,); not to be written to
     "Probability of every unit after the last units of `history`"
@@ -164,7 +170,7 @@ def probs(self: NGramModel, history: tuple) -> np.ndarray:  # float64 (n units,)
     self._cache[history] = p
     return p
 
-
+# %% ../../nbs/06_models/04_language_model.ipynb #90fd3172
 @patch
 def log_probs(
     self: NGramModel,
@@ -193,7 +199,7 @@ def _make_table(levels, cuts, bits):
         table.append(((keys & last_unit).astype(dtype), codes[k], n_longer.astype(dtype)))
     return table
 
-
+# %% ../../nbs/06_models/04_language_model.ipynb #e4a75b76
 def _count_longer(keys, longer, bits):
     "For each run, how many of the `longer` ones begin with it"
     return np.diff(np.r_[0, (longer >> bits).searchsorted(keys, 'right')])
@@ -240,7 +246,7 @@ def save(self: NGramModel, path) -> int:  # bytes written
     save_checkpoint(path, tensors, dict(self.about, model='ngram', charset=symbols, order=self.order))
     return Path(path).stat().st_size
 
-
+# %% ../../nbs/06_models/04_language_model.ipynb #19a26af5
 @patch(cls_method=True)
 def load(
     cls: NGramModel,
@@ -270,7 +276,7 @@ def _find(keys, wanted):
     i = np.minimum(keys.searchsorted(wanted), max(0, len(keys) - 1))
     return i, keys[i] == wanted if len(keys) else np.zeros(len(wanted), bool)
 
-
+# %% ../../nbs/06_models/04_language_model.ipynb #cbe32db3
 @patch
 def negative_log_likelihood(self: NGramModel, lines) -> np.ndarray:  # float64, nats; for each unit and end of a line
     "-log p of all units of the lines, each after what stands before it in its line"
@@ -291,7 +297,7 @@ def negative_log_likelihood(self: NGramModel, lines) -> np.ndarray:  # float64, 
         p = np.where(seen, self.left[k][row], 1) * p + np.where(seen & there, self.share[k][run], 0)
     return -np.log(p)
 
-
+# %% ../../nbs/06_models/04_language_model.ipynb #58af7f86
 @patch
 def perplexity(self: NGramModel, lines) -> float:
     "exp of the mean negative log-likelihood per unit, ends of lines included"

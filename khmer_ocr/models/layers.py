@@ -11,6 +11,7 @@ __all__ = ['conv_bn_relu', 'ResidualPair', 'ResidualBlock', 'length_mask', 'Tran
 import math
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 # %% ../../nbs/06_models/01_layers.ipynb #dc06047e
@@ -60,7 +61,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x):
         return x + self.f(x)
 
-
+# %% ../../nbs/06_models/01_layers.ipynb #16dd8362
 def _conv_layers(c, kernel, padding):
     return [*conv_bn_relu(c, c, kernel, padding=padding), nn.Conv2d(c, c, kernel, 1, padding, bias=False)]
 
@@ -100,12 +101,14 @@ class TransformerBlock(nn.Module):
         x = x + self.drop(self.attend(self.norms[1](x), mask))
         return x + self.drop(self.mlp(self.norms[2](x)))
 
-    def attend(self, x, mask):
-        "Multi-head self-attention: float (B, T, d) -> the same"
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mask = None if mask is None else mask[:, None, None]
-        mixed = F.scaled_dot_product_attention(q, k, v, mask)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+# %% ../../nbs/06_models/01_layers.ipynb #45bce33b
+@patch
+def attend(self: TransformerBlock, x, mask):
+    "Multi-head self-attention: float (B, T, d) -> the same"
+    q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    mask = None if mask is None else mask[:, None, None]
+    mixed = F.scaled_dot_product_attention(q, k, v, mask)
+    return self.out(mixed.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/06_models/01_layers.ipynb #b3b9c9f5
 def sinusoidal_encoding(at, d: int):
