@@ -23,57 +23,15 @@ from .layout_ops import tight, underline
 from .paper_ops import blobs, clouds, fibres, fold, paper, ruled, tint
 
 # %% ../../nbs/03_synth/09_degradation.ipynb #aab3e1bc
-OPERATIONS = {
-    op.__name__: op
-    # fmt: off
-    for op in (
-        weight,
-        margins,
-        rule,
-        skew,
-        paper,
-        contrast,
-        light,
-        motion,
-        blur,
-        resample,
-        noise,
-        threshold,
-        jpeg,
-        invert,
-        neighbours,
-        broken,
-        faded,
-        bleed,
-        fibres,
-        clouds,
-        blobs,
-        ruled,
-        tint,
-        fold,
-        table,
-        leaders,
-        underline,
-        stamp,
-        signature,
-        shadow,
-        vignette,
-        moire,
-        perspective,
-        wave,
-        curl,
-        tight,
-        loose,
-        joined,
-        dpi,
-        webp,
-        chat,
-        bilevel,
-        erode,
-        dilate,
-    )
-    # fmt: on
-}
+# fmt: off
+_NAMED_OPS = (
+    weight, margins, rule, skew, paper, contrast, light, motion, blur, resample, noise, threshold, jpeg, invert,
+    neighbours, broken, faded, bleed, fibres, clouds, blobs, ruled, tint, fold, table, leaders, underline, stamp,
+    signature, shadow, vignette, moire, perspective, wave, curl, tight, loose, joined, dpi, webp, chat, bilevel,
+    erode, dilate,
+)
+# fmt: on
+OPERATIONS = {op.__name__: op for op in _NAMED_OPS}
 OPERATIONS |= dict(
     strong_blur=partial(blur, sigma=(0.6, 1.8)),
     strong_blobs=partial(blobs, z=(1.7, 2.4)),
