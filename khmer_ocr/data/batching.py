@@ -21,7 +21,7 @@ from ..core.rng import Stream, stream_rng
 # %% ../../nbs/05_data/03_batching.ipynb #3687f64e
 def collate(
     items,  # pairs (uint8 (height, W), label)
-    multiple=16,  # the width is padded to a multiple of this: few different shapes let the CPU's kernels be prepared once
+    multiple=16,  # px, of the width: with few different shapes the CPU's kernels are prepared once
 ) -> dict:  # images uint8 (B, 1, height, W), widths int64 (B,), texts list of B strings
     "One batch: padded with white on the right"
     images, texts = zip(*items)

@@ -202,9 +202,7 @@ def _check_entry(entry, where):
     for key in ('image', 'text'):
         if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
             found = json.dumps(entry, ensure_ascii=False)[:60]
-            raise KhmerOCRError(
-                f'{where} has no "{key}": wanted {{"image": "a.png", "text": "..."}}, found {found}'
-            )
+            raise KhmerOCRError(f'{where} has no "{key}": wanted {{"image": "a.png", "text": "..."}}, found {found}')
 
 
 def _image_of_entry(folder, name, where) -> Path:

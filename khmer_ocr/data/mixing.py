@@ -67,7 +67,9 @@ def read_stages(
     before_last = stages[:-1]
     for k, stage in enumerate(before_last, 1):
         if not stage.share and not stage.steps:
-            raise KhmerOCRError(f'Stage {k} of the curriculum has neither steps nor share: only the last may go without')
+            raise KhmerOCRError(
+                f'Stage {k} of the curriculum has neither steps nor share: only the last may go without'
+            )
     taken = sum(stage.share for stage in before_last)
     if taken >= 1:
         raise KhmerOCRError(

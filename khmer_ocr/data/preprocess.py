@@ -80,7 +80,7 @@ def stretch_contrast(
     image: np.ndarray,  # uint8 (H, W), dark ink on light paper
     least=40,  # grey levels between ink and paper that are stretched in full; fewer are stretched less
 ) -> np.ndarray:  # uint8 (H, W)
-    "Grey levels stretched so that the paper is white and the darkest 0.5 % black; a range under `least` levels is not stretched in full, and stays pale"
+    "Grey levels stretched so that the paper is white and the darkest 0.5 % black; fewer than `least` stay pale"
     lo, paper = np.percentile(image[::2, ::2] if image.size > 4000 else image, (0.5, 60))
     span = max(paper - lo, least)
     return (
@@ -123,7 +123,7 @@ def trim(
     image: np.ndarray,  # uint8 (H, W), dark ink on white
     keep=0.75,  # as in `trim_box`
 ) -> np.ndarray:  # a view of `image`, uint8
-    "Cut blank rows and columns off a loose crop; the ink keeps at least `keep` of the height and some margin at the ends"
+    "Cut blank rows and columns off a loose crop; the ink keeps `keep` of the height and some margin at the ends"
     left, top, right, bottom = trim_box(image, keep)
     return image[top:bottom, left:right]
 

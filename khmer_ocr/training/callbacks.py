@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HISTORY_COLUMNS', 'CancelFit', 'Callback', 'memory_mb', 'is_due', 'Timer', 'write_csv', 'read_history', 'History',
-           'Progress', 'TensorBoard', 'EarlyStop', 'StopAtTarget', 'KeepBest', 'plot_curves', 'plot_history']
+           'Progress', 'TensorBoard', 'EarlyStop', 'StopAtTarget', 'KeepBest', 'standard_callbacks',
+           'GracefulInterrupt', 'plot_curves', 'plot_history']
 
 # %% ../../nbs/04_training/04_callbacks.ipynb #9d0c8647
 import csv
@@ -12,7 +13,9 @@ import io
 import math
 import psutil
 import re
+import signal
 import sys
+import threading
 import time
 import torch
 from functools import partial
@@ -365,6 +368,45 @@ class KeepBest(Callback):
             return True
         worst = kept[self.k - 1][0]
         return score < worst if learn.config.mode == 'min' else score > worst
+
+# %% ../../nbs/04_training/04_callbacks.ipynb #e23913ff
+def standard_callbacks(config, verbose) -> list:
+    "The callbacks that the settings ask for"
+    callbacks = [Timer(), History(), Progress(verbose)]
+    if config.tensorboard:
+        callbacks.append(TensorBoard())
+    if config.keep_best:
+        callbacks.append(KeepBest(config.keep_best))
+    if config.patience:
+        callbacks.append(EarlyStop(config.patience))
+    if config.stop_at:
+        callbacks.append(StopAtTarget(config.stop_at))
+    return callbacks
+
+# %% ../../nbs/04_training/04_callbacks.ipynb #177f6388
+class GracefulInterrupt:
+    "First signal inside: `learn.stopping` is set. Second: KeyboardInterrupt"
+
+    names = {signal.SIGINT: 'Ctrl-C', signal.SIGTERM: 'SIGTERM'}
+
+    def __init__(self, learn):
+        self.learn = learn
+        self.handlers_before = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self.handlers_before = {s: signal.signal(s, self.ask_to_stop) for s in self.names}
+
+    def ask_to_stop(self, number, frame):
+        if self.learn.stopping:
+            raise KeyboardInterrupt
+        self.learn.stopping = self.names[number]
+        if self.learn.fabric.is_global_zero:
+            print(f'Stopping after this step ({self.names[number]}; once more to stop at once)', file=sys.stderr)
+
+    def __exit__(self, *_):
+        for s, handler in self.handlers_before.items():
+            signal.signal(s, handler)
 
 # %% ../../nbs/04_training/04_callbacks.ipynb #590ad321
 def plot_curves(
