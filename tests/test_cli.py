@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from typer.testing import CliRunner
-from tiny import make_tiny
-from khmer_ocr.cli.common import app
+from conftest import make_tiny
+from khmer_ocr.cli.app import app
 
-command = [sys.executable, '-c', 'from khmer_ocr.cli import app; app()']
+command = [sys.executable, '-c', 'from khmer_ocr.cli.app import app; app()']
 
 
 @pytest.fixture(scope='module')
@@ -52,7 +52,7 @@ def test_help_and_version_are_fast():
     t = time.perf_counter() - t
     assert out.returncode == 0 and 'Commands:' in out.stdout and t < 5
     modules = subprocess.run(
-        [sys.executable, '-c', 'import khmer_ocr.cli, sys; print(*sys.modules)'], capture_output=True, text=True
+        [sys.executable, '-c', 'import khmer_ocr.cli.app, sys; print(*sys.modules)'], capture_output=True, text=True
     ).stdout.split()
     assert not {'torch', 'cv2', 'matplotlib', 'numpy', 'PIL'} & set(modules)
     assert ok('--version').startswith('khmer-ocr ') and 'Usage:' in ok()
@@ -371,7 +371,7 @@ def test_a_failed_start_leaves_nothing(tmp_path):
 
 def test_settings_are_read_without_torch(tmp_path):
     (tmp_path / 'r.toml').write_text('seed = 3')
-    code = f'import sys; from khmer_ocr.cli import _merged; assert _merged({str(tmp_path / "r.toml")!r}) == dict(seed=3); assert "torch" not in sys.modules'
+    code = f'import sys; from khmer_ocr.cli.common import merge_settings; assert merge_settings({str(tmp_path / "r.toml")!r}) == dict(seed=3); assert "torch" not in sys.modules'
     subprocess.run([sys.executable, '-c', code], check=True)
 
 
@@ -441,13 +441,13 @@ def test_fine_tuning_on_own_lines(tiny, model, tmp_path):
 
     own_lines(tmp_path / 'mine')
     go = tuning(
-        tiny, model, tmp_path, '--freeze', 'look', '--scale', 0.2, '--keep-best', 1, '--logs', tmp_path / 'logs'
+        tiny, model, tmp_path, '--freeze', 'backbone', '--scale', 0.2, '--keep-best', 1, '--logs', tmp_path / 'logs'
     )
     assert '4 steps done' in ok(*go, '--out', tmp_path / 'whole')
     a, b = load_checkpoint(model)[0], load_checkpoint(tmp_path / 'whole/best.safetensors')
-    assert all(a[k].equal(v) for k, v in b[0].items() if k.startswith('look.')) and not a['name.weight'].equal(
-        b[0]['name.weight']
-    )
+    assert all(a[k].equal(v) for k, v in b[0].items() if k.startswith('backbone.')) and not a[
+        'classifier.weight'
+    ].equal(b[0]['classifier.weight'])
     assert b[1]['settings']['lr'] == 5e-4 and b[1]['config']['hidden'] == 8 and 'share of 0.5' in b[1]['recipe']['data']
     shutil.copytree(tmp_path / 'whole', tmp_path / 'cut')
     shutil.copytree(tmp_path / 'logs/whole', tmp_path / 'logs/cut')
@@ -577,7 +577,7 @@ def test_train_the_attention_reader(tiny, model, tmp_path):
 
 
 def test_automatic_batch_size_stays_with_the_run(tiny, tmp_path, monkeypatch):
-    import khmer_ocr.training as training
+    from khmer_ocr.models import training_request
     from khmer_ocr.training.checkpoints import load_checkpoint
 
     go = (
@@ -596,11 +596,11 @@ def test_automatic_batch_size_stays_with_the_run(tiny, tmp_path, monkeypatch):
         tmp_path / 'run',
         '--steps',
     )
-    monkeypatch.setattr(training, 'free_memory', lambda device='cpu': 12 * 2**20)
+    monkeypatch.setattr(training_request, 'free_memory', lambda device='cpu': 12 * 2**20)
     ok(*go, 1)
     n = load_checkpoint(tmp_path / 'run/latest.safetensors')[1]['settings']['batch_size']
     assert 1 <= n < 64
-    monkeypatch.setattr(training, 'free_memory', lambda device='cpu': 2**40)
+    monkeypatch.setattr(training_request, 'free_memory', lambda device='cpu': 2**40)
     monkeypatch.setenv('WORLD_SIZE', '2')
     refused(*go, 2, '--resume', 'latest', word='for one process')
     monkeypatch.delenv('WORLD_SIZE')
@@ -752,7 +752,7 @@ def test_run_of_a_fine_tuning(tiny, model, tmp_path):
         validation_samples=2,
         model_dir=tmp_path / 'model',
         init=model,
-        freeze='["look"]',
+        freeze='["backbone"]',
         steps=2,
         batch_size=2,
         gentle_start=1,
@@ -1015,7 +1015,7 @@ def test_gan_settings_of_the_file_hold_where_the_command_line_is_silent(kind, pa
         (('train', 'vae', '--data', '{t}/one', '--image-size', '48'), 'power of two'),
         (('train', 'hybrid', '--data', '{t}/one', '--resume', 'x.safetensors'), "resume='latest'"),
         (('generate', 'vae', '--masks', '{t}/one'), 'train one with khmer-ocr gan train vae'),
-        (('generate', 'vae', '--model', '{t}/bad.toml'), 'no masks to paint'),
+        (('generate', 'vae', '--model', '{t}/bad.toml'), 'no masks to make pages of'),
         (('generate', 'vae', '--model', '{t}/bad.toml', '--masks', '{t}/one'), 'bad.toml'),
         (('train', 'vae', '--device', 'tpu'), 'auto, cpu or cuda'),
     ],

@@ -1,8 +1,8 @@
 """The rooms of the house, in the order in which they may use each other: python tools/rooms.py [--check]
 
 Writes `khmer_ocr/<room>/__init__.py`, which hands out the public names of the room's modules (lazily: a name imports
-its module when it is asked for), so that `from khmer_ocr.data import OnTheFlyDataset` works. `--check` only says whether
-the files are up to date."""
+its module when it is asked for), so that `from khmer_ocr.data import OnTheFlyDataset` works. `--check` only says
+whether the files are up to date."""
 
 import ast
 import sys

@@ -34,18 +34,18 @@ def evaluation_sets(data: str, limit: int | None, corpus: str, folder) -> list:
 # %% ../../nbs/12_cli/05_evaluate.ipynb #9a443002
 def evaluate_readers(readers: dict, sets: list, engines: list[str], batch_size: int) -> tuple[dict, dict]:
     "Scores of the first reader by set and part of a set, and the ranking of all where there is more than one"
-    from khmer_ocr.evaluation.benchmark import judge, measure, parts_of, rank_parts, run_peers
-    from khmer_ocr.evaluation.engines import Run
+    from khmer_ocr.evaluation.benchmark import evaluate_set, rank_engines_by_part, run_engines, score_set, set_parts
+    from khmer_ocr.evaluation.engines import EngineResult
 
     scores, ranking = {}, {}
     for lines in sets:
-        read = {name: judge(reader, lines, batch_size, progress=True) for name, reader in readers.items()}
+        read = {name: evaluate_set(reader, lines, batch_size, progress=True) for name, reader in readers.items()}
         first = next(iter(read.values()))
-        scores[lines.name] = measure(first)
-        scores |= {part: measure(first.part(chosen)) for part, chosen in parts_of(lines).items()}
+        scores[lines.name] = score_set(first)
+        scores |= {part: score_set(first.part(chosen)) for part, chosen in set_parts(lines).items()}
         if len(read) > 1 or engines:
-            runs = [Run(name, judged.texts, 0.0) for name, judged in read.items()]
-            ranking |= rank_parts(runs + run_peers(lines, engines), lines)
+            results = [EngineResult(name, evaluated.texts, 0.0) for name, evaluated in read.items()]
+            ranking |= rank_engines_by_part(results + run_engines(lines, engines), lines)
     return scores, ranking
 
 # %% ../../nbs/12_cli/05_evaluate.ipynb #2a3a2aa2
@@ -93,12 +93,12 @@ def evaluate_command(
     "Read labelled lines and count the errors."
     import tempfile
 
-    from khmer_ocr.evaluation.benchmark import choose_peers, open_readers
+    from khmer_ocr.evaluation.benchmark import choose_engines, open_readers
     from khmer_ocr.evaluation.error_analysis import engines_table, sets_table
     from khmer_ocr.inference.onnx import open_reader
 
     rivals = split_names(against)
-    engines = choose_peers(split_names(peers))
+    engines = choose_engines(split_names(peers))
     if report:
         options = dict(against=rivals, peers=engines, decoder=decoder or '', lm=lm or '', corpus=corpus)
         options |= dict(batch_size=batch_size, show_lines=not hide_lines)

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from ..text.khmer import CONSONANTS, VOWELS, SIGNS, COENG, normalise, strip_spaces
 from ..text.tokenizers import SubscriptTokenizer
-from ..models.decoding import _greedy_line, ctc_beam_search
+from ..models.decoding import greedy_line, ctc_beam_search
 from ..data.batching import as_input
-from ..models.language_model import NGram
+from ..models.language_model import NGramModel
 from ..text.metrics import score
 
 # %% ../../nbs/11_experiments/06_lm_tuning.ipynb #9b9bec9d
@@ -122,13 +122,13 @@ def decode(
     "The texts of lines"
     if beam:
         return [units.decode(ctc_beam_search(f, beam, **kwargs)[0][0]) for f in frames]
-    return [units.decode(_greedy_line(f.argmax(1), f.max(1))[0]) for f in frames]
+    return [units.decode(greedy_line(f.argmax(1), f.max(1))[0]) for f in frames]
 
 # %% ../../nbs/11_experiments/06_lm_tuning.ipynb #c6520156
 def weigh(
     sets: dict,  # name -> (frames, texts)
     units: SubscriptTokenizer,
-    lm: NGram,
+    lm: NGramModel,
     alphas,
     betas,  # what to try
     **kwargs,  # beam, least, top

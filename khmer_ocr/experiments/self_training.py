@@ -19,7 +19,7 @@ from ..training.settings import TrainConfig
 from ..models.ctc import load_ctc
 from ..models.ctc_training import train_ctc
 from ..inference.reader import Reader, Prediction, read_files
-from ..models.zoo import _checkpoint
+from ..models.zoo import checkpoint_path
 
 # %% ../../nbs/11_experiments/01_self_training.ipynb #352908c2
 def trust(reading: Prediction) -> float:
@@ -72,7 +72,7 @@ def adapt(
     **kwargs,  # of `train_ctc`: validation, workers, callbacks, teacher, verbose, pool
 ) -> Path:  # weights of the last round
     "Self-training in rounds; a round that is finished is not done again"
-    at = _checkpoint(init)
+    at = checkpoint_path(init)
     for n, share in enumerate(keep, 1):
         room = Path(folder) / f'round{n}'
         latest = room / 'latest.safetensors'

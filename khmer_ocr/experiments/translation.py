@@ -30,11 +30,12 @@ from ..text.metrics import CER, ExactLines
 from ..training.learner import Learner
 from ..training.settings import TrainConfig
 from ..text.tokenizers import make_tokenizer
-from ..models.attention import EncoderOutput, length_mask
-from ..text.tokenizers import as_targets
+from ..models.attention import EncoderOutput
+from ..models.layers import length_mask
+from ..models.attention_training import as_targets
 from ..models.attention_training import read_lines
-from ..models.transformer_training import Preset, start_from, vision_text_header, vision_text_preset
-from ..models.transformer import ImageToText, shifted
+from ..models.transformer_training import Variant, init_image_to_text, image_to_text_header, image_to_text_variant
+from ..models.transformer import ImageToText, shift_right
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #3a52a0b1
 _units = 'សូន្យ មួយ ពីរ បី បួន ប្រាំ ប្រាំមួយ ប្រាំពីរ ប្រាំបី ប្រាំបួន'.split()
@@ -459,9 +460,9 @@ def translation_scores(
         raise KhmerOCRError('There are no translations to judge: give at least one pair')
     exact, cer = ExactLines(), CER()
     return dict(
-        exact=exact(read, true).item(),
+        exact=exact(read, true),
         bleu=sacre_bleu_score(read, [[t] for t in true]).item(),
-        cer=cer(read, true).item(),
+        cer=cer(read, true),
         lines=len(true),
     )
 
@@ -470,12 +471,12 @@ def translator_preset(
     eye,  # checkpoint of a CTC reader
     steps=3000,
     **changes,  # of the network's settings
-) -> Preset:  # config, train, recipe
+) -> Variant:  # config, train, recipe
     "A small transformer on a frozen CTC reader, which writes without CTC"
     shape = dict(
-        ctc_weight=0.0, guide=0.0, encoder_depth=0, encoder_width=192, decoder_width=192, decoder_depth=2, cross='all'
+        ctc_weight=0.0, guide=0.0, encoder_depth=0, encoder_width=192, decoder_width=192, decoder_depth=2, cross_layers='all'
     )
-    p = vision_text_preset('tiny', ctc=eye, **shape | changes)
+    p = image_to_text_variant('tiny', ctc=eye, **shape | changes)
     train = TrainConfig(
         steps=steps,
         batch_size=32,
@@ -486,16 +487,16 @@ def translator_preset(
         freeze=('encoder.stem',),
         channels_last=True,
     )
-    return Preset(p.config, train, Recipe())
+    return Variant(p.config, train, Recipe())
 
 # %% ../../nbs/11_experiments/02_translation.ipynb #007b70b7
 class Recalling(ImageToText):
     "`ImageToText` behind an eye that has looked: features (B, c, T), columns of each line (B,), true unit ids (B, U) -> logits of each next unit (B, U, n_units)"
 
     def forward(self, features, n, ids):
-        values, n, mask = self.encoder.deepen(features[:, :, None].float(), n)
-        memory = EncoderOutput(values, tuple(self.decoder[i].keys(values) for i in self.config.looking), mask, n)
-        return self.name(self.drop(self.say(memory, shifted(ids)[:, None], keep=False).out[:, 0]))
+        values, n, mask = self.encoder.encode_features(features[:, :, None].float(), n)
+        memory = EncoderOutput(values, tuple(self.decoder[i].cross_kv(values) for i in self.config.cross_layer_numbers), mask, n)
+        return self.classifier(self.drop(self.decode(memory, shift_right(ids)[:, None], keep_cache=False).hidden[:, 0]))
 
 
 class Looks:
@@ -512,7 +513,7 @@ class Looks:
 
     @torch.no_grad()
     def look(self):
-        items = sorted(self.lines.take(0, self.n), key=lambda item: item[0].shape[1])
+        items = sorted(self.lines.fetch(0, self.n), key=lambda item: item[0].shape[1])
         self.parts = []
         for b in (collate(items[k : k + self.size]) for k in range(0, self.n, self.size)):
             f, n = self.stem(as_input(b['images']), b['widths'])
@@ -532,7 +533,7 @@ def train_translator(
     out_dir,  # checkpoints and history
     eye,  # checkpoint of the CTC reader that looks
     targets,  # of `english_targets`
-    preset: Preset,  # of `translator_preset`
+    preset: Variant,  # of `translator_preset`
     pairs,  # a sequence of `Pair`
     lines=4000,  # pictures that are looked at
     validation=None,  # batches of `parallel_batches`; None: no evaluation
@@ -544,7 +545,7 @@ def train_translator(
     config, train, recipe = preset
     torch.manual_seed(train.seed)
     net = Recalling(len(targets), config)
-    start_from(net, eye)
+    init_image_to_text(net, eye)
     source = ParallelLines(recipe, pairs, config.height)
     looks = Looks(net, source, lines, train.batch_size)
 
@@ -564,7 +565,7 @@ def train_translator(
         )
         return {k: s[k] for k in ('cer', 'exact', 'bleu')}
 
-    about = vision_text_header(
+    about = image_to_text_header(
         config,
         targets,
         recipe=asdict(recipe) | dict(data=source.path, lines=lines),
