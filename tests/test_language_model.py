@@ -12,7 +12,13 @@ import torch
 import khmer_ocr
 from khmer_ocr.core.errors import KhmerOCRError
 from khmer_ocr.data.batching import collate
-from khmer_ocr.experiments.lm_tuning import changes, decode, frame_log_probs, unpredictable_lines, weigh
+from khmer_ocr.experiments.lm_tuning import (
+    compare_predictions,
+    decode_frames,
+    frame_log_probs,
+    tune_lm_weights,
+    unpredictable_lines,
+)
 from khmer_ocr.models.ctc import CTCConfig, CTCNet
 from khmer_ocr.models.decoding import align_frames, beam_line, ctc_beam_search, greedy_ctc, prefix_beam
 from khmer_ocr.models.language_model import NGramModel
@@ -308,19 +314,19 @@ def test_frames_of_a_network():
     assert [f.shape for f in frames] == [(13, len(units)), (31, len(units))]
     assert all(abs(np.exp(f).sum(1) - 1).max() < 1e-5 for f in frames)
     greedy = [greedy_ctc(torch.tensor(f)[None], [len(f)])[0][0] for f in frames]
-    assert decode(frames, units, 0) == [units.decode(ids) for ids in greedy]
+    assert decode_frames(frames, units, 0) == [units.decode(ids) for ids in greedy]
 
 
 def test_a_model_helps_with_what_it_knows_and_hurts_elsewhere():
     lm = NGramModel.train(['aba'] * 20, three, 3, (1,))
     p = [[0.01, 0.97, 0.01, 0.01], [0.01, 0.01, 0.45, 0.53], [0.01, 0.97, 0.01, 0.01]]  # a, c rather than b, a
     frames = np.log(np.array(p))
-    assert decode([frames], three, 0) == decode([frames], three) == ['aca']
-    assert decode([frames], three, lm=lm) == ['aba']
+    assert decode_frames([frames], three, 0) == decode_frames([frames], three) == ['aca']
+    assert decode_frames([frames], three, lm=lm) == ['aba']
     sets = dict(known=([frames], ['aba']), odd=(3 * [frames], ['aca', 'aca', 'aba']))
-    rows = {r['alpha']: (r['known'], round(r['odd'], 3)) for r in weigh(sets, three, lm, (0.0, 0.3), (0.0,))}
+    rows = {r['alpha']: (r['known'], round(r['odd'], 3)) for r in tune_lm_weights(sets, three, lm, (0.0, 0.3), (0.0,))}
     assert rows == {0.0: (1 / 3, 0.111), 0.3: (0.0, 0.222)}
-    assert changes(['aca', 'aca'], ['aba', 'aba'], ['aba', 'aca']) == dict(better=[0], worse=[1])
+    assert compare_predictions(['aca', 'aca'], ['aba', 'aba'], ['aba', 'aca']) == dict(better=[0], worse=[1])
 
 
 def test_unpredictable_lines_can_be_written_and_are_not_guessed(lines):
