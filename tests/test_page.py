@@ -3,16 +3,9 @@
 import cv2, numpy as np, pytest
 from PIL import Image
 from khmer_ocr.synth.fonts import find_fonts
-from khmer_ocr.inference.page import (
-    Box,
-    crop_line,
-    find_lines,
-    open_pages,
-    page_text,
-    read_page,
-    rotate,
-    straighten,
-)
+from khmer_ocr.inference.deskew import rotate
+from khmer_ocr.inference.documents import open_pages
+from khmer_ocr.inference.page import Box, crop_line, find_lines, page_text, read_page, straighten
 from khmer_ocr.synth.rendering import render
 from khmer_ocr.core.errors import KhmerOCRError
 
@@ -64,7 +57,8 @@ def test_single_column(font, size):
 def test_skew(angle):
     page, true = typeset([(t, 40, 80 + 42 * i, 22) for i, t in enumerate(text)], h=400)
     got = straighten(rotate(page, angle))
-    assert abs(got.angle + angle) < 0.2 and len(got.boxes) == len(true)
+    assert abs(got.angle + angle) < 0.2
+    assert len(got.boxes) == len(true)
     for b, t in zip(got.boxes, true):
         assert abs(b.width - (t[2] - t[0])) < 16
 
@@ -144,7 +138,8 @@ def test_crop_masks_neighbours():
     assert len(got.boxes) == 4
     for b in got.boxes:
         raw, clean = crop_line(got, b, mask=False), crop_line(got, b)
-        assert raw.shape == clean.shape == (b.height, b.width) and (clean >= raw).all()
+        assert raw.shape == clean.shape == (b.height, b.width)
+        assert (clean >= raw).all()
         np.testing.assert_array_equal(crop_line(page, b), raw)
 
 
@@ -165,9 +160,11 @@ def test_open_pages(tmp_path):
         assert [n[-1] for n, _ in open_pages(tmp_path / f'two.{ext}')] == ['1', '2']
     im.convert('RGB').save(tmp_path / 'one.jpg')
     ((_, a),) = open_pages(tmp_path / 'one.jpg')
-    assert a.shape == page.shape and len(find_lines(a)) == 5
+    assert a.shape == page.shape
+    assert len(find_lines(a)) == 5
     (_, a), _ = open_pages(tmp_path / 'two.pdf', dpi=144)
-    assert abs(a.shape[0] - 2 * page.shape[0]) <= 2 and a.dtype == np.uint8
+    assert abs(a.shape[0] - 2 * page.shape[0]) <= 2
+    assert a.dtype == np.uint8
     (tmp_path / 'a.png').write_text('no image')
     (tmp_path / 'b.pdf').write_text('no pdf')
     (tmp_path / 'c.pdf').write_bytes(b'%PDF-1.7\nbroken')
