@@ -24,7 +24,7 @@ PRECISIONS = ('auto', 'bf16-mixed', '16-mixed', '32-true')
 
 gan = typer.Typer(
     cls=TyperGroup,
-    help='Learn the looks of scans, and make images with them.',
+    help='Learn the style of scans, and make images in it.',
     no_args_is_help=False,
     rich_markup_mode=None,
 )
@@ -134,7 +134,7 @@ def train_generator(kind: str, pages: tuple[list, list], out: Path, epochs: int,
     print(f'{model}: make pages with khmer-ocr gan generate {kind}, or draw lines with --degradation learned:{model}')
 
 # %% ../../nbs/12_cli/06_generative.ipynb #65bded61
-KIND_HELP = 'dcgan: surfaces out of noise; the others turn masks into pages: one sharp look, many looks, or both.'
+KIND_HELP = 'dcgan: surfaces out of noise; the others turn masks into pages: one sharp style, many styles, or both.'
 DATA_HELP = (
     'Images, or a folder with images/ and masks/ (of a dcgan: with good/ or bad/); without it, some of our own making.'
 )
@@ -176,7 +176,7 @@ def gan_train_command(
     threads: int = typer.Option(None, '--threads', min=0, help='CPU threads; default 0: as PyTorch likes.'),
     seed: int = typer.Option(None, '--seed', min=0, max=MAX_SEED, help='Decides weights, crops and noise; default 42.'),
 ):
-    "Learn a look from scans."
+    "Learn the style of scans."
     if kind == 'dcgan' and masks:
         raise KhmerOCRError('--masks is not for a dcgan, which makes images out of noise')
     network, loop = split_settings(kind, config)
@@ -191,7 +191,7 @@ def gan_train_command(
     train_generator(kind, pages, folder, num_epochs or 100, network, loop, resume)
 
 # %% ../../nbs/12_cli/06_generative.ipynb #9aff697a
-def generate_pages(kind: str, model: str, masks: str | None, looks: int, out: Path, device: str, seed: int):
+def generate_pages(kind: str, model: str, masks: str | None, num: int, out: Path, device: str, seed: int):
     "`gan generate` for the generators that turn masks into pages"
     from khmer_ocr.generative.pairs import image_files, read_masks
     from khmer_ocr.generative.synthetic_data import SyntheticDataGenerator
@@ -200,7 +200,7 @@ def generate_pages(kind: str, model: str, masks: str | None, looks: int, out: Pa
         raise KhmerOCRError('There are no masks to make pages of: give a folder of them with --masks DIR')
     generator = SyntheticDataGenerator(kind, device, out_dir=out, seed=seed)
     given = list(read_masks(image_files(masks)).values())
-    made = generator.generate_synthetic_data(given, looks, out, model)
+    made = generator.generate_synthetic_data(given, num, out, model)
     print(f'{len(made)} images in {out / "images"}, their masks in {out / "masks"}')
 
 
@@ -220,7 +220,7 @@ def gan_generate_command(
     model: str = typer.Option(None, '--model', metavar='FILE', help=MODEL_HELP),
     masks: str = typer.Option(None, '--masks', metavar='DIR', help='Masks of ink (not of a dcgan); any size.'),
     num: int = typer.Option(
-        None, '--num', min=1, help='Images of a dcgan (default 64), or looks of each mask (default 5).'
+        None, '--num', min=1, help='Images of a dcgan (default 64), or styles of each mask (default 5).'
     ),
     out: str = typer.Option(None, '--out', metavar='DIR', help='Gets PNG files; default data/generated/KIND.'),
     device: str = typer.Option(

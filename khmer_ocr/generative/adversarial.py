@@ -333,22 +333,30 @@ class GANStatistics(Callback):
     def is_due(self, step, learn):
         return step == 1 or step % self.every == 0 or step == learn.config.steps
 
-    def after_loss(self, learn):  # of the last phase, before its update
-        if learn.phase == len(learn.loss_fn) - 1 and self.is_due(learn.step + 1, learn):
-            self.before_update = p_real_of_made(learn.net, learn.loss_fn[-1])
-
     def after_step(self, learn):
-        if not self.is_due(learn.step, learn) or len(learn.losses) < len(learn.loss_fn):
-            return
-        row = self.measure(learn)
-        learn.logs |= {'G/D': row['ratio']}
-        row = dict(step=learn.step) | {k: round(v, 6) for k, v in row.items()}
-        if 'diversity' in learn.logs:
-            row['diversity'] = learn.logs['diversity']
-        self.rows.append(row)
-        write_csv(self.path, self.rows)
-        if self.say:
-            self.say(self.line(learn))
+        if self.is_due(learn.step, learn) and len(learn.losses) == len(learn.loss_fn):
+            self.add_row(learn)
+
+# %% ../../nbs/07_generative/02_adversarial.ipynb #0d0acebd
+@patch
+def after_loss(self: GANStatistics, learn):
+    "D(G(z)) before the generator's update, in its phase"
+    if learn.phase == len(learn.loss_fn) - 1 and self.is_due(learn.step + 1, learn):
+        self.before_update = p_real_of_made(learn.net, learn.loss_fn[-1])
+
+
+@patch
+def add_row(self: GANStatistics, learn):
+    "One more row of statistics.csv, and its line on the screen"
+    row = self.measure(learn)
+    learn.logs |= {'G/D': row['ratio']}
+    row = dict(step=learn.step) | {k: round(v, 6) for k, v in row.items()}
+    if 'diversity' in learn.logs:
+        row['diversity'] = learn.logs['diversity']
+    self.rows.append(row)
+    write_csv(self.path, self.rows)
+    if self.say:
+        self.say(self.line(learn))
 
 # %% ../../nbs/07_generative/02_adversarial.ipynb #d23c9c3c
 @patch

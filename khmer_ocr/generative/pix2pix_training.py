@@ -9,6 +9,7 @@ __all__ = ['ResolutionStage', 'check_stages', 'ProgressiveGrowing', 'LinearDecay
 # %% ../../nbs/07_generative/06_pix2pix_training.ipynb #d9f61522
 import numpy as np
 import torch
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from torch import nn
@@ -18,7 +19,7 @@ from ..core.errors import KhmerOCRError
 from ..training.callbacks import Callback
 from .pairs import PairBatches, ImagePair, CropConfig
 from ..training.learner import Learner
-from .adversarial import gan_learner, GANStatistics, SampleGrid
+from .adversarial import gan_learner, GANStatistics, SampleGrid, read_state_dict
 from ..training.checkpoints import save_checkpoint, load_weights
 from ..core.config import configure
 
@@ -164,7 +165,7 @@ def _check_pairs(pairs, config, stages, generator):
             'Progressive training needs the generator that the settings describe: give one stage, or no generator'
         )
 
-
+# %% ../../nbs/07_generative/06_pix2pix_training.ipynb #ddf0b6f4
 def _header(net: Pix2Pix, stages: int) -> dict:
     "What a checkpoint says about the network; `stages`: of progressive growing, coarser than the full size"
     return dict(model='pix2pix', config=asdict(net.config), stages=stages, generator=type(net.generator).__name__)
@@ -180,6 +181,36 @@ def _sample_inputs(pairs, styles=None, n=8):
     keys = ('mask', 'style') if styles else ('mask',)
     inputs = [torch.cat([b[k] for b in batches])[:n] for k in keys]
     return tuple(inputs) if styles else inputs[0]
+
+# %% ../../nbs/07_generative/06_pix2pix_training.ipynb #00f4cb53
+def _new_network(config, generator, stages, seed) -> Pix2Pix:
+    "Initial weights by the seed; `stages`: of progressive growing, coarser than the full size"
+    torch.manual_seed(seed)
+    return Pix2Pix(config, generator and check_generator(generator, config), stages)
+
+
+def _styled_batches(pairs, styles) -> Callable:
+    "Function from a number to the batches from there on, with style codes if there are any"
+    return lambda n=0: (_with_styles(b, styles) for b in pairs.batches(n))
+
+
+def _usual(pairs, steps, per_epoch) -> dict:
+    "Settings of the loop where none are given"
+    return dict(
+        ema=0.999, batch_size=pairs.batch_size, steps=steps, save_every=10 * per_epoch, eval_every=10 * per_epoch
+    )
+
+# %% ../../nbs/07_generative/06_pix2pix_training.ipynb #b5bde914
+def _callbacks(stages, per_epoch, decay, verbose) -> list:
+    growing = [ProgressiveGrowing(stages, per_epoch)] if len(stages) > 1 else []
+    falling = [LinearDecay(decay)] if decay < 1 else []
+    return [*growing, *falling, GANStatistics(per_epoch=per_epoch, say=print if verbose else None)]
+
+
+def _sample_grid(pairs, styles, epochs, per_epoch) -> SampleGrid:
+    "A picture of samples every so many epochs, named by the epoch"
+    inputs = _sample_inputs(pairs, styles)
+    return SampleGrid(inputs, epochs * per_epoch, lambda step: f'epoch-{step // per_epoch:04d}')
 
 # %% ../../nbs/07_generative/06_pix2pix_training.ipynb #da783ff7
 def pix2pix_learner(
@@ -200,41 +231,15 @@ def pix2pix_learner(
     config = config or Pix2PixConfig()
     stages = check_stages(stages, config)
     _check_pairs(pairs, config, stages, generator)
-    torch.manual_seed(settings.get('seed', 42))
-    net = Pix2Pix(config, generator and check_generator(generator, config), len(stages) - 1)
+    net = _new_network(config, generator, len(stages) - 1, settings.get('seed', 42))
     per_epoch = _epoch_steps(pairs, settings)
     steps = sum(s.epochs for s in stages) * per_epoch
-    added = _callbacks(stages, per_epoch, decay, verbose)
-    added.append(SampleGrid(_sample_inputs(pairs, styles), samples_every * per_epoch, _epoch_name(per_epoch)))
-    return gan_learner(
-        net,
-        pix2pix_phases(config),
-        lambda n=0: (_with_styles(b, styles) for b in pairs.batches(n)),
-        out_dir,
-        [*added, *callbacks],
-        verbose=verbose,
-        evaluate=paired_scores(held_out, config, styles=styles) if held_out else None,
-        header=_header(net, len(stages) - 1),
-        **_usual(pairs, steps, per_epoch) | settings,
-    )
-
-# %% ../../nbs/07_generative/06_pix2pix_training.ipynb #b5bde914
-def _usual(pairs, steps, per_epoch) -> dict:
-    "Settings of the loop where none are given"
-    return dict(
-        ema=0.999, batch_size=pairs.batch_size, steps=steps, save_every=10 * per_epoch, eval_every=10 * per_epoch
-    )
-
-
-def _callbacks(stages, per_epoch, decay, verbose) -> list:
-    growing = [ProgressiveGrowing(stages, per_epoch)] if len(stages) > 1 else []
-    falling = [LinearDecay(decay)] if decay < 1 else []
-    return [*growing, *falling, GANStatistics(per_epoch=per_epoch, say=print if verbose else None)]
-
-
-def _epoch_name(per_epoch):
-    "Function from a step to the name of its picture of samples"
-    return lambda step: f'epoch-{step // per_epoch:04d}'
+    samples = _sample_grid(pairs, styles, samples_every, per_epoch)
+    calls = [*_callbacks(stages, per_epoch, decay, verbose), samples, *callbacks]
+    evaluate = paired_scores(held_out, config, styles=styles) if held_out else None
+    settings = _usual(pairs, steps, per_epoch) | settings
+    settings |= dict(evaluate=evaluate, header=_header(net, len(stages) - 1), verbose=verbose)
+    return gan_learner(net, pix2pix_phases(config), _styled_batches(pairs, styles), out_dir, calls, **settings)
 
 # %% ../../nbs/07_generative/06_pix2pix_training.ipynb #64b9536e
 def train_pix2pix(
@@ -276,25 +281,10 @@ def _with_advice(error, config) -> KhmerOCRError:
     )
 
 # %% ../../nbs/07_generative/06_pix2pix_training.ipynb #a09e88ce
-def _read_pth(path) -> dict:
-    "A state dict of plain weights"
-    try:
-        tensors = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise KhmerOCRError(f'Checkpoint not found: {path}: check the path, or train it') from None
-    except Exception as e:
-        raise KhmerOCRError(
-            f'{path} is no file of plain weights ({type(e).__name__}): save a state_dict, or use safetensors'
-        ) from None
-    if not isinstance(tensors, dict) or not all(isinstance(v, torch.Tensor) for v in tensors.values()):
-        raise KhmerOCRError(f'{path} holds more than weights: save the state_dict of the generator alone')
-    return tensors
-
-
 def _read(path, config):
     "(weights of the generator, header)"
     if Path(path).suffix in ('.pth', '.pt'):
-        tensors = _read_pth(path)
+        tensors = read_state_dict(path)
         header = dict(model='pix2pix', config=asdict(config or Pix2PixConfig()))
     else:
         tensors, header = load_weights(path)
@@ -336,12 +326,24 @@ class SingleStage(ProgressiveGrowing):
         _move(learn, self.position, min(1.0, learn.step / fade) if fade else 1.0)
         learn.logs['resolution'] = stage.resolution
 
-
+# %% ../../nbs/07_generative/06_pix2pix_training.ipynb #281a5cd0
 def _resolutions(net: Pix2Pix) -> list[int]:
     "The resolutions at which a network can be trained, px, full size first"
     heads = getattr(net.generator, 'heads', None)
     stages = len(heads.from_mask) if heads else 0
     return [net.config.resolution >> k for k in range(stages + 1)]
+
+
+def _single_stage(net, stage, per_epoch) -> list:
+    "The callback that keeps a network at one of its resolutions; none where it has only one"
+    possible = _resolutions(net)
+    if stage.resolution not in possible:
+        names = ', '.join(map(str, reversed(possible)))
+        raise KhmerOCRError(f'This network cannot be trained at {stage.resolution} px: its stages are {names}')
+    _check_epochs(stage)
+    if len(possible) == 1:
+        return []
+    return [SingleStage(possible.index(stage.resolution), stage, per_epoch)]
 
 # %% ../../nbs/07_generative/06_pix2pix_training.ipynb #5b7487e5
 def train_at_resolution(
@@ -356,18 +358,12 @@ def train_at_resolution(
     **settings,  # of `TrainConfig`
 ) -> Learner:
     "Train for `epochs` at one resolution, in the first of which its outermost level is faded in"
-    possible = _resolutions(net)
-    if resolution not in possible:
-        names = ', '.join(map(str, reversed(possible)))
-        raise KhmerOCRError(f'This network cannot be trained at {resolution} px: its stages are {names}')
     stage = ResolutionStage(resolution, epochs, fade_in_epochs)
-    _check_epochs(stage)
     per_epoch = _epoch_steps(pairs, settings)
-    calls = [LinearDecay(), GANStatistics(per_epoch=per_epoch, say=print if verbose else None)]
-    if len(possible) > 1:
-        calls.insert(0, SingleStage(possible.index(resolution), stage, per_epoch))
+    statistics = GANStatistics(per_epoch=per_epoch, say=print if verbose else None)
+    calls = [*_single_stage(net, stage, per_epoch), LinearDecay(), statistics]
     settings = _usual(pairs, epochs * per_epoch, per_epoch) | settings
-    header = _header(net, len(possible) - 1)
+    header = _header(net, len(_resolutions(net)) - 1)
     phases = pix2pix_phases(net.config)
     learn = gan_learner(net, phases, pairs.batches, out_dir, calls, verbose=verbose, header=header, **settings)
     return learn.fit(resume)

@@ -12,7 +12,7 @@ import numpy as np
 import sys
 import torch
 from dataclasses import fields
-from fastcore.basics import patch
+from fastcore.basics import patch, store_attr
 from pathlib import Path
 from torch import nn
 from ..core.errors import KhmerOCRError, suggest
@@ -67,6 +67,14 @@ def _square(size) -> int:
         )
     return h
 
+
+def _check_arguments(model_type, spread):
+    if model_type not in MODELS:
+        hint = suggest(model_type, MODELS)
+        raise KhmerOCRError(f"Setting 'model_type' is {model_type!r}{hint}: it must be one of {', '.join(MODELS)}")
+    if not spread > 0:
+        raise KhmerOCRError(f"Setting 'spread' is {spread}: it must be above 0")
+
 # %% ../../nbs/07_generative/12_synthetic_data.ipynb #d6a2166d
 class SyntheticDataGenerator:
     "Trains a generator of page images and makes pages of masks with it (founding document 002)"
@@ -87,25 +95,14 @@ class SyntheticDataGenerator:
         spread: float = 2.0,  # how far from the mean of the training pages' styles new ones are drawn
         **network,  # further settings of `Pix2PixConfig` and `VAEConfig`
     ):
-        if model_type not in MODELS:
-            hint = suggest(model_type, MODELS)
-            raise KhmerOCRError(f"Setting 'model_type' is {model_type!r}{hint}: it must be one of {', '.join(MODELS)}")
-        if not spread > 0:
-            raise KhmerOCRError(f"Setting 'spread' is {spread}: it must be above 0")
-        self.model_type = model_type
+        _check_arguments(model_type, spread)
+        store_attr('model_type,latent_dim,batch_size,gradient_accumulation,learning_rate,lambda_l1,seed,network')
         self.device = _device(device)
         self.resolution = _square(image_size)
-        self.latent_dim = latent_dim
-        self.batch_size = batch_size
-        self.gradient_accumulation = gradient_accumulation
-        self.learning_rate = learning_rate
-        self.lambda_l1 = lambda_l1
         self.out_dir = Path(out_dir)
         self.custom_generator = generator
-        self.seed = seed
         self.spread = float(spread)
         self.use_spectral_norm = network.pop('use_spectral_norm', False)
-        self.network = network
         self.pairs = self.learner = self.trained = self.vae = self.progressive = None
         for cls in CONFIGS[model_type]:
             self._settings(cls)  # an error in them shows now
@@ -342,7 +339,7 @@ def train_at_resolution(
     save_generator(self.learner)
     return self._keep(TrainedGenerator('pix2pix', self.learner.averaged.generator, resolution))
 
-
+# %% ../../nbs/07_generative/12_synthetic_data.ipynb #ffd09dd8
 @patch
 def _progressive_model(self: SyntheticDataGenerator, resolution) -> Pix2Pix:
     "A new network with the stages from `resolution` to the full size"
