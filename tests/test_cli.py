@@ -371,7 +371,10 @@ def test_a_failed_start_leaves_nothing(tmp_path):
 
 def test_settings_are_read_without_torch(tmp_path):
     (tmp_path / 'r.toml').write_text('seed = 3')
-    code = f'import sys; from khmer_ocr.cli.common import merge_settings; assert merge_settings({str(tmp_path / "r.toml")!r}) == dict(seed=3); assert "torch" not in sys.modules'
+    code = (
+        'import sys; from khmer_ocr.cli.common import merge_settings; '
+        f'assert merge_settings({str(tmp_path / "r.toml")!r}) == dict(seed=3); assert "torch" not in sys.modules'
+    )
     subprocess.run([sys.executable, '-c', code], check=True)
 
 
@@ -436,7 +439,7 @@ def tuning(tiny, model, tmp_path, *more):
 
 
 def test_fine_tuning_on_own_lines(tiny, model, tmp_path):
-    "Own lines with drawn ones mixed in, from trained weights, part of them frozen, at several sizes; resumed to the same bytes"
+    "Own and drawn lines, from trained weights, part of them frozen, at several sizes; resumed to the same bytes"
     from khmer_ocr.training.checkpoints import load_checkpoint
 
     own_lines(tmp_path / 'mine')
@@ -488,7 +491,8 @@ def test_a_curriculum_from_a_file_and_from_an_option(tiny, tmp_path):
     text = (tmp_path / 's.toml').read_text()
     (tmp_path / 's.toml').write_text(
         text
-        + '[[curriculum]]\nsteps = 2\npreset = "light"\nwording = {lengths = [1, 0, 0, 0]}\n[[curriculum]]\nshare = 0.25\npreset = "clean"\n[[curriculum]]\n'
+        + '[[curriculum]]\nsteps = 2\npreset = "light"\nwording = {lengths = [1, 0, 0, 0]}\n'
+        + '[[curriculum]]\nshare = 0.25\npreset = "clean"\n[[curriculum]]\n'
     )
     go = (
         'train',
@@ -527,7 +531,8 @@ def test_train_the_attention_reader(tiny, model, tmp_path):
     from khmer_ocr.training.checkpoints import load_checkpoint
 
     (tmp_path / 's.toml').write_text(
-        '[train]\ntensorboard = false\nprecision = "32-true"\n[model]\nchannels = [4, 4, 4, 4, 4, 4, 4]\nnarrow = 4\nframes = 4\nhidden = 8\nattention = 4\n'
+        '[train]\ntensorboard = false\nprecision = "32-true"\n[model]\nchannels = [4, 4, 4, 4, 4, 4, 4]\n'
+        'narrow = 4\nframes = 4\nhidden = 8\nattention = 4\n'
     )
     go = (
         'train',
@@ -682,26 +687,29 @@ def test_train_under_torchrun(tiny, tmp_path):
         (tmp_path / f'{name}.toml').write_text(
             f'[train]\nprecision = "32-true"\ntensorboard = false\nlog_every = 1\naccumulate = {k}\n{net}'
         )
-    go = lambda name: [
-        'train',
-        '--config',
-        tmp_path / f'{name}.toml',
-        '--corpus',
-        tiny / 'corpus',
-        '--steps',
-        '4',
-        '--batch-size',
-        '2',
-        '--threads',
-        '1',
-        '--validation-dir',
-        'none',
-        '--out',
-        tmp_path / name,
-    ]
-    r = torchrun('--no-python', *command, *go('two'))
+
+    def words(name):
+        return [
+            'train',
+            '--config',
+            tmp_path / f'{name}.toml',
+            '--corpus',
+            tiny / 'corpus',
+            '--steps',
+            '4',
+            '--batch-size',
+            '2',
+            '--threads',
+            '1',
+            '--validation-dir',
+            'none',
+            '--out',
+            tmp_path / name,
+        ]
+
+    r = torchrun('--no-python', *command, *words('two'))
     assert r.returncode == 0 and r.stdout.count('4 steps done') == 1, r.stderr
-    ok(*go('one'))
+    ok(*words('one'))
     for a, b in zip(*(read_history(tmp_path / k / 'history.csv') for k in ('one', 'two')), strict=True):
         assert a['loss'] == pytest.approx(b['loss'], rel=1e-3)
 

@@ -34,7 +34,7 @@ from khmer_ocr.data.mixing import (
     rescale_line,
     training_source,
 )
-from khmer_ocr.data.preprocess import line_box, normalise_line, preprocess, trim, trim_box
+from khmer_ocr.data.preprocessing import line_box, normalise_line, preprocess, trim, trim_box
 from khmer_ocr.models.ctc import CTCConfig
 from khmer_ocr.models.zoo import train_recogniser
 from khmer_ocr.synth.generator import LineGenerator, Recipe

@@ -104,9 +104,11 @@ def test_agreement_at_other_sizes_and_its_faults():
     ink = render(texts[1], font, 48).ink
     for size in (20, 24, 31, 96):
         share, lack = renderers.ink_agreement(255 - np.pad(render(texts[1], font, size).ink, 5), ink)
-        assert share > 0.93 and abs(lack) <= 4, size
+        assert share > 0.93, size
+        assert abs(lack) <= 4, size
     share, lack = renderers.ink_agreement(255 - ink, ink)
-    assert share == 1 and abs(lack) <= 1  # a row of the faintest ink may not count
+    assert share == 1  # a row of the faintest ink may not count
+    assert abs(lack) <= 1
     assert renderers.ink_agreement(255 - ink[:-9], ink)[1] >= 8  # cut below
     assert renderers.ink_agreement(255 - render(texts[0] + texts[2], font, 48).ink, ink)[0] < 0.8  # another line
     for empty in (np.full((30, 100), 255, np.uint8), np.zeros((9, 9), np.uint8)):
@@ -120,7 +122,13 @@ def test_pillow_twin_repeats_and_takes_variable_fonts(tmp_path):
         pillow_baseline.draw_pillow(texts, font, 24, 'written', tmp_path / k)
     assert renderers._digest(tmp_path / 'a') == renderers._digest(tmp_path / 'b')
     for t in texts:
-        assert renderers.ink_agreement(np.asarray(pillow_baseline.pillow_line(t, pillow_baseline.pillow_face(font, 48))), render(t, font, 48).ink)[0] > 0.9
+        assert (
+            renderers.ink_agreement(
+                np.asarray(pillow_baseline.pillow_line(t, pillow_baseline.pillow_face(font, 48))),
+                render(t, font, 48).ink,
+            )[0]
+            > 0.9
+        )
     thin, thick = (
         (np.asarray(pillow_baseline.pillow_line(texts[0], pillow_baseline.pillow_face(f, 48))) < 128).mean()
         for name in ('Light', 'Black')
@@ -140,7 +148,8 @@ def test_pillow_twin_takes_lines_of_all_sizes():
         for op, _ in pillow_baseline.pillow_operations(im):
             for seed in range(3):
                 out = op(im, np.random.default_rng(seed))
-                assert out.mode == 'L' and min(out.size) > 0
+                assert out.mode == 'L'
+                assert min(out.size) > 0
 
 
 @pytest.mark.parametrize('peer', renderers.OTHER_RENDERERS, ids=lambda p: p.name)
@@ -148,7 +157,9 @@ def test_installed_peers_draw(peer):
     if not renderers._program(peer):
         pytest.skip('not installed')
     seen = renderers.inspect_drawing(renderers.all_renderers()[peer.name], texts, font)
-    assert seen['lines'] == 3 and seen['missing'] == 0 and seen['right'] == (3 if peer.name != 'trdg' else 0)
+    assert seen['lines'] == 3
+    assert seen['missing'] == 0
+    assert seen['right'] == (3 if peer.name != 'trdg' else 0)
 
 
 # readers
@@ -239,7 +250,10 @@ def drive(tmp_path, read, paths, first=''):
 
 def test_a_driver_reads_what_can_be_read(tmp_path):
     said, got = drive(tmp_path, '[p.upper() if p != "bad" else 1/0 for p in some]', ['a', 'bad', 'c'])
-    assert BEGIN != engines._BEGIN and got == ['A', '', 'C'] and said['seconds'] >= 0 and said['version'].startswith('2.')
+    assert BEGIN != engines._BEGIN
+    assert got == ['A', '', 'C']
+    assert said['seconds'] >= 0
+    assert said['version'].startswith('2.')
     with pytest.raises(KhmerOCRError, match='toy failed: ZeroDivisionError') as e:
         drive(tmp_path, '1/0', ['a', 'b'])
     assert '\n' not in str(e.value)
@@ -263,6 +277,6 @@ def test_installed_readers_read(name, lines):
     if not engines.engine_python(name):
         pytest.skip('not installed')
     run = engines.run_engine(name, lines)
-    assert (
-        len(run.texts) == 3 and run.cpu_seconds > 0 and engines.compare_engines([run], texts)[0]['CER folded, no spaces %'] < 60
-    )
+    assert len(run.texts) == 3
+    assert run.cpu_seconds > 0
+    assert engines.compare_engines([run], texts)[0]['CER folded, no spaces %'] < 60

@@ -116,11 +116,9 @@ def test_a_report_on_the_battery_with_hidden_real_lines(tiny, model, hidden, tmp
         'real val letter',
         'real val speech',
     ]
-    assert (
-        [m['scores'][n]['lines'] for n in own] == [3 if n in FIXED_SETS else 2 for n in own]
-        and m['scores']['real']['lines'] == 3
-        and m['lines'] == sum(m['scores'][n]['lines'] for n in own) + 3
-    )
+    assert [m['scores'][n]['lines'] for n in own] == [3 if n in FIXED_SETS else 2 for n in own]
+    assert m['scores']['real']['lines'] == 3
+    assert m['lines'] == sum(m['scores'][n]['lines'] for n in own) + 3
     assert all(
         {
             'cer',
@@ -141,16 +139,16 @@ def test_a_report_on_the_battery_with_hidden_real_lines(tiny, model, hidden, tmp
         for s in m['scores'].values()
     )
     assert all(s['low'] <= s['cer_folded'] <= s['high'] for s in m['scores'].values())
-    assert (
-        set(m['classes']) == {'battery', 'real'}
-        and list(m['against']['latest']) == [*own, 'real']
-        and m['ranked']['real val speech'][1]['engine'] == 'khmer_ocr latest'
-    )
+    assert set(m['classes']) == {'battery', 'real'}
+    assert list(m['against']['latest']) == [*own, 'real']
+    assert m['ranked']['real val speech'][1]['engine'] == 'khmer_ocr latest'
     texts = [
         r.text for r in Reader.load(model).read([read_image(hidden / f'lines/secretfile{i}.png') for i in range(3)])
     ]
-    assert leaks(run.folder, texts) == [] and outside_references(page) == []
-    assert page.count('max-height:52px') == 5 and 'fixed validation set' in page
+    assert leaks(run.folder, texts) == []
+    assert outside_references(page) == []
+    assert page.count('max-height:52px') == 5
+    assert 'fixed validation set' in page
     assert not [
         p for p in run.folder.rglob('*') if p.suffix == '.json' and str(hidden) in p.read_text(encoding='utf-8')
     ]
@@ -169,14 +167,13 @@ def test_show_lines_off_shows_no_line(model, hidden, tmp_path, shown):
     ]
     found, page = leaks(run.folder), (run.folder / 'report.html').read_text(encoding='utf-8')
     if shown:
-        assert {'report.html', 'run.ipynb'} <= {name for name, _ in found} and 'max-height:52px' in page
+        assert {'report.html', 'run.ipynb'} <= {name for name, _ in found}
+        assert 'max-height:52px' in page
     else:
-        assert (
-            found == []
-            and 'max-height:52px' not in page
-            and page.count('none to show') >= 2
-            and run.metrics['confusions'] == []
-        )
+        assert found == []
+        assert 'max-height:52px' not in page
+        assert page.count('none to show') >= 2
+        assert run.metrics['confusions'] == []
 
 
 def test_peers_stand_beside_ours_on_the_same_lines(tiny, model, tmp_path):
@@ -201,11 +198,9 @@ def test_equal_runs_write_equal_metrics(tiny, model, tmp_path):
 def test_shards_files_splits_and_tables_are_all_taken(tiny, tmp_path):
     generate_set(Recipe(corpus=str(tiny / 'corpus')), tmp_path / 'shards', max_lines=4, format='shards', progress=False)
     a, b = open_set(tiny / 'set', tmp_path), open_set(tmp_path / 'shards', tmp_path / 'room')
-    assert (
-        a.truths == b.truths
-        and a.metadata == b.metadata
-        and all((read_image(p) == read_image(q)).all() for p, q in zip(a.paths, b.paths))
-    )
+    assert a.truths == b.truths
+    assert a.metadata == b.metadata
+    assert all((read_image(p) == read_image(q)).all() for p, q in zip(a.paths, b.paths))
     assert (
         open_set(tmp_path / 'shards/val', tmp_path / 'room', limit=2).truths
         == open_set(tiny / 'set/val', tmp_path, limit=2).truths
@@ -220,14 +215,11 @@ def test_the_battery_is_the_same_each_time(tiny, tmp_path):
     a, b = (standard_sets(tmp_path / k, 2, corpus=tiny / 'corpus') for k in 'ab')
     assert [s.name for s in a] == expected()
     for s, t in zip(a, b):
-        assert (
-            s.truths == t.truths
-            and s.metadata == t.metadata
-            and [p.read_bytes() for p in s.paths] == [p.read_bytes() for p in t.paths]
-        )
-    assert all(not f['ops'] for s in a for f in s.metadata if s.name.startswith(('clean', 'fixed', 'heldout'))) and any(
-        f['ops'] for f in a[-1].metadata
-    )
+        assert s.truths == t.truths
+        assert s.metadata == t.metadata
+        assert [p.read_bytes() for p in s.paths] == [p.read_bytes() for p in t.paths]
+    assert all(not f['ops'] for s in a for f in s.metadata if s.name.startswith(('clean', 'fixed', 'heldout')))
+    assert any(f['ops'] for f in a[-1].metadata)
     with pytest.raises(KhmerOCRError, match='from 1 up'):
         standard_sets(tmp_path / 'c', -1, corpus=tiny / 'corpus')
 
@@ -235,23 +227,20 @@ def test_the_battery_is_the_same_each_time(tiny, tmp_path):
 def test_real_lines_are_never_shown(hidden, monkeypatch):
     monkeypatch.setenv('KHMER_OCR_REAL_LINES', str(hidden))
     real = real_lines()
-    assert (
-        not real.shown
-        and not real.subset([0]).shown
-        and set(set_parts(real)) == {'real test', 'real val', 'real test letter', 'real val letter', 'real val speech'}
-    )
+    assert not real.shown
+    assert not real.subset([0]).shown
+    assert set(set_parts(real)) == {'real test', 'real val', 'real test letter', 'real val letter', 'real val speech'}
     j = EvaluatedSet(real, [Prediction('ខុស', 0.5, (('ខ', 0.5, 0, 9), ('ុ', 0.5, 9, 10), ('ស', 0.5, 10, 19)))] * 3)
     own = EvaluatedSet(EvalSet('own', real.paths, ['ក'] * 3, [{}] * 3), j.readings)
-    assert (
-        publishable([j, own]) == [own]
-        and worst_lines([j]) == []
-        and confusion_spots([j], 9.0) == {}
-        and confusion_spots([own], 9.0)
-        and confusion_spots([own]) == {}
-        and not pool_sets([j, own], 'x').lines.shown
-    )
+    assert publishable([j, own]) == [own]
+    assert worst_lines([j]) == []
+    assert confusion_spots([j], 9.0) == {}
+    assert confusion_spots([own], 9.0)
+    assert confusion_spots([own]) == {}
+    assert not pool_sets([j, own], 'x').lines.shown
     for piece in (WorstLines([j]), ConfusionExamples([j])):
-        assert 'img' not in piece._repr_html_() and 'ខ' not in piece._repr_html_() + repr(piece)
+        assert 'img' not in piece._repr_html_()
+        assert 'ខ' not in piece._repr_html_() + repr(piece)
     assert WorstLines([own])._repr_html_().count('<img') == 3
     monkeypatch.delenv('KHMER_OCR_REAL_LINES')
     assert real_lines() is None
@@ -263,7 +252,8 @@ def test_a_difference_never_splits_a_cluster_and_loses_nothing():
     for t in texts:
         read = normalise(''.join(c for c in t if rng.random() > 0.2))
         pairs = cluster_pairs(t, read)
-        assert ''.join(a for a, *_ in pairs) == t and ''.join(b for _, b, _ in pairs) == read
+        assert ''.join(a for a, *_ in pairs) == t
+        assert ''.join(b for _, b, _ in pairs) == read
         whole = set(clusters(t)) | {''}
         assert all(a in whole for a, *_ in pairs)
         marks = re.findall('<span[^>]*>([^<]*)</span>', TextDiff(t, read).line(0, 'x'))
@@ -278,28 +268,24 @@ def test_places_of_a_real_reader_lie_on_the_image_in_order(tiny):
     for p, r in zip(line_set.paths, evaluate_set(reader, line_set).readings):
         places, w = cluster_places(r), read_image(p).shape[1]
         assert [c for c, *_ in places] == [fold_lookalikes(c) or c for c in clusters(strip_spaces(r.text))]
-        assert all(0 <= a < b <= w for _, a, b in places) and all(x[1] <= y[1] for x, y in zip(places, places[1:]))
+        assert all(0 <= a < b <= w for _, a, b in places)
+        assert all(x[1] <= y[1] for x, y in zip(places, places[1:]))
 
 
 def test_measure_agrees_with_its_pieces(tiny):
     j = evaluate_set(Reader.load('fast'), open_set(tiny / 'set', tiny))
     m = score_set(j)
     same = score_set(EvaluatedSet(j.lines, [Prediction(t, 1.0) for t in j.lines.truths]))
-    assert (
-        same['cer'] == same['ece_lines'] == same['area'] == same['reject_1pc'] == 0 == same['runs']
-        and 'ece_symbols' not in same
-        and 'ece_symbols' in m
-    )
+    assert same['cer'] == same['ece_lines'] == same['area'] == same['reject_1pc'] == 0 == same['runs']
+    assert 'ece_symbols' not in same
+    assert 'ece_symbols' in m
     worse = score_set(EvaluatedSet(j.lines, [Prediction('', 0.5)] * 4))
-    assert (
-        worse['cer'] == 1
-        and worse['reject_1pc'] == 1
-        and worse['dropped'] == sum(len(strip_spaces(fold_lookalikes(t))) > 5 for t in j.lines.truths)
-    )
+    assert worse['cer'] == 1
+    assert worse['reject_1pc'] == 1
+    assert worse['dropped'] == sum(len(strip_spaces(fold_lookalikes(t))) > 5 for t in j.lines.truths)
     rows = rank_engines_by_part([EngineResult('a', j.texts, 1.0), EngineResult('b', [''] * 4, 1.0)], j.lines)['data']
-    assert rows[0]['cer_folded'] == m['cer_folded'] and rows[1]['behind_ours']['difference'] == pytest.approx(
-        1 - m['cer_folded']
-    )
+    assert rows[0]['cer_folded'] == m['cer_folded']
+    assert rows[1]['behind_ours']['difference'] == pytest.approx(1 - m['cer_folded'])
 
 
 # the command
@@ -317,18 +303,23 @@ def refused(*args):
     from khmer_ocr.cli.common import app
 
     r = CliRunner().invoke(app, [str(a) for a in args])
-    assert r.exit_code == 1 and len(r.stderr.strip().splitlines()) == 1 and r.stderr.startswith('khmer-ocr: '), r.stderr
+    assert r.exit_code == 1, r.stderr
+    assert len(r.stderr.strip().splitlines()) == 1, r.stderr
+    assert r.stderr.startswith('khmer-ocr: '), r.stderr
     return r.stderr
 
 
 def test_the_command_on_shards_with_other_weights(tiny, model, tmp_path):
     generate_set(Recipe(corpus=str(tiny / 'corpus')), tmp_path / 'shards', max_lines=4, format='shards', progress=False)
     said = ok('evaluate', tmp_path / 'shards', '--model', model, '--against', tiny / 'model/latest.safetensors')
-    assert 'lost' not in said and 'folded' in said and 'latest' in said
+    assert 'lost' not in said
+    assert 'folded' in said
+    assert 'latest' in said
     shards, files = (
         json.loads(ok('evaluate', d, '--model', model, '--json')) for d in (tmp_path / 'shards', tiny / 'set')
     )
-    assert shards == files and list(shards) == ['scores']
+    assert shards == files
+    assert list(shards) == ['scores']
     assert (
         json.loads(ok('evaluate', tmp_path / 'shards', '--model', model, '--limit', 2, '--json'))['scores']['data'][
             'lines'
@@ -341,12 +332,15 @@ def test_the_command_says_numbers_only(hidden, model):
     said = ok('evaluate', hidden, '--model', model, '--against', 'fast') + ok(
         'evaluate', hidden, '--model', model, '--json'
     )
-    assert 'data val letter' in said and not [s for s in SECRETS if s in said] and 'secretfile' not in said
+    assert 'data val letter' in said
+    assert not [s for s in SECRETS if s in said]
+    assert 'secretfile' not in said
 
 
 def test_the_command_writes_the_report(hidden, model, tmp_path):
     said = ok('evaluate', hidden, '--model', model, '--report', tmp_path / 'r', '--hide-lines')
-    assert said.splitlines()[-1] == str(tmp_path / 'r/report.html') and leaks(tmp_path / 'r') == []
+    assert said.splitlines()[-1] == str(tmp_path / 'r/report.html')
+    assert leaks(tmp_path / 'r') == []
     assert json.loads((tmp_path / 'r/metrics.json').read_text(encoding='utf-8'))['scores']['data']['lines'] == 3
 
 

@@ -73,40 +73,36 @@ def test_a_layer_hears_the_nearest_only():
         nn.Tanh(),
     )
     got = trace_layers(net, torch.zeros(2, 2))
-    assert (
-        [l.sources for l in got] == [(), (0,), (1,), (2,)]
-        and [l.kind for l in got[1:]] == ['linear', 'linear', 'transposed']
-        and got[-1].shape == (2, 4, 4)
-    )
+    assert [l.sources for l in got] == [(), (0,), (1,), (2,)]
+    assert [l.kind for l in got[1:]] == ['linear', 'linear', 'transposed']
+    assert got[-1].shape == (2, 4, 4)
 
 
 def test_a_layer_used_twice_stands_there_twice():
     conv = nn.Conv2d(2, 2, 3, padding=1)
     got = trace_layers(nn.Sequential(conv, nn.ReLU(), conv), torch.zeros(1, 2, 5, 5))
-    assert [l.sources for l in got] == [(), (0,), (1,)] and layer_table(
-        nn.Sequential(conv, conv), torch.zeros(1, 2, 5, 5)
-    ).rows[-1][-1] == 2 * 2 * 9 + 2
+    assert [l.sources for l in got] == [(), (0,), (1,)]
+    assert layer_table(nn.Sequential(conv, conv), torch.zeros(1, 2, 5, 5)).rows[-1][-1] == 2 * 2 * 9 + 2
 
 
 @pytest.mark.parametrize('size', (32, 64, 128))
 def test_every_level_of_a_unet_has_its_partner(size):
     got = trace_layers(unet(size), mask(size))
     n = (len(got) - 1) // 2
-    assert 2**n == size and got[n].shape[1:] == (1, 1) and got[-1].shape == (3, size, size)
+    assert 2**n == size
+    assert got[n].shape[1:] == (1, 1)
+    assert got[-1].shape == (3, size, size)
     assert [l.sources for l in got[: n + 2]] == [()] + [(i,) for i in range(n + 1)]
     for i in range(2, n + 1):
-        assert (
-            got[n + i].sources == (n + 1 - i, n + i - 1) and got[n + 1 - i].shape[1:] == got[n + i - 1].shape[1:]
-        )  # what is joined is of one size
+        assert got[n + i].sources == (n + 1 - i, n + i - 1)  # what is joined is of one size
+        assert got[n + 1 - i].shape[1:] == got[n + i - 1].shape[1:]
 
 
 def test_styles_and_several_inputs():
     got = trace_layers(unet(style=5), mask(), torch.zeros(1, 5))
-    assert (
-        [l.name for l in got[:2]] == ['input 1', 'input 2']
-        and any(1 in l.sources for l in got[2:])
-        and any(l.sources == (0,) for l in got[2:])
-    )
+    assert [l.name for l in got[:2]] == ['input 1', 'input 2']
+    assert any(1 in l.sources for l in got[2:])
+    assert any(l.sources == (0,) for l in got[2:])
 
 
 @pytest.mark.parametrize(
@@ -121,11 +117,9 @@ def test_styles_and_several_inputs():
 def test_the_painters_can_be_drawn(net, x):
     args = (x, mask()) if isinstance(net, VAE) else (x,)
     got = trace_layers(net, *args)
-    assert (
-        len(got) > 4
-        and all(l.sources for l in got[len(args) :])
-        and draw_network(net, *args, title='x').axes[0].get_title(loc='left') == 'x'
-    )
+    assert len(got) > 4
+    assert all(l.sources for l in got[len(args) :])
+    assert draw_network(net, *args, title='x').axes[0].get_title(loc='left') == 'x'
 
 
 def test_the_network_is_left_as_it_was():
@@ -137,36 +131,34 @@ def test_the_network_is_left_as_it_was():
     with torch.no_grad():
         got = trace_layers(net, x)
     assert got[3].sources == (1, 2)  # frozen layers and no_grad do not hide the way
-    assert (
-        net.training
-        and not net.norm.training
-        and net.a.training
-        and not any(p.grad is not None for p in net.parameters())
-        and not x.requires_grad
-    )
-    assert all(v.equal(before[k]) for k, v in net.state_dict().items()) and not any(
-        m._forward_hooks for m in net.modules()
-    )
+    assert net.training
+    assert not net.norm.training
+    assert net.a.training
+    assert not any(p.grad is not None for p in net.parameters())
+    assert not x.requires_grad
+    assert all(v.equal(before[k]) for k, v in net.state_dict().items())
+    assert not any(m._forward_hooks for m in net.modules())
     with pytest.raises(RuntimeError):
         trace_layers(net, torch.ones(1, 7, 8, 8))
-    assert net.training and not net.norm.training and not any(m._forward_hooks for m in net.modules())
+    assert net.training
+    assert not net.norm.training
+    assert not any(m._forward_hooks for m in net.modules())
 
 
 def test_forgotten_activations_do_not_hide_the_way():
-    assert [l.sources for l in trace_layers(unet(checkpointing=True), mask())] == [l.sources for l in trace_layers(unet(), mask())]
+    assert [l.sources for l in trace_layers(unet(checkpointing=True), mask())] == [
+        l.sources for l in trace_layers(unet(), mask())
+    ]
 
 
 def test_table_counts_all():
     net = unet()
     rows = layer_table(net, mask()).rows
-    assert rows[1] == ('downs.0.0', 'strided', '4 x 16 x 16', 4 * 16 + 4) and rows[-1] == (
-        'all',
-        '',
-        '',
-        sum(p.numel() for p in net.parameters()),
-    )
+    assert rows[1] == ('downs.0.0', 'strided', '4 x 16 x 16', 4 * 16 + 4)
+    assert rows[-1] == ('all', '', '', sum(p.numel() for p in net.parameters()))
     norms = sum(p.numel() for m in net.modules() if isinstance(m, nn.GroupNorm) for p in m.parameters())
-    assert norms > 0 and sum(r[3] for r in rows[:-1]) == rows[-1][3] - norms
+    assert norms > 0
+    assert sum(r[3] for r in rows[:-1]) == rows[-1][3] - norms
 
 
 # --- the picture
@@ -196,21 +188,28 @@ def test_every_arrow_stays_in_the_picture(net, x):
     got, fig = trace_layers(net, x), draw_network(net, x)
     ax = fig.axes[0]
     fig.savefig(io.BytesIO())  # which lays it out
-    assert len(boxes(fig)) == len(got) and len(arrows(fig)) == sum(len(l.sources) for l in got)
+    assert len(boxes(fig)) == len(got)
+    assert len(arrows(fig)) == sum(len(l.sources) for l in got)
     whole = ax.get_window_extent()
     for p in ax.patches:
         b = p.get_window_extent()
-        assert b.y1 <= whole.y1 + 1 and b.y0 >= whole.y0 - 1 and b.x0 >= whole.x0 - 1 and b.x1 <= whole.x1 + 1, p
+        assert b.y1 <= whole.y1 + 1, p
+        assert b.y0 >= whole.y0 - 1, p
+        assert b.x0 >= whole.x0 - 1, p
+        assert b.x1 <= whole.x1 + 1, p
     xs = [b.get_x() for b in boxes(fig)]
-    assert xs == sorted(xs) and all(a.get_x() + a.get_width() < b.get_x() for a, b in zip(boxes(fig), boxes(fig)[1:]))
+    assert xs == sorted(xs)
+    assert all(a.get_x() + a.get_width() < b.get_x() for a, b in zip(boxes(fig), boxes(fig)[1:]))
 
 
 def test_boxes_show_size_and_channels():
     fig = draw_network(unet(64), mask(64))
     b = boxes(fig)
-    assert all(x.get_height() > y.get_height() for x, y in zip(b[1:6], b[2:7])) and b[3].get_width() > b[1].get_width()
+    assert all(x.get_height() > y.get_height() for x, y in zip(b[1:6], b[2:7]))
+    assert b[3].get_width() > b[1].get_width()
     said = [t.get_text() for t in fig.axes[0].texts]
-    assert said[::2][:4] == ['1', '4', '8', '16'] and said[1::2][:4] == ['64', '32', '16', '8']
+    assert said[::2][:4] == ['1', '4', '8', '16']
+    assert said[1::2][:4] == ['64', '32', '16', '8']
     assert [t.get_text() for t in draw_network(Skips(), torch.zeros(1, 2, 8, 6)).axes[0].texts][1::2] == [
         '8 x 6',
         '8 x 6',

@@ -61,9 +61,8 @@ def test_the_same_texts_and_places(tmp_path, options):
         r.read(images)
         for r in (Reader.load('fast', dtype=torch.float32, **options), open_reader(tmp_path / 'fast.onnx', **options))
     )
-    assert [r.text for r in a] == [r.text for r in b] and np.allclose(
-        [r.confidence for r in a], [r.confidence for r in b], atol=1e-3
-    )
+    assert [r.text for r in a] == [r.text for r in b]
+    assert np.allclose([r.confidence for r in a], [r.confidence for r in b], atol=1e-3)
     assert [[c[2:] for c in r.chars] for r in a] == [[c[2:] for c in r.chars] for r in b]
 
 
@@ -74,12 +73,12 @@ def test_whole_numbers(tmp_path):
     for name in ('a', 'b'):
         export_onnx(path, tmp_path / f'{name}.onnx')
         quantise(tmp_path / f'{name}.onnx', tmp_path / f'{name}8.onnx', batches)
-    assert (tmp_path / 'a.onnx').read_bytes() == (tmp_path / 'b.onnx').read_bytes() and (
-        tmp_path / 'a8.onnx'
-    ).read_bytes() == (tmp_path / 'b8.onnx').read_bytes()
+    assert (tmp_path / 'a.onnx').read_bytes() == (tmp_path / 'b.onnx').read_bytes()
+    assert (tmp_path / 'a8.onnx').read_bytes() == (tmp_path / 'b8.onnx').read_bytes()
     assert (tmp_path / 'a8.onnx').stat().st_size < 0.45 * (tmp_path / 'a.onnx').stat().st_size
     a, b = OnnxNet(tmp_path / 'a.onnx'), OnnxNet(tmp_path / 'a8.onnx')
-    assert b.header['arithmetic'] == 'int8' and b.header['charset'] == a.header['charset']
+    assert b.header['arithmetic'] == 'int8'
+    assert b.header['charset'] == a.header['charset']
     x = torch.from_numpy(batches[0])
     assert np.corrcoef(a(x).flatten(), b(x).flatten())[0, 1] > 0.95
 
@@ -154,14 +153,15 @@ def test_the_command(tmp_path):
         [sys.executable, '-c', 'from khmer_ocr.cli import app; app()', *map(str, a)], capture_output=True, text=True
     )
     p = run('export', 'int8', 'fast', '--out', tmp_path / 'fast.onnx', '--program')
-    assert (
-        p.returncode == 0
-        and '1.9 MB' in p.stdout
-        and all(l.startswith('warning: no fonts') for l in p.stderr.splitlines())
-    ), p.stderr
+    assert p.returncode == 0, p.stderr
+    assert '1.9 MB' in p.stdout, p.stderr
+    assert all(l.startswith('warning: no fonts') for l in p.stderr.splitlines()), p.stderr
     cv2.imwrite(str(tmp_path / 'a.png'), image(1, 200))
     assert (tmp_path / 'fast.py').exists()
     p = run('read', '--line', '--model', tmp_path / 'fast.onnx', tmp_path / 'a.png')
-    assert p.returncode == 0 and p.stdout.count('\n') == 1
+    assert p.returncode == 0
+    assert p.stdout.count('\n') == 1
     p = run('export', 'onnx', 'fast', '--out', tmp_path / 'fast.bin')
-    assert p.returncode == 1 and 'end in .onnx' in p.stderr and p.stderr.count('\n') == 1
+    assert p.returncode == 1
+    assert 'end in .onnx' in p.stderr
+    assert p.stderr.count('\n') == 1

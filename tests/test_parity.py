@@ -14,11 +14,11 @@ from khmer_ocr.models.ctc_training import CTCLoss, read_batches
 from khmer_ocr.text.tokenizers import SubscriptTokenizer
 from khmer_ocr.data.datasets import OnTheFlyDataset, open_lines
 from khmer_ocr.data.batching import as_input, collate
-from khmer_ocr.data.preprocess import preprocess
+from khmer_ocr.data.preprocessing import preprocess
 from khmer_ocr.data.images import read_image
 from khmer_ocr.synth.fonts import find_fonts
 from khmer_ocr.training.checkpoints import save_checkpoint
-from khmer_ocr.inference.page import open_pages
+from khmer_ocr.inference.documents import open_pages
 from khmer_ocr.inference.reader import Reader, read_files
 from khmer_ocr.models.zoo import available_models
 from khmer_ocr.synth.rendering import render

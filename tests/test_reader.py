@@ -7,11 +7,12 @@ from khmer_ocr.models import zoo
 from khmer_ocr.models.ctc import CTCConfig, CTCNet, header, load_ctc
 from khmer_ocr.text.tokenizers import SubscriptTokenizer
 from khmer_ocr.data.batching import collate
-from khmer_ocr.data.preprocess import preprocess
+from khmer_ocr.data.preprocessing import preprocess
 from khmer_ocr.synth.fonts import find_fonts
 from khmer_ocr.training.checkpoints import load_weights, save_checkpoint
 from khmer_ocr.models.language_model import NGramModel
-from khmer_ocr.inference.reader import DECODERS, Reader, Prediction, read_files
+from khmer_ocr.inference.reader import Prediction, Reader, read_files
+from khmer_ocr.models.decoding import DECODERS
 from khmer_ocr.models.acceleration import prepare_for_inference
 from khmer_ocr.models.zoo import checkpoint_path, available_models, open_model
 from khmer_ocr.synth.rendering import render
@@ -65,7 +66,8 @@ def same(a, b):
 def test_order_and_company(reader, lines):
     "A line reads the same alone, in any order and in any batch"
     whole = reader.read(lines)
-    assert len(whole) == len(lines) and all(isinstance(r, Prediction) for r in whole)
+    assert len(whole) == len(lines)
+    assert all(isinstance(r, Prediction) for r in whole)
     for size in (1, 3):
         assert all(map(same, reader.read(lines, size), whole))
     assert all(map(same, reader.read(lines[::-1]), whole[::-1]))
@@ -76,8 +78,10 @@ def test_order_and_company(reader, lines):
 def test_chars(reader, lines):
     for im, r in zip(lines, reader.read(lines)):
         xs = [x for *_, a, b in r.chars for x in (a, b)]
-        assert xs == sorted(xs) and all(0 <= x <= im.shape[1] for x in xs)
-        assert 0 <= r.confidence <= 1 and len(r.char_confidences) == len(r.chars)
+        assert xs == sorted(xs)
+        assert all(0 <= x <= im.shape[1] for x in xs)
+        assert 0 <= r.confidence <= 1
+        assert len(r.char_confidences) == len(r.chars)
 
 
 @pytest.mark.parametrize(
@@ -146,11 +150,14 @@ def test_kinds_of_network(kind, lines):
     "Alone or in company, in any order, a line reads the same; its characters lie on it"
     whole = kind.read(lines)
     close = lambda a, b: a.text == b.text and abs(a.confidence - b.confidence) < 1e-3
-    assert len({r.text for r in whole}) > 3 and kind.stride == kind.net.config.stride
-    assert all(map(close, kind.read(lines, 1), whole)) and all(map(close, kind.read(lines[::-1], 4)[::-1], whole))
+    assert len({r.text for r in whole}) > 3
+    assert kind.stride == kind.net.config.stride
+    assert all(map(close, kind.read(lines, 1), whole))
+    assert all(map(close, kind.read(lines[::-1], 4)[::-1], whole))
     for im, r in zip(lines, whole):
         xs = [x for *_, a, b in r.chars for x in (a, b)]
-        assert xs == sorted(xs) and all(0 <= x <= im.shape[1] for x in xs)
+        assert xs == sorted(xs)
+        assert all(0 <= x <= im.shape[1] for x in xs)
 
 
 def test_kinds_of_network_in_windows(kind):
@@ -172,7 +179,8 @@ def test_padding_does_not_matter(kind):
     line = preprocess(scribble(300), kind.height)
     with torch.inference_mode():
         (a, p), (b, q) = (kind.decoder.forward(*kind._batch_input([line], w))[0] for w in (320, 960))
-    assert (a == b).mean() > 0.99 and np.abs(p - q).max() < 0.05
+    assert (a == b).mean() > 0.99
+    assert np.abs(p - q).max() < 0.05
 
 
 # ways from scores to text
@@ -240,10 +248,12 @@ def test_readers_that_write(writer, lines):
             == [reader.read([im])[0].text for im in some]
             == [r.text for r in reader.read(some[::-1], 2)[::-1]]
         )
-        assert (decoder == 'beam' or whole[0].text) and all(0 <= r.confidence <= 1 for r in whole)
+        assert decoder == 'beam' or whole[0].text
+        assert all(0 <= r.confidence <= 1 for r in whole)
         for im, r in zip(some, whole):
             xs = [x for *_, a, b in r.chars for x in (a, b)]
-            assert xs == sorted(xs) and all(0 <= x <= im.shape[1] for x in xs)
+            assert xs == sorted(xs)
+            assert all(0 <= x <= im.shape[1] for x in xs)
         line = np.ascontiguousarray(
             preprocess(scribble(900), reader.height)[:, :320]
         )  # as wide as its bucket: both sides pad nothing
@@ -262,12 +272,15 @@ def test_wide_lines_of_readers_that_write(writer):
     with torch.inference_mode():
         ((_, (ids, conf, at, _)),) = reader._line_outputs([line], 32)
         pieces = [
-            reader.decoder.forward(*reader._batch_input([np.ascontiguousarray(line[:, x0:x1])], -(-(x1 - x0) // 64) * 64))[0]
+            reader.decoder.forward(
+                *reader._batch_input([np.ascontiguousarray(line[:, x0:x1])], -(-(x1 - x0) // 64) * 64)
+            )[0]
             for x0, x1 in ((0, 2048), (1536, 3500))
         ]
     left, right = (p[2] + f for p, f in zip(pieces, (0, 1536 // reader.stride)))
     cut = 1792 // reader.stride
-    assert list(at) == [*left[left < cut], *right[right >= cut]] and len(ids) == len(conf) == len(at)
+    assert list(at) == [*left[left < cut], *right[right >= cut]]
+    assert len(ids) == len(conf) == len(at)
 
 
 def test_decoders_of_a_ctc_reader(weights, lines):
@@ -282,7 +295,9 @@ def test_decoders_of_a_ctc_reader(weights, lines):
         assert beam.read([line])[0].text == text
     for im, r in zip(lines, whole):
         xs = [x for *_, p, q in r.chars for x in (p, q)]
-        assert xs == sorted(xs) and all(0 <= x <= im.shape[1] for x in xs) and 0 <= r.confidence <= 1
+        assert xs == sorted(xs)
+        assert all(0 <= x <= im.shape[1] for x in xs)
+        assert 0 <= r.confidence <= 1
     assert beam.read([np.full((40, 300), 255, np.uint8)]) == [Prediction('', 1.0)]
 
 
@@ -448,7 +463,8 @@ def test_the_command_takes_a_decoder(weights, writer, tmp_path):
     for decoder in DECODERS:
         r = call('--model', weights, '--decoder', decoder, *files)
         said[decoder] = r.stdout
-        assert r.exit_code == 0 and r.stdout == ''.join(
+        assert r.exit_code == 0
+        assert r.stdout == ''.join(
             x.text + '\n' for x in Reader.load(weights, decoder=decoder).read([scribble(100), scribble(140, 1)])
         )
     assert said['ctc'] == said['greedy'] == call('--model', weights, *files).stdout
@@ -460,18 +476,19 @@ def test_the_command_takes_a_decoder(weights, writer, tmp_path):
         (('--decoder', 'bema'), 'did you mean beam'),
     ):
         r = call(*args, *files)
-        assert r.exit_code == 1 and says in r.stderr and r.stderr.count('\n') == 1 and not r.stdout, r.stderr
+        assert r.exit_code == 1, r.stderr
+        assert says in r.stderr, r.stderr
+        assert r.stderr.count('\n') == 1, r.stderr
+        assert not r.stdout, r.stderr
 
 
 def check_looks(reader, im):
     units, looks = reader.attention_map(im)
     (r,) = reader.read([im])
-    assert (
-        looks.shape == (len(units), im.shape[1])
-        and units == [u for u, *_ in r.chars]
-        and np.allclose(looks.sum(1), 1, atol=1e-3)
-        and (looks >= 0).all()
-    )
+    assert looks.shape == (len(units), im.shape[1])
+    assert units == [u for u, *_ in r.chars]
+    assert np.allclose(looks.sum(1), 1, atol=1e-3)
+    assert (looks >= 0).all()
 
 
 def test_where_it_looked(weights, lines):
@@ -482,7 +499,9 @@ def test_where_it_looked(weights, lines):
     check_looks(Reader.load(weights, decoder='beam'), lines[1])
     wide = np.hstack([scribble(1500, i) for i in range(3)])
     units, looks = reader.attention_map(wide)
-    assert looks.shape[1] == wide.shape[1] and looks[-1].argmax() > 3000 and np.allclose(looks.sum(1), 1, atol=1e-3)
+    assert looks.shape[1] == wide.shape[1]
+    assert looks[-1].argmax() > 3000
+    assert np.allclose(looks.sum(1), 1, atol=1e-3)
     assert reader.attention_map(np.full((40, 300), 255, np.uint8))[0] == []
     if 'fast' not in available_models():
         return

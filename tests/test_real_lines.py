@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from khmer_ocr.text.metrics import score
 from khmer_ocr.inference.reader import Reader, Prediction, read_files
-from khmer_ocr.models.zoo import models
+from khmer_ocr.models.zoo import available_models
 
 folder = os.environ.get('KHMER_OCR_REAL_LINES')
 
 
 @pytest.mark.skipif(not folder, reason='KHMER_OCR_REAL_LINES is not set')
 def test_shipped_weights_read_real_lines():
-    assert 'fast' in models(), 'no weights ship as `fast`'
+    assert 'fast' in available_models(), 'no weights ship as `fast`'
     with open(Path(folder) / 'labels.tsv', encoding='utf-8', newline='') as f:
         rows = list(csv.DictReader(f, delimiter='\t', quoting=csv.QUOTE_NONE))
     read = [r for _, r in read_files(Reader.load('fast'), [Path(folder) / r['path'] for r in rows])]

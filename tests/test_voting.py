@@ -4,7 +4,17 @@ import numpy as np, pytest, torch
 from khmer_ocr.text.rules import rule_line
 from khmer_ocr.models.ctc import CTCConfig, CTCNet, header
 from khmer_ocr.text.tokenizers import SubscriptTokenizer
-from khmer_ocr.inference.voting import NULL, FileFunctionReader, MeanProbabilityReader, Rover, Candidate, vote_column, confusion_network, vote, split_prediction
+from khmer_ocr.inference.voting import (
+    NULL,
+    FileFunctionReader,
+    MeanProbabilityReader,
+    Rover,
+    Candidate,
+    vote_column,
+    confusion_network,
+    vote,
+    split_prediction,
+)
 from khmer_ocr.inference.reader import Reader, Prediction
 from khmer_ocr.models.attention import Seq2Seq, make_units
 from khmer_ocr.models.attention_training import seq2seq_variant
@@ -61,7 +71,8 @@ def test_three_readers_with_mistakes_in_other_places_are_right_together():
         three = [Prediction(spoilt(t, rng, 1), 0.5) for _ in range(3)]
         errors['alone'] += three[0].text != t
         errors['together'] += vote(three, alpha=1.0).text != t
-    assert errors['together'] <= errors['alone'] / 4 and errors['alone'] > 15
+    assert errors['together'] <= errors['alone'] / 4
+    assert errors['alone'] > 15
 
 
 @pytest.mark.parametrize(
@@ -86,7 +97,8 @@ def test_readings_of_odd_text():
         Prediction('កា', 0.5, (('ា', 0.5, 0, 3), ('ក', 0.5, 3, 9))),
         Prediction('', 1.0),
     ):
-        assert ''.join(w.text for w in split_prediction(r)) == r.text and vote([r, r, r]).text == r.text
+        assert ''.join(w.text for w in split_prediction(r)) == r.text
+        assert vote([r, r, r]).text == r.text
 
 
 def test_a_committee_reads_as_its_members_agree():
@@ -103,9 +115,8 @@ def test_a_committee_reads_as_its_members_agree():
 def test_the_mean_of_a_reader_and_its_double_is_the_reader():
     a, wide = reader(1), [image(i, 100 + 400 * i) for i in range(8)]  # the last ones go in windows
     one, two = a.read(wide), MeanProbabilityReader([a, a]).read(wide)
-    assert [r.text for r in one] == [r.text for r in two] and np.allclose(
-        [r.confidence for r in one], [r.confidence for r in two], atol=1e-4
-    )
+    assert [r.text for r in one] == [r.text for r in two]
+    assert np.allclose([r.confidence for r in one], [r.confidence for r in two], atol=1e-4)
     for r, s in zip(one, two):
         assert [c[2:] for c in r.chars] == [c[2:] for c in s.chars]
 
@@ -120,9 +131,8 @@ def test_readers_of_any_shape_have_a_mean(shape):
         x = torch.rand(2, 1, m.height, 96)
         with torch.inference_mode():
             p = m.net(x, torch.tensor([96, 64])).exp()
-        assert p.shape == (2, m.net.lengths(96), len(units)) and torch.allclose(
-            p.sum(-1), torch.ones(p.shape[:2]), atol=1e-3
-        )
+        assert p.shape == (2, m.net.lengths(96), len(units))
+        assert torch.allclose(p.sum(-1), torch.ones(p.shape[:2]), atol=1e-3)
         assert [r.text for r in m.read([image(0), image(1, 90)])] == [
             m.read([im])[0].text for im in (image(0), image(1, 90))
         ]

@@ -58,13 +58,16 @@ def public_names(room: str) -> dict[str, list[str]]:
 
 
 def init_text(room: str) -> str:
-    "The `__init__.py` of a room"
+    "The `__init__.py` of a room; that of the command hands out nothing, for nobody imports commands"
+    title = f'{ROOMS[room][0].upper()}{ROOMS[room][1:]}'
+    if room == 'cli':
+        return f'"""{title}"""\n'
     lines = []
     for module, names in public_names(room).items():
         listed = ''.join(f'            {name!r},\n' for name in names)
         lines.append(f'        {module!r}: [\n{listed}        ],\n' if names else f'        {module!r}: [],\n')
     return (
-        f'"""{ROOMS[room][0].upper()}{ROOMS[room][1:]}"""\n\n'
+        f'"""{title}"""\n\n'
         '# made by tools/rooms.py from the notebooks of this room: do not edit\n'
         'import lazy_loader\n\n'
         '__getattr__, __dir__, __all__ = lazy_loader.attach(\n'

@@ -1,0 +1,1 @@
+"""The command khmer-ocr, a module for each group of verbs"""

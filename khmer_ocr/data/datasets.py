@@ -20,7 +20,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 from ..core.rng import Stream, stream_rng
 from .batching import POOL, BatchPools, bucket_batches
-from .preprocess import HEIGHT, preprocess
+from .preprocessing import HEIGHT, preprocess
 from ..synth.generator import Recipe, LineGenerator, SPLITS, Sample
 from ..core.errors import KhmerOCRError
 from ..text.khmer import normalise, Charset

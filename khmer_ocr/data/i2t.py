@@ -21,7 +21,7 @@ from ..synth.workers import draw_sample, progress_bar, run_calls, worker_generat
 from ..synth.records import provenance
 from ..core.files import folder_lock, write_atomic
 from ..synth.store import remove_unfinished
-from .preprocess import HEIGHT
+from .preprocessing import HEIGHT
 from .datasets import LineFolder, ShardedDataset, check_labels, open_lines
 from .images import read_image
 

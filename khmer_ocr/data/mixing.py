@@ -16,7 +16,7 @@ from .datasets import LineSource, OnTheFlyDataset, open_lines, check_labels
 from ..core.config import check_ranges, setting_error
 from ..core.errors import KhmerOCRError
 from ..synth.generator import Recipe
-from .preprocess import HEIGHT, preprocess
+from .preprocessing import HEIGHT, preprocess
 from ..core.rng import Stream, stream_rng
 from .batching import POOL
 from ..text.khmer import Charset

@@ -15,14 +15,8 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from torch import nn
 from typing import NamedTuple
-from khmer_ocr.core.config import (
-    check_choices,
-    check_ranges,
-    configure,
-    normalised_by,
-    setting_error,
-    with_current_names,
-)
+from ..core.config import check_choices, check_ranges, setting_error
+from ..core.config import configure, normalised_by, with_current_names
 from ..core.errors import KhmerOCRError
 from .ctc import CTCConfig, CTCNet, as_float32
 from .layers import length_mask
@@ -201,7 +195,7 @@ def _make_encoder(n_units, config):
         return CTCNet(n_units, config.ctc)
     return CRNNEncoder(config.channels, config.projection, config.encoder_hidden)
 
-# %% ../../nbs/06_models/03_attention.ipynb #1f2ef1cf
+
 class Seq2Seq(nn.Module):
     "Line images (B, 1, height, W), widths (B,) and true unit ids (B, U) -> logits of each next unit (B, U, n_units)"
 

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.config import check_choices, check_ranges, configure, setting_error, with_current_names
 from ..core.errors import KhmerOCRError
-from ..data.preprocess import HEIGHT
+from ..data.preprocessing import HEIGHT
 from .layers import ResidualBlock, ResidualPair, TransformerBlock, conv_bn_relu, length_mask
 from ..text.khmer import Charset
 from ..text.tokenizers import SubscriptTokenizer
@@ -189,7 +189,7 @@ def features(self: CTCNet, x, widths=None):
         return self.encoder(frames)[0]
     return self.encoder(frames, None if widths is None else n_frames(widths, self.config.stride))
 
-
+# %% ../../nbs/06_models/02_ctc.ipynb #843f8878
 @patch
 def forward(self: CTCNet, x, widths=None):  # widths: int (B,) px, of the lines without their padding
     "Logits, see the class"

@@ -199,7 +199,7 @@ def _make_table(levels, cuts, bits):
         table.append(((keys & last_unit).astype(dtype), codes[k], n_longer.astype(dtype)))
     return table
 
-# %% ../../nbs/06_models/04_language_model.ipynb #e4a75b76
+
 def _count_longer(keys, longer, bits):
     "For each run, how many of the `longer` ones begin with it"
     return np.diff(np.r_[0, (longer >> bits).searchsorted(keys, 'right')])
@@ -276,7 +276,7 @@ def _find(keys, wanted):
     i = np.minimum(keys.searchsorted(wanted), max(0, len(keys) - 1))
     return i, keys[i] == wanted if len(keys) else np.zeros(len(wanted), bool)
 
-# %% ../../nbs/06_models/04_language_model.ipynb #cbe32db3
+
 @patch
 def negative_log_likelihood(self: NGramModel, lines) -> np.ndarray:  # float64, nats; for each unit and end of a line
     "-log p of all units of the lines, each after what stands before it in its line"

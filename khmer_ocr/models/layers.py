@@ -150,7 +150,7 @@ class RelativePositionBias(nn.Module):
         down = row[None] - row[:, None]
         return bias + self.vertical[:, down + rows - 1]
 
-
+# %% ../../nbs/06_models/01_layers.ipynb #e8063241
 class LearnedPositions(nn.Module):
     "A table of positions, one vector each; added to the tokens"
 
@@ -223,7 +223,7 @@ def mask_padding(x, lengths, value):
     inside = length_mask(x.shape[-1], lengths)[:, None, None]
     return x.masked_fill(~inside, value)
 
-
+# %% ../../nbs/06_models/01_layers.ipynb #e1b30da3
 def masked_forward(
     layer: nn.Module,
     x: torch.Tensor,  # (B, c, H, W)

@@ -18,29 +18,13 @@ from fastcore.basics import patch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from khmer_ocr.core.config import (
-    check_choices,
-    check_ranges,
-    configure,
-    normalised_by,
-    setting_error,
-    with_current_names,
-)
+from ..core.config import check_choices, check_ranges, setting_error
+from ..core.config import configure, normalised_by, with_current_names
 from .attention import DecoderState, EncoderOutput
 from .ctc import CTCConfig, CTCNet
-from khmer_ocr.models.layers import (
-    EncoderLayer,
-    LearnedPositions,
-    RelativePositionBias,
-    conv_bn_relu,
-    length_mask,
-    mask_padding,
-    masked_forward,
-    mlp,
-    multihead_attention,
-    sinusoidal_encoding,
-    sinusoidal_positions,
-)
+from .layers import EncoderLayer, conv_bn_relu, mlp, multihead_attention
+from .layers import LearnedPositions, RelativePositionBias, sinusoidal_encoding, sinusoidal_positions
+from .layers import length_mask, mask_padding, masked_forward
 from ..text.tokenizers import TOKENIZERS, make_tokenizer
 from ..training.checkpoints import rename_part, upgrade_with
 
@@ -147,7 +131,7 @@ _choices = dict(
     targets=TOKENIZERS,
 )
 
-# %% ../../nbs/06_models/08_transformer.ipynb #769ccdad
+
 def _check(config: ImageToTextConfig):
     "KhmerOCRError for settings that make no network"
     check_choices(config, _choices)
@@ -209,7 +193,7 @@ class ConvStem(nn.Module):
     def forward(self, x, widths):
         return masked_forward(self.convs, x, widths)
 
-
+# %% ../../nbs/06_models/08_transformer.ipynb #3c079aaa
 class PatchStem(nn.Module):
     "The same by one linear layer for each patch: (B, c, height/rows, ceil(W/columns))"
 
@@ -261,7 +245,7 @@ def maybe_checkpoint(layer, recompute: bool, *args):
         return checkpoint(layer, *args, use_reentrant=False)
     return layer(*args)
 
-
+# %% ../../nbs/06_models/08_transformer.ipynb #0974f9f7
 class ViT(nn.Module):
     """Line images (B, 1, height, W) float, ink 1, paper 0, and widths (B,) px ->
     tokens (B, rows*columns, width), columns of each line (B,), mask bool (B, rows*columns)"""
@@ -357,7 +341,7 @@ def self_attend(
     attended, _ = multihead_attention(q, k, v, self.heads, causal=cache is None)
     return self.drop(self.proj(attended.view_as(x))), kv
 
-
+# %% ../../nbs/06_models/08_transformer.ipynb #d8e96d45
 @patch
 def cross_attend(
     self: DecoderLayer,
@@ -413,10 +397,10 @@ class ImageToText(nn.Module):
         "The present name of a part that may be given by a former one"
         return rename_part(part, _former_parts)
 
-
-VisionText = ImageToText  # the name in the founding documents
-
 # %% ../../nbs/06_models/08_transformer.ipynb #9c8a3ec9
+VisionText = ImageToText
+
+
 @patch(as_prop=True)
 def has_ctc_head(self: ImageToText) -> bool:
     "Is there a CTC head?"
@@ -533,7 +517,9 @@ def decode(
     "Run the decoder on units behind those of the cache"
     numbers = self.config.cross_layer_numbers
     x = self.embed_units(ids, 0 if cache is None else cache.shape[-2])
-    caches, attention, gates = [], None, []
+    caches = []
+    attention = None
+    gates = []
     for i, layer in enumerate(self.decoder):
         layer_cache = None if cache is None else cache[:, :, i]
         memory_kv = memory.keys[numbers.index(i)] if i in numbers else None

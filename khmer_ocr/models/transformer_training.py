@@ -18,7 +18,7 @@ from ..core.config import configure
 from ..core.errors import KhmerOCRError, suggest
 from ..core.rng import Stream, stream_rng
 from ..data.datasets import LineSource
-from ..data.preprocess import preprocess
+from ..data.preprocessing import preprocess
 from .attention import load_into
 from .attention_training import Seq2SeqLoss, Variant, mean_loss, read_lines
 from .ctc import header, load_ctc

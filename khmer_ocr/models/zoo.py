@@ -9,36 +9,26 @@ __all__ = ['CTC', 'SEQ2SEQ', 'VISION_TEXT', 'MODELS', 'AUTOREGRESSIVE', 'COMPATI
 # %% ../../nbs/06_models/12_zoo.ipynb #4caba38f
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 import khmer_ocr
 from ..core.errors import KhmerOCRError, suggest
 from ..data.batching import POOL
 from ..data.mixing import training_batches
-from .attention import Seq2Seq, Seq2SeqConfig, load_seq2seq, make_units, init_seq2seq
-from khmer_ocr.models.attention_training import (
-    Seq2SeqLoss,
-    TeacherForcing,
-    Variant,
-    evaluate_seq2seq,
-    encodable_lines,
-    seq2seq_variant,
-)
+from .attention import Seq2Seq, Seq2SeqConfig, init_seq2seq, load_seq2seq, make_units
+from .attention_training import Seq2SeqLoss, TeacherForcing, Variant
+from .attention_training import encodable_lines, evaluate_seq2seq, seq2seq_variant
 from .ctc import CTCConfig, CTCNet, header, init_from_checkpoint, load_ctc
 from .ctc_training import CTCLoss, FrameDistillationLoss, PaddingMonitor, evaluate_ctc
 from .transformer import ImageToText, ImageToTextConfig, output_tokenizer
-from khmer_ocr.models.transformer_training import (
-    ImageToTextLoss,
-    backbone_path,
-    evaluate_image_to_text,
-    image_to_text_header,
-    image_to_text_variant,
-    init_image_to_text,
-    load_image_to_text,
-)
+from .transformer_training import ImageToTextLoss, backbone_path, evaluate_image_to_text
+from .transformer_training import image_to_text_header, image_to_text_variant
+from .transformer_training import init_image_to_text, load_image_to_text
 from ..synth.generator import Recipe
 from ..text.corpus import load_lines
 from ..text.khmer import charset
@@ -55,7 +45,7 @@ def _no_callbacks(loss) -> list:
 def _same_settings(train: TrainConfig, config) -> TrainConfig:
     return train
 
-
+# %% ../../nbs/06_models/12_zoo.ipynb #dbea43f3
 @dataclass(frozen=True)
 class ModelSpec:
     "A kind of recogniser: how it is built, trained, scored and opened"
@@ -77,11 +67,13 @@ class ModelSpec:
     make_variant: Callable | None = None  # (name, checkpoint of a CTC reader or None) -> Variant
     autoregressive: bool = False  # does it write unit by unit?
 
-    def build(self, config=None, texts=None, corpus='') -> tuple[nn.Module, object]:  # network, tokenizer
-        "A fresh network; `texts` or the corpus are asked only by tokenizers that learn their units"
-        config = config or self.config()
-        tokenizer = self.tokenizer(config, texts, corpus)
-        return self.network(len(tokenizer), config), tokenizer
+# %% ../../nbs/06_models/12_zoo.ipynb #383d1caa
+@patch
+def build(self: ModelSpec, config=None, texts=None, corpus='') -> tuple[nn.Module, object]:  # network, tokenizer
+    "A fresh network; `texts` or the corpus are asked only by tokenizers that learn their units"
+    config = config or self.config()
+    tokenizer = self.tokenizer(config, texts, corpus)
+    return self.network(len(tokenizer), config), tokenizer
 
 # %% ../../nbs/06_models/12_zoo.ipynb #2de0d99b
 def variant(
@@ -228,6 +220,12 @@ def _check_teacher(spec: ModelSpec, teacher):
         raise KhmerOCRError(f'Only a CTC recogniser can learn from a teacher, not one of kind {spec.name}')
 
 
+def _first_network(spec: ModelSpec, n_units, config, init, parts):
+    "The network, fresh or with the weights of the checkpoint `init`"
+    net = spec.network(n_units, config)
+    return spec.init(net, init, parts) if init else net
+
+
 def _with_teacher(loss, teacher, share):
     "The loss with a teacher's frames in it: `teacher` makes it out of the plain loss, or is a checkpoint"
     if not teacher:
@@ -235,6 +233,11 @@ def _with_teacher(loss, teacher, share):
     if callable(teacher):
         return teacher(loss)
     return FrameDistillationLoss(loss, load_ctc(teacher)[0], share)
+
+
+def _evaluate(spec: ModelSpec, units, batches, net):
+    "The scores of a network on the lines of an evaluation"
+    return spec.evaluate(net, units, batches)
 
 # %% ../../nbs/06_models/12_zoo.ipynb #87100970
 def train_recogniser(
@@ -265,29 +268,15 @@ def train_recogniser(
     train = spec.adapt(train or TrainConfig(**spec.train), config)
     torch.manual_seed(train.seed)  # before anything is drawn
     units = tokenizer or spec.tokenizer(config, texts, recipe.corpus)
-    net = spec.network(len(units), config)
-    if init:
-        net = spec.init(net, init, parts)
+    net = _first_network(spec, len(units), config, init, parts)
     if data == 'onthefly' and not tokenizer and spec.drawn_texts:
         texts = texts or spec.drawn_texts(recipe, units)
     batches, val = training_batches(data, recipe, train, config.height, validation, workers, pool, texts)
-    origin = _origin(recipe, data, train, init, parts, teacher)
     loss = _with_teacher(spec.loss(units, config, train), teacher, share)
-
-    def evaluate(net):
-        return spec.evaluate(net, units, val)
-
-    learn = Learner(
-        net,
-        loss,
-        batches,
-        train,
-        out_dir,
-        [PaddingMonitor(), *spec.callbacks(loss), *callbacks],
-        evaluate if val else None,
-        spec.header(config, units, **origin),
-        verbose=verbose,
-    )
+    evaluate = partial(_evaluate, spec, units, val) if val else None
+    callbacks = [PaddingMonitor(), *spec.callbacks(loss), *callbacks]
+    about = spec.header(config, units, **_origin(recipe, data, train, init, parts, teacher))
+    learn = Learner(net, loss, batches, train, out_dir, callbacks, evaluate, about, verbose=verbose)
     return learn.fit(resume)
 
 # %% ../../nbs/06_models/12_zoo.ipynb #0717932c

@@ -1,0 +1,78 @@
+"""Figures, tables, self-contained HTML pages, parameterised runs"""
+
+# made by tools/rooms.py from the notebooks of this room: do not edit
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        'figures': [
+            'cache_folder',
+            'khmer_font_file',
+            'khmer_mpl_font',
+            'new_figure',
+            'show',
+            'line_grid',
+            'before_after_grid',
+            'page_figure',
+            'display_unit',
+            'attention_figure',
+            'read_curves',
+            'learning_curve',
+            'error_by',
+            'length_class',
+            'error_bars',
+        ],
+        'tables': [
+            'Table',
+            'range_text',
+            'symbol_label',
+            'confusion_table',
+            'score_table',
+            'histogram',
+            'round_floats',
+            'write_metrics',
+            'write_times',
+            'StatCards',
+            'ContactSheet',
+        ],
+        'dataset_stats': [
+            'count_bars',
+            'lengths_figure',
+            'symbol_map',
+            'rarest_symbols',
+            'drop_table',
+            'summarise_records',
+            'read_records',
+            'read_record_images',
+            'summarise_counts',
+            'describe_record',
+            'record_sheet',
+        ],
+        'html': [
+            'font_css',
+            'read_notebook',
+            'outside_references',
+            'write_report',
+        ],
+        'runs': [
+            'run_folder',
+            'available_runs',
+            'find_run',
+            'Parameter',
+            'run_parameters',
+            'coerce',
+            'check_parameters',
+            'run_help',
+            'RunResult',
+            'run_notebook',
+            'list_runs',
+        ],
+        'networks': [
+            'TracedLayer',
+            'trace_layers',
+            'draw_network',
+            'layer_table',
+        ],
+    },
+)
