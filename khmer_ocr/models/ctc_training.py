@@ -10,6 +10,7 @@ __all__ = ['ctc_label_smoothing', 'CTCLoss', 'resample_frames', 'FrameDistillati
 import math
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from ..data.batching import as_input
 from .ctc import STRIDE, CTCNet, n_frames
 from .decoding import greedy_ctc
@@ -51,24 +52,30 @@ class CTCLoss:
     def __call__(self, model, batch):
         return self.from_logits(self.logits(model, batch), batch)
 
-    def lengths(self, widths):
-        "Positions in the logits that belong to lines of `widths` px"
-        return n_frames(widths, self.stride) * self.outputs_per_frame
+# %% ../../nbs/06_models/06_ctc_training.ipynb #30d5df36
+@patch
+def lengths(self: CTCLoss, widths):
+    "Positions in the logits that belong to lines of `widths` px"
+    return n_frames(widths, self.stride) * self.outputs_per_frame
 
-    def logits(self, model, batch):
-        "The network's output: float32 (B, T, n_units)"
-        x = as_input(batch['images']).contiguous(memory_format=torch.channels_last)
-        return model(x, batch['widths']).float()
 
-    def from_logits(self, logits, batch):
-        "The loss of logits that are known"
-        ids = [self.units.encode(text) for text in batch['texts']]
-        n_ids = torch.tensor([len(i) for i in ids])
-        targets = torch.tensor([i for line in ids for i in line], device=logits.device)
-        frames = self.lengths(batch['widths']).clamp(max=logits.shape[1])
-        log_probs = logits.log_softmax(-1).transpose(0, 1)
-        loss = F.ctc_loss(log_probs, targets, frames.cpu(), n_ids, zero_infinity=True)
-        return ctc_label_smoothing(loss, log_probs, frames, self.smoothing)
+@patch
+def logits(self: CTCLoss, model, batch):
+    "The network's output: float32 (B, T, n_units)"
+    x = as_input(batch['images']).contiguous(memory_format=torch.channels_last)
+    return model(x, batch['widths']).float()
+
+
+@patch
+def from_logits(self: CTCLoss, logits, batch):
+    "The loss of logits that are known"
+    ids = [self.units.encode(text) for text in batch['texts']]
+    n_ids = torch.tensor([len(i) for i in ids])
+    targets = torch.tensor([i for line in ids for i in line], device=logits.device)
+    frames = self.lengths(batch['widths']).clamp(max=logits.shape[1])
+    log_probs = logits.log_softmax(-1).transpose(0, 1)
+    loss = F.ctc_loss(log_probs, targets, frames.cpu(), n_ids, zero_infinity=True)
+    return ctc_label_smoothing(loss, log_probs, frames, self.smoothing)
 
 # %% ../../nbs/06_models/06_ctc_training.ipynb #3afd6d9e
 def resample_frames(

@@ -66,7 +66,7 @@ class I2TConfig:
     def __post_init__(self):
         _check(self)
 
-
+# %% ../../nbs/06_models/10_i2t_training.ipynb #f06068f0
 def read_i2t_config(
     given,  # path of a JSON file in which // comments are allowed (or TOML), or a dict
 ) -> I2TConfig:
@@ -211,17 +211,23 @@ class EpochSummary(Callback):
         self.total = state.get('total', 0.0)
         self.n = state.get('n', 0)
 
-    def after_step(self, learn):
-        if math.isfinite(learn.loss_value):
-            self.total += learn.loss_value
-            self.n += 1
+# %% ../../nbs/06_models/10_i2t_training.ipynb #9eaa422d
+@patch
+def after_step(self: EpochSummary, learn):
+    "Add up the loss"
+    if math.isfinite(learn.loss_value):
+        self.total += learn.loss_value
+        self.n += 1
 
-    def after_eval(self, learn):
-        lines = self.lines(learn)
-        self.total = 0.0
-        self.n = 0
-        if learn.fabric.is_global_zero and learn.metrics:
-            self.write('\n'.join(lines))
+
+@patch
+def after_eval(self: EpochSummary, learn):
+    "Print the results, begin a new mean"
+    lines = self.lines(learn)
+    self.total = 0.0
+    self.n = 0
+    if learn.fabric.is_global_zero and learn.metrics:
+        self.write('\n'.join(lines))
 
 # %% ../../nbs/06_models/10_i2t_training.ipynb #a3edbf5d
 @patch

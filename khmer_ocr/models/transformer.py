@@ -131,7 +131,7 @@ _choices = dict(
     targets=TOKENIZERS,
 )
 
-
+# %% ../../nbs/06_models/08_transformer.ipynb #d4922be0
 def _check(config: ImageToTextConfig):
     "KhmerOCRError for settings that make no network"
     check_choices(config, _choices)

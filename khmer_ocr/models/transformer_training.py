@@ -116,7 +116,7 @@ def _load_ctc_stem(net: ImageToText, weights, path):
     parts = dict(stem.named_children())
     load_into(stem, {name: w for name, w in weights.items() if name.split('.')[0] in parts}, path)
 
-
+# %% ../../nbs/06_models/09_transformer_training.ipynb #422669c8
 def init_image_to_text(
     net: ImageToText,
     path,  # checkpoint of this model, of a backbone (for the encoder) or of a CTC recogniser (for the stem)
