@@ -93,6 +93,7 @@ def test_ranges_of_both_ends():
 
 
 def test_initialisation():
+    "Convolutions begin with N(0, 0.02), norms with N(1, 0.02) and no shift"
     torch.manual_seed(0)
     g = Generator()
     for m in g.modules():
@@ -107,11 +108,10 @@ def test_initialisation():
 
 def test_constants_are_the_defaults():
     c = DCGANConfig()
-    assert (
-        (dcgan.BATCH_SIZE, dcgan.IMAGE_SIZE, dcgan.CHANNELS, dcgan.Z_DIM, dcgan.LR, dcgan.BETA1, dcgan.EPOCHS)
-        == (64, 128, 1, 100, 0.0002, 0.5, 250)
-        == (c.batch_size, c.image_size, c.channels, c.z_dim, c.lr, c.beta1, c.epochs)
-    )
+    documented = dict(batch_size=64, image_size=128, channels=1, z_dim=100, lr=0.0002, beta1=0.5, epochs=250)
+    for name, value in documented.items():
+        assert getattr(dcgan, name.upper()) == value, name
+        assert getattr(c, name) == value, name
 
 
 # losses and phases
@@ -303,6 +303,7 @@ def test_resumed_to_the_same_bits(tmp_path, kw):
 
 
 def test_seeds(run, tmp_path):
+    "The seed decides weights, order and noise: the same one gives the same bits, another one others"
     same = train(tmp_path / 'same')
     other = train(tmp_path / 'other', seed=7)
     _, d = run
@@ -394,6 +395,7 @@ def test_every_image_comes_once_an_epoch():
 
 
 def test_class_balance(run, tmp_path):
+    "As many images are made as the smaller class lacks, and none of the larger one"
     _, d = run
     write(tmp_path / 'good', 5)
     write(tmp_path / 'bad', 2)
@@ -459,11 +461,13 @@ def test_snapshot_and_models_load(run):
 
 
 def test_grid_writer(tmp_path):
+    "Images stand in rows with black lines between them, -1 black and 1 white"
     x = torch.linspace(-1, 1, 5)[:, None, None, None].expand(5, 1, 3, 4)
     save_image(x, tmp_path / 'g.png', nrow=3, padding=1)
     got = cv2.imread(str(tmp_path / 'g.png'), cv2.IMREAD_UNCHANGED)
     assert got.shape == (2 * 4 + 1, 3 * 5 + 1)
-    assert [got[1, 1], got[1, 6], got[1, 11], got[5, 1], got[5, 6], got[5, 11]] == [0, 64, 128, 191, 255, 0]
+    assert got[1, [1, 6, 11]].tolist() == [0, 64, 128]
+    assert got[5, [1, 6, 11]].tolist() == [191, 255, 0]
 
 
 def test_a_checkerboard_is_found_and_resize_convolution_has_none():
@@ -575,6 +579,7 @@ def test_run_explore(tmp_path):
 
 
 def test_main(tmp_path, monkeypatch):
+    "`main()` trains with the constants of the module and writes both networks"
     write(tmp_path / 'data' / 'good', 2)
     for k, v in dict(
         BATCH_SIZE=2, IMAGE_SIZE=16, EPOCHS=1, DATA_DIR=tmp_path / 'data', MODEL_SAVE_DIR=tmp_path / 'm'

@@ -179,7 +179,7 @@ def test_compiled_gives_the_same_and_goes_on_without_a_compiler(model, capsys):
     assert not next(plain.net.parameters()).requires_grad
 
 
-def test_the_label_staysink_preserved(tmp_path):
+def test_the_label_stays_true(tmp_path):
     pages = rendered_pairs(
         words,
         [noto],

@@ -1,7 +1,7 @@
 """Pairs of page and mask: Sauvola against the formula pixel by pixel, folders and what goes wrong in them, splits by
 group, crops that keep image and mask together, batches by number."""
 
-import cv2, numpy as np, pytest, torch
+import cv2, math, numpy as np, pytest, torch
 from itertools import islice
 from PIL import Image
 from khmer_ocr.synth.fonts import find_fonts
@@ -62,7 +62,10 @@ def test_sauvola_is_the_formula():
 def test_rendered_pairs_repeat_and_stay_over_their_masks():
     a = rendered_pairs(texts, [noto], 4, seed=3, shape=(200, 240))
     b = rendered_pairs(texts, [noto], 2, seed=3, shape=(200, 240))
-    assert all((p.image == q.image).all() and (p.mask == q.mask).all() and p.text == q.text for p, q in zip(a, b))
+    for p, q in zip(a, b):
+        assert (p.image == q.image).all()
+        assert (p.mask == q.mask).all()
+        assert p.text == q.text
     assert not (a[0].image == rendered_pairs(texts, [noto], 1, seed=4, shape=(200, 240))[0].image).all()
     clean = rendered_pairs(texts, [noto], 3, shape=(200, 240), degradation=())
     for p in clean:
@@ -93,7 +96,9 @@ def test_folders_round_trip_in_any_polarity(tmp_path):
     save_pairs(tmp_path, pairs)
     back = read_pairs(tmp_path / 'images', tmp_path / 'masks')
     assert [(p.name, p.group) for p in back] == [('a', 'x'), ('b', 'y')]
-    assert all((p.image == q.image).all() and (p.mask == q.mask).all() for p, q in zip(pairs, back))
+    for p, q in zip(pairs, back):
+        assert (p.image == q.image).all()
+        assert (p.mask == q.mask).all()
     (tmp_path / 'dark').mkdir()
     for p in pairs:
         cv2.imwrite(str(tmp_path / 'dark' / f'{p.name}.bmp'), 255 - p.mask)
@@ -181,10 +186,10 @@ def test_crops_keep_image_and_mask_together():
         seen.add((int(im[0, 0, 1]), int(im[0, 0, 2]), int(dx[0])))
     assert len(seen) > 50
     assert {s[2] for s in seen} == {1, -1}
-    assert {
-        int(np.diff(random_crop(page, np.random.default_rng(s), CropConfig(32))[0][0, :2, 2].astype(int))[0])
-        for s in range(30)
-    } == {1}  # mirrors are off
+    for s in range(30):
+        image, _ = random_crop(page, np.random.default_rng(s), CropConfig(32))
+        left, right = image[0, :2, 2].astype(int)
+        assert right - left == 1  # mirrors are off
     corners = {
         random_crop(page, np.random.default_rng(s), CropConfig((89, 119), tries=1))[0][0, 0, 1:].tolist().__str__()
         for s in range(40)
@@ -249,7 +254,9 @@ def test_batches_go_by_number_and_seed():
     assert (b['image'].shape, b['mask'].shape) == ((3, 3, 32, 32), (3, 1, 32, 32))
     assert b['image'].dtype == b['mask'].dtype == torch.float32
     assert ((b['image'][:, :1] + 1) / 2).allclose(b['mask'], atol=1e-6)  # red is the mask: -1..1 against 0..1
-    assert len(data) == -(-(round(90 * 120 / 1024) + round(70 * 64 / 1024)) // 3) == len(list(data))
+    crops = round(90 * 120 / 1024) + round(70 * 64 / 1024)
+    assert len(data) == math.ceil(crops / 3)
+    assert len(list(data)) == len(data)
     assert (as_uint8(b['image'][:, :1]) == as_uint8(b['mask'] * 2 - 1)).all()
 
 

@@ -72,6 +72,16 @@ def evaluate(w, made, **kw):
 # --- tiles and baselines
 
 
+def _lies_in(tile, page):
+    "Is a tile of 96 x 96 px, with its mask, a piece of the page?"
+    corners = np.argwhere((page.image[:165, :205] == tile.image[0, 0]).all(-1))
+    for y, x in corners:
+        place = np.s_[y : y + 96, x : x + 96]
+        if (page.image[place] == tile.image).all() and (page.mask[place] == tile.mask).all():
+            return True
+    return False
+
+
 def test_tiles_depend_on_seed_and_number_and_spread_over_pages(pages):
     a = cut_tiles(pages[:3], 96, 7, seed=4)
     assert [t.group for t in a] == [f'page000{i % 3}' for i in range(7)]
@@ -82,11 +92,7 @@ def test_tiles_depend_on_seed_and_number_and_spread_over_pages(pages):
     assert not (a[0].image == a[3].image).all()
     assert cut_tiles([replace(pages[0], group='book')], 96, 1)[0].group == 'book'
     for i, t in enumerate(a):
-        assert any(
-            (pages[i % 3].image[y : y + 96, x : x + 96] == t.image).all()
-            and (pages[i % 3].mask[y : y + 96, x : x + 96] == t.mask).all()
-            for y, x in np.argwhere((pages[i % 3].image[:165, :205] == t.image[0, 0]).all(-1))
-        )
+        assert _lies_in(t, pages[i % 3])
     assert 'no square of 96 px with 90% ink' in error(lambda: cut_tiles(pages[:1], 96, 1, min_ink=0.9))
     assert 'no pages' in error(lambda: cut_tiles([]))
 
@@ -119,7 +125,10 @@ def test_flat_colours_are_flat():
     made = flat_colours(masks, ps, 3)
     pairs = {(tuple(i[m == 0][0].tolist()), tuple(i[m > 0][0].tolist())) for i, m in zip(made, masks)}
     assert pairs == {((200, 190, 180), (30, 20, 10)), ((150, 150, 150), (0, 0, 90))}
-    assert all(len(np.unique(i[m == v].reshape(-1, 3), axis=0)) == 1 for i, m in zip(made, masks) for v in (0, 255))
+    for image, mask in zip(made, masks):
+        for level in (0, 255):
+            colours = np.unique(image[mask == level].reshape(-1, 3), axis=0)
+            assert len(colours) == 1
     assert (made == flat_colours(masks, ps, 3)).all()
     assert (made[:3] == flat_colours(masks[:3], ps, 3)).all()
     assert (made != flat_colours(masks, ps, 4)).any()
@@ -142,10 +151,8 @@ def test_pasted_takes_ink_and_paper_of_two_pages():
     masks = np.zeros((16, 48, 48), np.uint8)
     masks[:, 16:32, 16:32] = 255
     made = paste_baseline(masks, ps)
-    assert {(tuple(i[0, 0].tolist()), tuple(i[24, 24].tolist())) for i in made} == {
-        ((200, 200, 200), (0, 0, 90)),
-        ((100, 160, 220), (30, 0, 0)),
-    }  # never both of one page
+    paper_and_ink = {(tuple(i[0, 0].tolist()), tuple(i[24, 24].tolist())) for i in made}
+    assert paper_and_ink == {((200, 200, 200), (0, 0, 90)), ((100, 160, 220), (30, 0, 0))}  # never both of one page
     edge = made[0, 24, 12:20, 0].astype(int)
     assert len(set(edge.tolist())) > 3  # soft
     assert set(np.unique(paste_baseline(masks, ps, soft=0)[..., 0]).tolist()) <= {200, 100, 30, 0}
@@ -224,6 +231,7 @@ def test_features_of_a_tile_are_its_own(world):
 
 
 def test_standard_units():
+    "Features are standard deviations of the reference, cut off at 5"
     ref = np.array([[0.0, 5.0], [2.0, 5.0]])
     assert standardise(np.array([[3.0, 5.0], [99.0, 5.0], [-99.0, 5.001]]), ref).tolist() == [
         [2, 0],
@@ -243,12 +251,10 @@ def test_kid_against_loops_and_in_expectation():
     def within(s):
         return np.mean([k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j])
 
-    assert (
-        kid(a, b)
-        == pytest.approx(within(a) + within(b) - 2 * np.mean([k(x, y) for x in a for y in b]))
-        == pytest.approx(kid(b, a))
-        == pytest.approx(kid(a[::-1], b))
-    )
+    between = np.mean([k(x, y) for x in a for y in b])
+    assert kid(a, b) == pytest.approx(within(a) + within(b) - 2 * between)
+    assert kid(b, a) == pytest.approx(kid(a, b))
+    assert kid(a[::-1], b) == pytest.approx(kid(a, b))
     same = [kid(*rng(s).normal(size=(2, 20, 4))) for s in range(200)]
     assert abs(np.mean(same)) < 4 * np.std(same) / 200**0.5
     assert min(same) < 0  # unbiased
@@ -425,9 +431,8 @@ def test_standard_errors_against_measuring_anew(world):
     )
     assert [a['error'][k] for k in (*MEASURES, 'mean')] == pytest.approx(want.tolist(), abs=1e-6)
     assert a['text_kept'] == 0.5
-    assert a['mean'] == pytest.approx(
-        (a['mask_iou'] * a['realism'] * a['coverage'] * a['diversity'] * a['novelty'] * 0.5) ** (1 / 7)
-    )
+    product = a['mask_iou'] * a['realism'] * a['coverage'] * a['diversity'] * a['novelty'] * 0.5
+    assert a['mean'] == pytest.approx(product ** (1 / 7))
 
 
 def smaller(world, A, keep):
@@ -451,13 +456,9 @@ def test_variations_of_one_mask(world):
 
     assert same(np.repeat(world.images[:2, None], 3, 1)) == 0 < same([flat[:3], flat[3:]]) < 1
     assert evaluate(world, world.images, variations=[flat])['diversity_same_mask'] == pytest.approx(same([flat]))
-    assert same([flat]) == pytest.approx(
-        min(
-            1,
-            mean_pair_distance(standardise(style_features(flat), world.reference.train_features))
-            / world.reference.raw['pair_distance'],
-        )
-    )
+    features = standardise(style_features(flat), world.reference.train_features)
+    by_hand = mean_pair_distance(features) / world.reference.raw['pair_distance']
+    assert same([flat]) == pytest.approx(min(1, by_hand))
     assert 'diversity_same_mask' not in evaluate(world, world.images)
     assert 'like the real tiles' in error(lambda: same(np.zeros((1, 2, 64, 64, 3), np.uint8)))
     assert 'like the real tiles' in error(lambda: same(flat))
@@ -465,6 +466,7 @@ def test_variations_of_one_mask(world):
 
 
 def test_the_table():
+    "A row for each set, and a column for each measure that any set has"
     evaluated = {
         'a': dict(mask_iou=0.5, mean=0.25, error=dict(mask_iou=0.125, mean=0.0625)),
         'b': dict(mask_iou=1.0, mean=1.0, text_kept=0.9, diversity_same_mask=0.0),

@@ -123,10 +123,8 @@ def test_examples_of_the_document(tmp_path, data, pix2pix, capsys):
         input_mask=original_masks[0], num_samples=2, save_path=tmp_path / 'training_progress.png'
     )
     generator.plot_training_curves(show_discriminator=True, show_generator=True, save_path=tmp_path / 'loss_curves.png')
-    assert load_mask(tmp_path / 'training_progress.png').shape == (
-        original_masks[0].shape[0] + 4,
-        3 * (original_masks[0].shape[1] + 2) + 2,
-    )
+    h, w = original_masks[0].shape
+    assert load_mask(tmp_path / 'training_progress.png').shape == (h + 4, 3 * (w + 2) + 2)
     assert (tmp_path / 'loss_curves.png').stat().st_size > 1000
 
 
@@ -232,10 +230,12 @@ def test_resumed_to_the_same_bits(tmp_path, loader):
     ],
 )
 def test_bad_settings(kw, word):
+    "A wrong setting is one line that names it, when the object is made"
     assert word in error(lambda: SyntheticDataGenerator(**kw))
 
 
 def test_bad_data(tmp_path, data, loader, pix2pix):
+    "Data that cannot be trained on is refused in one line"
     g = SyntheticDataGenerator(out_dir=tmp_path / 'm', **small)
     assert 'nothing to train on' in error(lambda: g.train_pix2pix())
     assert 'give one of create_synthetic_dataloader' in error(lambda: g.train_pix2pix('folder'))
@@ -300,7 +300,9 @@ def test_what_is_written_is_a_set_of_pairs(pix2pix, loader, tmp_path):
         made = pix2pix.generate_synthetic_data(masks, 2, tmp_path / where)
     back = read_pairs(tmp_path / 'a' / 'images', tmp_path / 'a' / 'masks')
     assert [p.group for p in back] == ['mask0000', 'mask0000', 'mask0001', 'mask0001']
-    assert all((p.image == q.image).all() and (p.mask == q.mask).all() for p, q in zip(made, back))
+    for p, q in zip(made, back):
+        assert (p.image == q.image).all()
+        assert (p.mask == q.mask).all()
     files = sorted(p.relative_to(tmp_path / 'a') for p in (tmp_path / 'a').rglob('*') if p.is_file())
     assert all((tmp_path / 'a' / f).read_bytes() == (tmp_path / 'b' / f).read_bytes() for f in files)
     assert len(files) == 9
@@ -394,13 +396,8 @@ def test_a_generator_saved_whole_makes_the_same_images_and_nothing_else_is_neede
     m = coloured[0].mask
     g = SyntheticDataGenerator('hybrid', out_dir=tmp_path / 'x', **small, **tiny_style).load(tmp_path / 'p.safetensors')
     assert g.trained.codes.equal(hybrid.trained.codes)
-    assert (
-        max(
-            np.abs(a.astype(int) - b).max()
-            for a, b in zip(g.generate_variations(m, 2), hybrid.generate_variations(m, 2))
-        )
-        <= 3
-    )  # float16
+    for a, b in zip(g.generate_variations(m, 2), hybrid.generate_variations(m, 2)):
+        assert np.abs(a.astype(int) - b).max() <= 3  # float16
     again = load_trained_generator(tmp_path / 'p.safetensors')
     assert again.kind == 'hybrid'
     assert again.vae.net.config.latent == 6

@@ -104,12 +104,12 @@ def test_shapes_of_the_founding_document():
 
 
 def test_sizes():
-    assert {k: count(meta(**kw)) for k, kw in dict(style={}, plain=dict(form='plain')).items()} == dict(
-        style=2_679_994, plain=40_994_435
-    )
-    assert (
-        count(meta(conditional=True)) - count(meta()) == 32 * 16 + 256
-    )  # one channel more in the first layer, one number more beside it
+    "A network at full size has the stated number of parameters; a conditional encoder has one input channel more"
+    assert count(meta()) == 2_679_994
+    assert count(meta(form='plain')) == 40_994_435
+    in_first_layer = 32 * 16
+    share_of_ink = 256
+    assert count(meta(conditional=True)) - count(meta()) == in_first_layer + share_of_ink
 
 
 @pytest.mark.parametrize('name', forms)
@@ -154,6 +154,7 @@ def test_the_code_holds_no_positions():
 
 
 def test_starlet_bands():
+    "The bands and the smooth rest add up to the image, and white noise has the strengths of the book"
     torch.manual_seed(0)
     x = torch.randn(1, 1, 128, 128)
     b = starlet(x, 4)
@@ -198,6 +199,7 @@ def test_divergence_and_free_bits():
 
 
 def test_beta_rises_and_stays():
+    "Beta rises in a straight line over the warm-up and then keeps its value"
     c = VAEConfig(beta=4.0, warmup=0.5)
     assert [beta_at(s, 40, c) for s in (0, 5, 10, 20, 39)] == [0.0, 1.0, 2.0, 4.0, 4.0]
     assert beta_at(0, 40, replace(c, warmup=0.0)) == 4.0
@@ -206,6 +208,7 @@ def test_beta_rises_and_stays():
 
 
 def test_active_units():
+    "A unit counts as active when its mean varies over the data by more than 0.01"
     torch.manual_seed(0)
     mu = torch.randn(200, 6) * torch.tensor([1.0, 0.5, 0.2, 0.05, 0.01, 0.0]) + 7
     assert active_units(mu) == 3
