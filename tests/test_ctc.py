@@ -159,7 +159,8 @@ def test_every_encoder_opens_with_former_names(tmp_path, encoder):
     old = with_former_names(tmp_path / 'new.safetensors', tmp_path / 'old.safetensors')
     opened, _, head = load_ctc(old)
     assert same(net.state_dict(), opened.state_dict())
-    assert opened.config == config and set(head['config']) == set(asdict(config))
+    assert opened.config == config
+    assert set(head['config']) == set(asdict(config))
 
 
 def test_settings_by_former_names():
@@ -198,7 +199,8 @@ def test_loss_is_finite_where_a_line_has_too_few_frames():
     too_narrow = (np.zeros((40, 8), np.uint8), texts[0] * 4)
     batch = collate([too_narrow, (np.zeros((40, 200), np.uint8), texts[1])])
     loss = CTCLoss(units)(CTCNet(len(units), tiny), batch)
-    assert loss.isfinite() and loss > 0
+    assert loss.isfinite()
+    assert loss > 0
 
 
 def test_greedy_drops_repeats_and_blanks():
@@ -269,14 +271,16 @@ def test_positions_of_a_network_with_two_outputs_are_in_pixels(tmp_path):
     assert reader.stride == 2
     assert len(prediction.chars) > 3
     ends = [x1 for *_, x1 in prediction.chars]
-    assert max(ends) > 300 and max(ends) <= 400
+    assert max(ends) > 300
+    assert max(ends) <= 400
 
 
 def test_a_network_with_two_outputs_trains_saves_and_grows(tmp_path):
     config = replace(tiny, outputs_per_frame=2)
     train(tmp_path / 'm', 2, config)
     net, _, head = load_ctc(tmp_path / 'm/latest.safetensors')
-    assert net.config == config and head['config']['outputs_per_frame'] == 2
+    assert net.config == config
+    assert head['config']['outputs_per_frame'] == 2
     batch = noise(90, 60)
     assert len(read_batches(net, units, [batch])[0]) == 2
     large = grow(net, replace(config, hidden=9))

@@ -57,10 +57,13 @@ def checkpoint(path, seed=0, **kw):
     [dict(), dict(height=48), dict(stride=2), dict(stride=8), dict(height=32, stride=8), dict(encoder='attention')],
 )
 def test_teachers_of_any_shape(shape):
+    "Height, stride and outputs of the teacher may differ: the loss is finite and the student gets a gradient"
     student = net(1)
     loss = DistillationLoss(CTCLoss(units), [teacher(net(2, **shape))])(student, lines())
     loss.backward()
-    assert loss.isfinite() and loss > 0 and student.classifier.weight.grad.abs().sum() > 0
+    assert loss.isfinite()
+    assert loss > 0
+    assert student.classifier.weight.grad.abs().sum() > 0
 
 
 def test_padding_teaches_nothing():
@@ -75,6 +78,7 @@ def test_padding_teaches_nothing():
 
 
 def test_two_teachers_are_their_mean():
+    "Two teachers give the mean of their probabilities"
     a, b = (teacher(net(i)) for i in (2, 3))
 
     def probs(*teachers):
@@ -85,18 +89,21 @@ def test_two_teachers_are_their_mean():
 
 
 def test_units_go_by_name():
+    "Units are matched by name, whatever their order, and a missing one is named"
     small = SubscriptTokenizer(charset('buoy2022'))
     extra = [u for u in small.units if u not in units.units]
     if extra:
         with pytest.raises(KhmerOCRError, match='no unit for'):
             unit_columns(units, small)
     at = unit_columns(units, units)
-    assert at[0] == 0 and at.tolist() == list(range(len(units)))
+    assert at[0] == 0
+    assert at.tolist() == list(range(len(units)))
     with pytest.raises(KhmerOCRError, match='no unit for'):
         unit_columns(make_units(seq2seq_variant('buoy2022').config), units)
 
 
 def test_a_teacher_needs_a_ctc_head():
+    "Without a CTC head there are no frames to teach, and that is said in one line"
     config = seq2seq_variant('buoy2022').config
     own_units = make_units(config)
     with pytest.raises(KhmerOCRError, match='without a CTC head'):
@@ -113,6 +120,7 @@ class StopAt(Callback):
 
 
 def test_resumed_training_ends_with_the_same_weights(tmp_path):
+    "A run with a teacher that was cut ends with the weights of a whole one"
     teaching = DistillationConfig((checkpoint(tmp_path / 'teacher.safetensors'),), 0.6, 2.0, 0.5)
     loop = TrainConfig(
         steps=4, batch_size=2, log_every=1, eval_every=100, save_every=100, precision='32-true', tensorboard=False
@@ -142,6 +150,7 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path):
 
 
 def test_plans_with_teachers(tmp_path):
+    "A stage with a teacher runs, and its card names the teacher"
     plan = dict(
         name='a',
         kind='ctc',
@@ -159,9 +168,11 @@ def test_plans_with_teachers(tmp_path):
         return path
 
     made = read_plan(write())
-    assert made.stages[0].request.distil is None and made.stages[1].request.distil.share == 0.5
+    assert made.stages[0].request.distil is None
+    assert made.stages[1].request.distil.share == 0.5
     card = make_card(made, run_plan(made, tmp_path / 'models', texts=texts, verbose=False, pool=2), {})
-    assert 'teacher' not in card['stages'][0] and 't.safetensors' in card['stages'][1]['teacher']
+    assert 'teacher' not in card['stages'][0]
+    assert 't.safetensors' in card['stages'][1]['teacher']
     with pytest.raises(KhmerOCRError, match='only CTC readers'):
         read_plan(write(kind='seq2seq', model={}))
     with pytest.raises(KhmerOCRError, match='did you mean teachers'):
@@ -178,6 +189,7 @@ def test_plans_with_teachers(tmp_path):
     ],
 )
 def test_settings_with_teachers(tmp_path, table, words):
+    "Wrong values of [distil] are named in one line"
     settings = tmp_path / 's.toml'
     settings.write_text(f'[distil]\n{table}\n', encoding='utf-8')
     with pytest.raises(KhmerOCRError) as e:
@@ -187,6 +199,7 @@ def test_settings_with_teachers(tmp_path, table, words):
 
 
 def test_only_a_ctc_recogniser_has_a_teacher(tmp_path):
+    "Other kinds refuse a teacher before anything is trained"
     settings = tmp_path / 's.toml'
     settings.write_text('[distil]\nteachers = ["best"]\n', encoding='utf-8')
     with pytest.raises(KhmerOCRError, match='Only a CTC reader'):

@@ -100,8 +100,10 @@ def trained(i2t):
 
 
 def test_training_says_what_the_document_says(trained):
+    "The summary of each evaluation has the document's lines, and the checkpoint the file's settings"
     folder, r = trained
-    assert 'Epoch 4 Results:\n   Train Loss: ' in r.stdout and '4 steps done' in r.stdout
+    assert 'Epoch 4 Results:\n   Train Loss: ' in r.stdout
+    assert '4 steps done' in r.stdout
     for word in (
         'Val Accuracy: ',
         'Val CER: ',
@@ -113,13 +115,11 @@ def test_training_says_what_the_document_says(trained):
         assert f'   {word}' in r.stdout
     assert f"New best CER: {read_history(folder / 'history.csv')[-1]['cer']:.3f}" in r.stdout
     head = load_checkpoint(folder / 'best.safetensors')[1]
-    assert (
-        head['model'] == 'vision_text'
-        and head['config']['encoder_width'] == 16
-        and head['settings']['accumulate'] == 2
-        and head['settings']['precision'] == '32-true'
-        and head['settings']['warmup'] == 0.25
-    )
+    assert head['model'] == 'vision_text'
+    assert head['config']['encoder_width'] == 16
+    assert head['settings']['accumulate'] == 2
+    assert head['settings']['precision'] == '32-true'
+    assert head['settings']['warmup'] == 0.25
 
 
 def test_resume_latest_gives_the_same_history(i2t, trained, tmp_path):
@@ -160,20 +160,22 @@ def test_workers_and_checkpointing_change_nothing(i2t, trained, tmp_path):
     for a, b in zip(read_history(tmp_path / 'out/history.csv'), read_history(trained[0] / 'history.csv')):
         assert a['loss'] == pytest.approx(b['loss'], abs=1e-4)
     speed = (tmp_path / 'out/speed.csv').read_text().splitlines()
-    assert 'memory_mb' in speed[0] and 'waiting' in speed[0] and len(speed) > 1
+    assert 'memory_mb' in speed[0]
+    assert 'waiting' in speed[0]
+    assert len(speed) > 1
 
 
 def test_the_folder_reads(i2t, trained):
+    "The folder of a run reads by its name, in the words of the document too"
     folder, _ = trained
     image = i2t / 'i2t_dataset/val/images/val_000000.png'
-    a, b = (
-        call('read', '--line', '--model_folder', folder, '--input_image', image),
-        call('read', '--line', '--model', folder / 'best.safetensors', image),
-    )
+    a = call('read', '--line', '--model_folder', folder, '--input_image', image)
+    b = call('read', '--line', '--model', folder / 'best.safetensors', image)
     assert a.exit_code == b.exit_code == 0 and a.stdout == b.stdout and a.stdout.count('\n') == 1, a.stderr
 
 
 def test_options_win_over_the_file(i2t, tmp_path):
+    "What the command line says counts more than the settings file"
     r = train(
         i2t,
         tmp_path / 'out',
@@ -194,6 +196,7 @@ def test_options_win_over_the_file(i2t, tmp_path):
 
 # what is wrong
 def test_missing_lists(i2t, own, tmp_path):
+    "A folder without its list of lines gets one line that names the file"
     (own / 'val/val.json').unlink()
     refused(train(i2t, tmp_path / 'out', '--data_folder', own), 'val.json')
     (own / 'train/train.json').unlink()
@@ -203,6 +206,7 @@ def test_missing_lists(i2t, own, tmp_path):
 
 
 def test_unknown_characters(i2t, own, tmp_path):
+    "Characters outside the charset are named with their image; if asked for, their lines are left out"
     p = own / 'train/train.json'
     rows = json.loads(p.read_text(encoding='utf-8'))
     rows[2]['text'] += '漢字'
@@ -216,10 +220,12 @@ def test_unknown_characters(i2t, own, tmp_path):
     )
     assert not (tmp_path / 'out').exists()
     r = train(i2t, tmp_path / 'out', '--data_folder', own, '--skip-unknown', '--validation-dir', 'none')
-    assert r.exit_code == 0 and '1 lines are left out' in r.stderr
+    assert r.exit_code == 0
+    assert '1 lines are left out' in r.stderr
 
 
 def test_missing_and_broken_images(i2t, own, tmp_path):
+    "An image that is missing or empty is named"
     first, second = sorted((own / 'train/images').iterdir())[:2]
     first.unlink()
     refused(train(i2t, tmp_path / 'out', '--data_folder', own), '1 of 4 images are missing', first.name)
@@ -247,12 +253,14 @@ def test_missing_and_broken_images(i2t, own, tmp_path):
     ],
 )
 def test_bad_settings_files(i2t, tmp_path, text, words):
+    "Unknown names, wrong types and impossible values of a file are named in one line"
     (tmp_path / 'config.json').write_text(text, encoding='utf-8')
     refused(train(i2t, tmp_path / 'out', '--config', tmp_path / 'config.json'), *words)
     assert not (tmp_path / 'out').exists()
 
 
 def test_settings_files_with_the_wrong_company(i2t, tmp_path):
+    "The document's file with another kind of model, or with a variant, is refused"
     go = (
         'train',
         '--config',
@@ -291,13 +299,12 @@ def test_settings_files_with_the_wrong_company(i2t, tmp_path):
 
 # the command that writes the layout
 def test_generate_i2t(i2t, tmp_path):
+    "The command writes the layout, counts its lines, and finds a file that was changed"
     go = ('generate', '--format', 'i2t', '--out', tmp_path / 'd')
     r = call(*go, '--corpus', i2t / 'corpus', '--max-lines', 3)
     assert r.exit_code == 0 and 'train: 3 lines' in r.stdout, r.stderr
-    assert (
-        json.loads(call(*go, '--stats', '--json').stdout)['val']['lines'] == 3
-        and 'as recorded' in call(*go, '--verify').stdout
-    )
+    assert json.loads(call(*go, '--stats', '--json').stdout)['val']['lines'] == 3
+    assert 'as recorded' in call(*go, '--verify').stdout
     again = call('generate', '--format', 'i2t', '--out', tmp_path / 'e', '--from', i2t / 'set', '--json')
     assert json.loads(again.stdout)['images_made'] == 8, again.stderr
     refused(call('generate', '--from', i2t / 'set', '--out', tmp_path / 'f'), '--format i2t')
@@ -306,11 +313,13 @@ def test_generate_i2t(i2t, tmp_path):
     )
     (tmp_path / 'd/val/images/val_000001.png').unlink()
     r = call(*go, '--verify')
-    assert r.exit_code == 1 and 'val_000001.png' in r.stderr
+    assert r.exit_code == 1
+    assert 'val_000001.png' in r.stderr
 
 
 # pieces
 def test_words_of_the_document():
+    "The option words of the document become those of the command, and other words stay"
     assert resolve_aliases(
         ['train', '--data_folder', 'a', '--model_folder=b', '--steps', '3', '--resume_from_checkpoint=latest']
     ) == ['train', '--data', 'a', '--out=b', '--steps', '3', '--resume=latest']
@@ -319,16 +328,17 @@ def test_words_of_the_document():
         '--model',
         'm',
         'x.png',
-    ] and resolve_aliases(['read', '--input_image=x.png']) == ['read', 'x.png']
-    assert resolve_aliases(['fonts', '--data_folder']) == ['fonts', '--data_folder'] and resolve_aliases([]) == []
+    ]
+    assert resolve_aliases(['read', '--input_image=x.png']) == ['read', 'x.png']
+    assert resolve_aliases(['fonts', '--data_folder']) == ['fonts', '--data_folder']
+    assert resolve_aliases([]) == []
 
 
 def test_the_example_is_the_default(tmp_path):
+    "The printed example has the default of every setting that it names"
     (tmp_path / 'c.json').write_text(EXAMPLE_CONFIG, encoding='utf-8')
-    assert (
-        read_i2t_config(tmp_path / 'c.json') == I2TConfig()
-        and image_to_text_config(I2TConfig()) == image_to_text_variant('small').config
-    )
+    assert read_i2t_config(tmp_path / 'c.json') == I2TConfig()
+    assert image_to_text_config(I2TConfig()) == image_to_text_variant('small').config
 
 
 def test_the_documents_own_values():
@@ -345,7 +355,8 @@ def test_the_documents_own_values():
             dropout=0.1,
         )
     )
-    loop, net = TrainConfig(**loop_settings(c, 100_000)), image_to_text_config(c)
+    loop = TrainConfig(**loop_settings(c, 100_000))
+    net = image_to_text_config(c)
     assert (loop.accumulate, loop.clip, loop.patience, loop.label_smoothing, loop.warmup, loop.schedule) == (
         4,
         1.0,
@@ -353,7 +364,8 @@ def test_the_documents_own_values():
         0.1,
         0.08,
         'cosine',
-    ) and (net.height, net.stem, net.dropout, net.rows) == (384, 'patches', 0.1, 24)
+    )
+    assert (net.height, net.stem, net.dropout, net.rows) == (384, 'patches', 0.1, 24)
     wider = read_i2t_config(dict(d_model=768))
     assert loop_settings(wider)['lr'] < loop.lr  # "larger d_model = smaller LR"
     with pytest.raises(KhmerOCRError, match='set it to 100'):

@@ -72,12 +72,14 @@ class StopAt(Callback):
 
 
 def test_which_columns_are_masked():
+    "The wanted share of each line, none behind its end, the same for the same step"
     for seed in range(20):
         rng = np.random.default_rng(seed)
         widths = rng.integers(8, 500, 5).tolist()
         h = mask_spans(widths, rng)
         for row, w in zip(h.numpy(), widths):
-            assert 0.4 * w <= row.sum() < 0.4 * w + 32 and not row[w:].any()
+            assert 0.4 * w <= row.sum() < 0.4 * w + 32
+            assert not row[w:].any()
     assert not mask_spans([100], np.random.default_rng(0), share=0.0).any()
 
 
@@ -95,26 +97,29 @@ def test_the_loss_counts_only_masked_columns():
 
     got = loss(model, batch)
     x = as_input(batch['images'])
-    assert (
-        got == pytest.approx(float((x - 0.25).square().mean((1, 2))[h].mean()))
-        and (seen[0].permute(0, 3, 1, 2)[h] == 0.5).all()
-        and torch.equal(seen[0].permute(0, 3, 1, 2)[~h], x.permute(0, 3, 1, 2)[~h])
-    )
+    assert got == pytest.approx(float((x - 0.25).square().mean((1, 2))[h].mean()))
+    assert (seen[0].permute(0, 3, 1, 2)[h] == 0.5).all()
+    assert torch.equal(seen[0].permute(0, 3, 1, 2)[~h], x.permute(0, 3, 1, 2)[~h])
     loss.step = 1
     assert not loss.mask(batch).equal(h)
 
 
 @pytest.mark.parametrize('method', ('masked', 'ctc'))
 def test_runs_resume_and_become_backbones(method, tmp_path, monkeypatch):
+    "A cut run ends with the weights of a whole one, and its encoder opens as a backbone"
     monkeypatch.chdir(tmp_path)
     run('a', method)
     run('b', method, callbacks=[StopAt()])
     run('b', method, resume='latest')
-    a, b = load_weights('a/latest.safetensors')[0], load_weights('b/latest.safetensors')[0]
-    assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+    a = load_weights('a/latest.safetensors')[0]
+    b = load_weights('b/latest.safetensors')[0]
+    assert a.keys() == b.keys()
+    assert all(a[k].equal(b[k]) for k in a)
     assert save_backbone('a/latest.safetensors', 'mine') == Path('models/backbones/mine.safetensors')
     vit, head = load_backbone('mine')
-    assert head['model'] == 'backbone' and head['way'] == method and not vit.training
+    assert head['model'] == 'backbone'
+    assert head['way'] == method
+    assert not vit.training
     assert all(v.equal(a['encoder.' + k]) for k, v in vit.state_dict().items())
     config = with_backbone(replace(tiny, encoder_depth=4, decoder_depth=2), 'mine')
     assert (config.backbone, config.encoder_depth, config.decoder_depth) == ('mine', 2, 2)
@@ -163,6 +168,7 @@ def test_filling_in_is_learned(stem, tmp_path):
 
 
 def test_faults(tmp_path, monkeypatch):
+    "What cannot be pretrained or opened gets one line"
     monkeypatch.chdir(tmp_path)
     run('a', 'masked', 1)
     save_backbone('a/latest.safetensors', 'mine')
@@ -183,7 +189,11 @@ def test_faults(tmp_path, monkeypatch):
 
 # vision transformers of others
 
-D, H, P, G, L = 32, 4, 8, 5, 2  # width, heads, patch, side of the grid, layers
+D = 32  # width
+H = 4  # heads
+P = 8  # px, side of a patch
+G = 5  # side of the grid
+L = 2  # layers
 
 
 def foreign(family, seed=0):
@@ -254,14 +264,15 @@ def reference_block(x, t, family, i):
         return x @ wb[0].T + wb[1]
 
     if family == 'timm':
-        pre, names = f'blocks.{i}', ('norm1', 'attn.proj', 'norm2', 'mlp.fc1', 'mlp.fc2')
+        pre = f'blocks.{i}'
+        names = ('norm1', 'attn.proj', 'norm2', 'mlp.fc1', 'mlp.fc2')
         qkv = linear(norm(x, at('norm1')), at('attn.qkv'))
-        q, k, v = qkv[:, :D], qkv[:, D : 2 * D], qkv[:, 2 * D :]
+        q = qkv[:, :D]
+        k = qkv[:, D : 2 * D]
+        v = qkv[:, 2 * D :]
     else:
-        pre, names = (
-            f'vit.encoder.layer.{i}',
-            ('layernorm_before', 'attention.output.dense', 'layernorm_after', 'intermediate.dense', 'output.dense'),
-        )
+        pre = f'vit.encoder.layer.{i}'
+        names = ('layernorm_before', 'attention.output.dense', 'layernorm_after', 'intermediate.dense', 'output.dense')
         q, k, v = (
             linear(norm(x, at('layernorm_before')), at(f'attention.attention.{p}')) for p in ('query', 'key', 'value')
         )
@@ -325,10 +336,12 @@ def test_a_foreign_vision_transformer(family, tmp_path):
 
 
 def test_positions_are_interpolated_and_lines_are_read(tmp_path):
+    "An imported encoder has positions for six rows and keeps them, frozen, while a decoder is trained on lines"
     save_file(foreign('timm'), tmp_path / 'vit.safetensors')
     path = import_vit(tmp_path / 'vit.safetensors', tmp_path / 'wide.safetensors', heads=H, height=48, columns=30)
     config = with_backbone(tiny, path)
-    assert config.rows == 6 and config.stride == P
+    assert config.rows == 6
+    assert config.stride == P
     train_recogniser(
         'vision_text',
         tmp_path / 't',
@@ -349,19 +362,22 @@ def test_positions_are_interpolated_and_lines_are_read(tmp_path):
     (
         (lambda t: t | {'blocks.0.ls1.gamma': torch.ones(D)}, 'ls1.gamma'),
         (lambda t: {k: v for k, v in t.items() if 'patch' not in k}, 'no patch embedding'),
-        (lambda t: {k: v for k, v in t.items() if 'pos' not in k}, 'no learned places'),
+        (lambda t: {k: v for k, v in t.items() if 'pos' not in k}, 'no learned positions'),
         (lambda t: t | {'norm.weight': torch.ones(D + 1)}, 'does not fit'),
         (lambda t: {k: v for k, v in t.items() if k != 'blocks.1.norm2.bias'}, 'does not fit'),
     ),
 )
 def test_files_that_are_none(change, says, tmp_path):
+    "Files that hold no plain vision transformer are refused in one line, and nothing is written"
     save_file(change(foreign('timm')), tmp_path / 'vit.safetensors')
     with pytest.raises(KhmerOCRError, match=says) as e:
         import_vit(tmp_path / 'vit.safetensors', tmp_path / 'x.safetensors', heads=H)
-    assert '\n' not in str(e.value) and not (tmp_path / 'x.safetensors').exists()
+    assert '\n' not in str(e.value)
+    assert not (tmp_path / 'x.safetensors').exists()
 
 
 def test_other_faults_of_foreign_files(tmp_path):
+    "A height that the patches do not divide, and files that cannot be read, get one line"
     save_file(foreign('timm'), tmp_path / 'vit.safetensors')
     (tmp_path / 'text.safetensors').write_text('hello')
     for call, says in (

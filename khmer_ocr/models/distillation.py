@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 from ..core.config import check_ranges, configure, normalised_by
@@ -90,23 +91,27 @@ class CTCEnsemble(CTCNet):
         "Positions in the logits of images of `widths` px; int or int tensor -> the same"
         return n_frames(widths, self.config.stride) * getattr(self.config, 'outputs_per_frame', 1)
 
-    def member_probs(self, member, x, widths):
-        "Probabilities of one member (B, T, n) in its own frames, and its px for one of the images'"
-        scale = member.config.height / x.shape[2]
-        if scale != 1:
-            x = F.interpolate(x.float(), (member.config.height, round(x.shape[3] * scale)), mode='area')
-            widths = None if widths is None else (widths * scale).round().long().clamp(min=1)
-        return member(x.contiguous(memory_format=torch.channels_last), widths).softmax(-1), scale
+# %% ../../nbs/06_models/14_distillation.ipynb #d6fff1cd
+@patch
+def member_probs(self: CTCEnsemble, member, x, widths):
+    "Probabilities of one member (B, T, n) in its own frames, and its px for one of the images'"
+    scale = member.config.height / x.shape[2]
+    if scale != 1:
+        x = F.interpolate(x.float(), (member.config.height, round(x.shape[3] * scale)), mode='area')
+        widths = None if widths is None else (widths * scale).round().long().clamp(min=1)
+    return member(x.contiguous(memory_format=torch.channels_last), widths).softmax(-1), scale
 
-    def forward(self, x, widths=None):
-        total = 0.0
-        for member, weight in zip(self.members, self.weights):
-            p, scale = self.member_probs(member, x, widths)
-            if member is not self.members[0]:
-                ratio = _output_stride(self.config) * scale / _output_stride(member.config)
-                p = resample_frames(p, self.lengths(x.shape[3]), ratio)
-            total = total + weight * p
-        return total.clamp(min=1e-12).log()
+
+@patch
+def forward(self: CTCEnsemble, x, widths=None):
+    total = 0.0
+    for member, weight in zip(self.members, self.weights):
+        p, scale = self.member_probs(member, x, widths)
+        if member is not self.members[0]:
+            ratio = _output_stride(self.config) * scale / _output_stride(member.config)
+            p = resample_frames(p, self.lengths(x.shape[3]), ratio)
+        total = total + weight * p
+    return total.clamp(min=1e-12).log()
 
 # %% ../../nbs/06_models/14_distillation.ipynb #e5f5ded6
 def open_teacher(
@@ -147,25 +152,29 @@ class DistillationLoss(FrameDistillationLoss):
         lengths = self.loss.lengths(batch['widths']).tolist()
         return [greedy_line(b[:n], c[:n])[0] for b, c, n in zip(best, confidence, lengths)]
 
-    def kl_divergence(self, logits, p, batch, units: int):
-        "The divergence of the student's logits from probabilities p, both (B, frames, n): nats for each unit"
-        t = self.temperature
-        log_q = (logits / t).log_softmax(-1)
-        p = soften(p, t)
-        inside = length_mask(p.shape[1], self.loss.lengths(batch['widths']).to(p.device))
-        divergence = (torch.xlogy(p, p) - p * log_q).sum(-1)
-        return t * t * divergence[inside].sum() / max(1, units)
+# %% ../../nbs/06_models/14_distillation.ipynb #8b8289de
+@patch
+def kl_divergence(self: DistillationLoss, logits, p, batch, units: int):
+    "The divergence of the student's logits from probabilities p, both (B, frames, n): nats for each unit"
+    t = self.temperature
+    log_q = (logits / t).log_softmax(-1)
+    p = soften(p, t)
+    inside = length_mask(p.shape[1], self.loss.lengths(batch['widths']).to(p.device))
+    divergence = (torch.xlogy(p, p) - p * log_q).sum(-1)
+    return t * t * divergence[inside].sum() / max(1, units)
 
-    def __call__(self, model, batch):
-        logits = self.loss.logits(model, batch)
-        p = self.teacher_probs(batch, logits.shape[1])
-        ids = self.pseudo_labels(p, batch)
-        total = self.share * self.kl_divergence(logits, p, batch, sum(len(line) for line in ids))
-        texts = [self.loss.units.decode(line) for line in ids]
-        for part, labels in ((1 - self.words, batch['texts']), (self.words, texts)):
-            if part and self.share < 1:
-                total = total + (1 - self.share) * part * self.loss.from_logits(logits, batch | dict(texts=labels))
-        return total
+
+@patch
+def __call__(self: DistillationLoss, model, batch):
+    logits = self.loss.logits(model, batch)
+    p = self.teacher_probs(batch, logits.shape[1])
+    ids = self.pseudo_labels(p, batch)
+    total = self.share * self.kl_divergence(logits, p, batch, sum(len(line) for line in ids))
+    texts = [self.loss.units.decode(line) for line in ids]
+    for part, labels in ((1 - self.words, batch['texts']), (self.words, texts)):
+        if part and self.share < 1:
+            total = total + (1 - self.share) * part * self.loss.from_logits(logits, batch | dict(texts=labels))
+    return total
 
 # %% ../../nbs/06_models/14_distillation.ipynb #6a94c9e8
 def _tuple_of_teachers(values: dict) -> dict:
@@ -190,14 +199,18 @@ class DistillationConfig:
             )
         check_ranges(self, dict(share=(0, 1), temperature=(0.1, 20), words=(0, 1)))
 
-    def __str__(self):
-        names = ', '.join('/'.join(Path(t).parts[-2:]) for t in self.teachers)
-        return f'{names}: share {self.share:g}, temperature {self.temperature:g}, words {self.words:g}'
+# %% ../../nbs/06_models/14_distillation.ipynb #ecdf79bb
+@patch
+def __str__(self: DistillationConfig):
+    names = ', '.join('/'.join(Path(t).parts[-2:]) for t in self.teachers)
+    return f'{names}: share {self.share:g}, temperature {self.temperature:g}, words {self.words:g}'
 
-    def __call__(self, loss: CTCLoss) -> DistillationLoss:
-        "The plain loss with the teachers in it"
-        teachers = [open_teacher(t, loss.units) for t in self.teachers]
-        return DistillationLoss(loss, teachers, self.share, self.temperature, self.words)
+
+@patch
+def __call__(self: DistillationConfig, loss: CTCLoss) -> DistillationLoss:
+    "The plain loss with the teachers in it"
+    teachers = [open_teacher(t, loss.units) for t in self.teachers]
+    return DistillationLoss(loss, teachers, self.share, self.temperature, self.words)
 
 
 def read_distillation(table: dict) -> DistillationConfig:

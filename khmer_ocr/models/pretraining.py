@@ -11,6 +11,7 @@ __all__ = ['METHODS', 'BACKBONE_HEADER', 'ENCODER_SETTINGS', 'mask_spans', 'Mask
 import math
 import re
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,8 @@ def evaluate_masked(net, batches, share=0.4) -> dict[str, float]:
 # %% ../../nbs/06_models/11_pretraining.ipynb #2388bd06
 def _pretraining_parts(method, config, train, units, share):
     "Network, loss and (net, batches) -> scores of a way of pretraining"
+    if method not in METHODS:
+        raise KhmerOCRError(f'Unknown way of pretraining {method!r}: choose masked or ctc')
     if method == 'masked':
         loss = MaskedLoss(share, train.seed)
         return MaskedImageModel(config), loss, lambda net, batches: evaluate_masked(net, batches, share)
@@ -160,8 +163,6 @@ def pretrain(
     verbose=True,
 ) -> Learner:
     "Train an encoder by itself; `save_backbone` keeps it"
-    if method not in METHODS:
-        raise KhmerOCRError(f'Unknown way of pretraining {method!r}: choose masked or ctc')
     recipe = recipe or Recipe(random_text=True)
     train = train or TrainConfig(channels_last=True)
     config = config or ImageToTextConfig()
@@ -172,34 +173,16 @@ def pretrain(
         init_encoder(net.encoder, init)
     batches, val = training_batches(data, recipe, train, config.height, validation, workers, pool, texts)
     origin = dict(recipe=asdict(recipe) | dict(data=str(getattr(data, 'path', data))), train=asdict(train))
-    learn = Learner(
-        net,
-        loss,
-        batches,
-        train,
-        out_dir,
-        [PaddingMonitor(), _StepCounter(loss), *callbacks],
-        (lambda net: evaluate(net, val)) if val else None,
-        header(config, units, model='pretraining', way=method, **origin),
-        verbose=verbose,
-    )
-    return learn.fit(resume)
+    about = header(config, units, model='pretraining', way=method, **origin)
+    callbacks = [PaddingMonitor(), _StepCounter(loss), *callbacks]
+    scores = partial(evaluate, batches=val) if val else None
+    return Learner(net, loss, batches, train, out_dir, callbacks, scores, about, verbose=verbose).fit(resume)
 
 # %% ../../nbs/06_models/11_pretraining.ipynb #9390bf02
-BACKBONE_HEADER = (
-    'config',
-    'charset',
-    'height',
-    'stride',
-    'preprocess',
-    'normal_form',
-    'way',
-    'recipe',
-    'train',
-    'step',
-)
+_origin = ('way', 'recipe', 'train', 'step')
+BACKBONE_HEADER = ('config', 'charset', 'height', 'stride', 'preprocess', 'normal_form', *_origin)
 
-# %% ../../nbs/06_models/11_pretraining.ipynb #72879df1
+
 def save_backbone(
     checkpoint,  # of a run of `pretrain`, or of an image-to-text transformer
     name,  # a name, or the path of a .safetensors file
@@ -252,20 +235,9 @@ def init_encoder(vit: ViT, name):
     _load_encoder(vit, load_backbone(name)[0].state_dict(), name)
 
 # %% ../../nbs/06_models/11_pretraining.ipynb #d1e1d99e
-ENCODER_SETTINGS = (
-    'height',
-    'stem',
-    'channels',
-    'patch',
-    'ctc',
-    'positions',
-    'reach',
-    'encoder_depth',
-    'encoder_width',
-    'encoder_heads',
-    'mlp_ratio',
-    'charset',
-)
+_stem_settings = ('height', 'stem', 'channels', 'patch', 'ctc', 'charset')
+_layer_settings = ('positions', 'reach', 'encoder_depth', 'encoder_width', 'encoder_heads', 'mlp_ratio')
+ENCODER_SETTINGS = _stem_settings + _layer_settings
 
 
 def with_backbone(config: ImageToTextConfig, name) -> ImageToTextConfig:
@@ -334,7 +306,7 @@ def _join_qkv(tensors: dict):
             parts = [tensors.pop(f'layers.{i}.{part}.{end}') for part in 'qkv']
             tensors[f'layers.{i}.qkv.{end}'] = torch.cat(parts)
 
-
+# %% ../../nbs/06_models/11_pretraining.ipynb #8881da24
 def read_vit_weights(
     path,  # a .safetensors file
 ) -> dict:  # name -> tensor, float32
@@ -386,7 +358,7 @@ def _vit_config(tensors: dict, path, heads, height, columns) -> ImageToTextConfi
             f'give a height that is a multiple of {p}'
         )
     if not depth or 'positions' not in tensors:
-        missing = 'layers' if not depth else 'learned places'
+        missing = 'layers' if not depth else 'learned positions'
         raise KhmerOCRError(f'{path} has no {missing}: it is no plain vision transformer')
     return ImageToTextConfig(
         height=height,

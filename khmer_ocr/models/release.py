@@ -130,7 +130,7 @@ def _check_plan(plan: dict, path):
     if plan['kind'] != 'ctc' and any('distil' in table for table in (plan, *plan['stage'])):
         raise KhmerOCRError(f'{path}: only CTC readers can be taught (distil), and this model is {plan["kind"]}')
 
-
+# %% ../../nbs/06_models/16_release.ipynb #a9a4a8b5
 def read_plan(
     plan,  # name of a plan that ships, or a TOML or JSON file
 ) -> Plan:
@@ -230,7 +230,7 @@ def _finished(folder: Path, steps: int) -> bool:
     latest = folder / 'latest.safetensors'
     return latest.exists() and load_checkpoint(latest)[1].get('step', 0) >= steps
 
-
+# %% ../../nbs/06_models/16_release.ipynb #68a6454b
 def run_stage(
     stage: PlanStage,
     folder: Path,  # of the stage
@@ -289,7 +289,7 @@ def describe_hardware() -> str:
         cpu = platform.processor() or platform.machine()
     return f'CPU ({cpu}), torch {torch.__version__}'
 
-
+# %% ../../nbs/06_models/16_release.ipynb #ecec54a0
 def training_summary(
     checkpoint,
 ) -> dict:  # stage, steps, samples, seconds (None: not counted), seed, recipe, train; teacher and keep, if any
@@ -317,7 +317,7 @@ def _n_parameters(checkpoint) -> int:
     statistics = ('running_', 'num_batches')
     return sum(w.numel() for name, w in tensors.items() if not any(s in name for s in statistics))
 
-
+# %% ../../nbs/06_models/16_release.ipynb #9ffaefad
 def make_card(
     plan: Plan,
     checkpoints,  # of the stages
@@ -411,7 +411,7 @@ def _card_scores(card) -> list[str]:
         lines.append(_row(name, *rates, scores.get('lines', '')))
     return lines
 
-
+# %% ../../nbs/06_models/16_release.ipynb #a1df51e2
 def card_markdown(card: dict) -> str:
     "A card as Markdown"
     parts = (_card_head, _card_training, _card_text, _card_scores)

@@ -59,7 +59,7 @@ def read_document(given: dict) -> I2TConfig | None:
         return None
     return read_i2t_config(given)
 
-
+# %% ../../nbs/06_models/15_training_request.ipynb #06ac860d
 @dataclass
 class SettingsFile:
     "The content of a settings file: tables, and the founding document's settings if it has those in their place"
@@ -72,13 +72,15 @@ class SettingsFile:
     curriculum: list
     document: I2TConfig | None = None
 
-
+# %% ../../nbs/06_models/15_training_request.ipynb #2e147427
 def read_tables(
     path=None,  # TOML or JSON file, or a dict of tables; None: empty tables
 ) -> SettingsFile:
     "Read the tables of a settings file; `KhmerOCRError` for what is none"
-    given = {} if path is None else path if isinstance(path, dict) else read_settings(path)
     where = 'settings' if isinstance(path, dict) else path
+    given = {} if path is None else path
+    if not isinstance(given, dict):
+        given = read_settings(given)
     document = read_document(given)
     if document:
         given = dict(model=asdict(image_to_text_config(document)), train=loop_settings(document))
@@ -109,18 +111,23 @@ class TrainingRequest:
         if self.distil and self.model != 'ctc':
             raise KhmerOCRError(f'Only a CTC reader can be taught ([distil]), not --model {self.model}')
 
-    @property
-    def spec(self) -> ModelSpec:
-        return find_spec(self.model)
+# %% ../../nbs/06_models/15_training_request.ipynb #b2d92bf8
+@patch(as_prop=True)
+def spec(self: TrainingRequest) -> ModelSpec:
+    "The kind of recogniser"
+    return find_spec(self.model)
 
-    @property
-    def samples_per_step(self) -> int:
-        "Lines of a step, in all processes"
-        return self.train.batch_size * self.train.accumulate * world_size()
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return max(1, self.samples_per_epoch // self.samples_per_step)
+@patch(as_prop=True)
+def samples_per_step(self: TrainingRequest) -> int:
+    "Lines of a step, in all processes"
+    return self.train.batch_size * self.train.accumulate * world_size()
+
+
+@patch(as_prop=True)
+def steps_per_epoch(self: TrainingRequest) -> int:
+    "Steps in which the lines of an epoch are used up, at least 1"
+    return max(1, self.samples_per_epoch // self.samples_per_step)
 
 # %% ../../nbs/06_models/15_training_request.ipynb #007ae39c
 def _drawn_texts(request: TrainingRequest) -> list | None:
@@ -147,19 +154,10 @@ def lines(self: TrainingRequest, texts=None) -> tuple:  # data and texts for `tr
     if drawn and not self.curriculum and not self.data.scale and not self.data.mix:
         return self.source, texts
     per_step = self.samples_per_step
-    source = training_source(
-        self.source,
-        self.recipe,
-        self.data,
-        self.curriculum,
-        self.train.steps * per_step,
-        per_step,
-        self.config.height,
-        charset(self.config.charset),
-        texts,
-        self.max_samples,
-    )
-    return source, texts
+    lengths = (self.train.steps * per_step, per_step)
+    shape = (self.config.height, charset(self.config.charset))
+    what = (self.source, self.recipe, self.data, self.curriculum)
+    return training_source(*what, *lengths, *shape, texts, self.max_samples), texts
 
 # %% ../../nbs/06_models/15_training_request.ipynb #0300b5ac
 @patch
@@ -290,6 +288,15 @@ def _tables_for(path, model, variant_name) -> SettingsFile:
     return tables
 
 
+def _batch_size(spec: ModelSpec, config, table: dict, resume) -> int:
+    "Lines of a batch; wrong names and types among the loop's settings are found here, before anything else"
+    size = table.get('batch_size', 64)
+    if size == 'auto':
+        size = fitting_batch_size(spec, config, resume)
+    configure(TrainConfig, table | dict(batch_size=size))
+    return size
+
+
 def _recipe(table: dict, options: dict | None, document: I2TConfig | None) -> Recipe:
     given = dict(random_text=True) | table | _without_none(options)
     if document and (options or {}).get('seed') is None:
@@ -322,24 +329,12 @@ def read_training_config(
     data = configure(DataConfig, tables.data | _without_none(options.get('data')))
     named = None if document else _variant(spec.name, variant, init)
     config = _network_config(spec, tables.model | _without_none(options.get('model')), init, named)
-    loop = (changed_settings(named.train) if named else {}) | tables.train | _without_none(options.get('train'))
-    batch_size = loop.get('batch_size', 64)
-    if batch_size == 'auto':
-        batch_size = fitting_batch_size(spec, config, resume)
-    configure(TrainConfig, loop | dict(batch_size=batch_size))  # wrong names and types are found before anything else
+    table = (changed_settings(named.train) if named else {}) | tables.train | _without_none(options.get('train'))
+    batch_size = _batch_size(spec, config, table, resume)
     samples = samples_per_epoch or epoch_samples(source, data, max_samples)
     epochs = num_epochs or (document.num_epochs if document else None) or None
-    return TrainingRequest(
-        spec.name,
-        config,
-        _loop(loop, batch_size, samples, steps, epochs, document, workers, init),
-        recipe,
-        data,
-        tuple(read_stages(curriculum if curriculum is not None else tables.curriculum, recipe)),
-        read_distillation(tables.distil) if tables.distil else None,
-        source,
-        max_samples,
-        init,
-        samples,
-        workers,
-    )
+    loop = _loop(table, batch_size, samples, steps, epochs, document, workers, init)
+    stages = tuple(read_stages(curriculum if curriculum is not None else tables.curriculum, recipe))
+    distil = read_distillation(tables.distil) if tables.distil else None
+    lines = (recipe, data, stages, distil, source, max_samples)
+    return TrainingRequest(spec.name, config, loop, *lines, init, samples, workers)
