@@ -133,14 +133,14 @@ def train_generator(kind: str, pages: tuple[list, list], out: Path, epochs: int,
     model = out / 'painter.safetensors'
     print(f'{model}: make pages with khmer-ocr gan generate {kind}, or draw lines with --degradation learned:{model}')
 
-# %% ../../nbs/12_cli/06_generative.ipynb #65bded61
+# %% ../../nbs/12_cli/06_generative.ipynb #119b3d15
 KIND_HELP = 'dcgan: surfaces out of noise; the others turn masks into pages: one sharp style, many styles, or both.'
 DATA_HELP = (
     'Images, or a folder with images/ and masks/ (of a dcgan: with good/ or bad/); without it, some of our own making.'
 )
 CONFIG_HELP = 'Settings of networks and training as TOML or JSON, such as ngf = 32.'
 
-
+# %% ../../nbs/12_cli/06_generative.ipynb #65bded61
 @gan.command('train')
 def gan_train_command(
     kind: str = typer.Argument(..., metavar='dcgan|pix2pix|vae|hybrid', callback=one_of(*GENERATORS), help=KIND_HELP),

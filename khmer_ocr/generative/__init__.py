@@ -69,6 +69,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             'read_pairs',
             'save_pairs',
             'split_pairs',
+            'describe_pages',
             'crop',
             'CropConfig',
             'random_crop',

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAGE_DEGRADATION', 'ImagePair', 'typeset_page', 'page_blur', 'rendered_pairs', 'sauvola', 'ink_iou',
-           'read_colour', 'image_files', 'read_masks', 'read_groups', 'read_pairs', 'save_pairs', 'split_pairs', 'crop',
-           'CropConfig', 'random_crop', 'as_batch', 'as_uint8', 'PairBatches', 'create_synthetic_dataloader']
+           'read_colour', 'image_files', 'read_masks', 'read_groups', 'read_pairs', 'save_pairs', 'split_pairs',
+           'describe_pages', 'crop', 'CropConfig', 'random_crop', 'as_batch', 'as_uint8', 'PairBatches',
+           'create_synthetic_dataloader']
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #ce70e988
 import csv
@@ -341,6 +342,14 @@ def split_pairs(
     held_out = [p for p in pairs if _group(p) in held]
     return train, held_out
 
+# %% ../../nbs/07_generative/03_pairs.ipynb #ef77259a
+def describe_pages(pairs: list[ImagePair]) -> tuple[int, int, float, float]:
+    "Pages, groups, megapixels, and ink in percent (the mean over the pages)"
+    groups = {_group(p) for p in pairs}
+    pixels = sum(p.mask.size for p in pairs)
+    ink = np.mean([(p.mask > 0).mean() for p in pairs])
+    return len(pairs), len(groups), pixels / 1e6, round(100 * float(ink), 1)
+
 # %% ../../nbs/07_generative/03_pairs.ipynb #186ee23a
 def crop(
     pair: ImagePair,
@@ -484,6 +493,12 @@ def batches(self: PairBatches, n: int = 0) -> Iterator[dict]:
 @patch
 def __iter__(self: PairBatches):
     return (self[n] for n in range(len(self)))
+
+
+@patch
+def first(self: PairBatches, n: int) -> dict[str, torch.Tensor]:
+    "The first `n` samples as one batch, whatever `batch_size` is"
+    return as_batch([self.sample(i) for i in range(n)])
 
 # %% ../../nbs/07_generative/03_pairs.ipynb #aeb19cbe
 def create_synthetic_dataloader(
