@@ -3,7 +3,6 @@
 import importlib.util, json, re
 from pathlib import Path
 import nbformat, pytest
-from conftest import make_tiny
 from khmer_ocr.generative.dcgan import DCGANConfig, procedural_paper, train_dcgan
 from khmer_ocr.synth.fonts import find_fonts
 from khmer_ocr.generative.pairs import rendered_pairs
@@ -19,73 +18,65 @@ from khmer_ocr.generative.vae_training import train_vae
 root = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope='module')
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp('tiny'))
+LINES_OF_THE_PAGE = ['ព្រះរាជាណាចក្រកម្ពុជា', 'ជាតិ សាសនា ព្រះមហាក្សត្រ', 'ឆ្នាំ២០២៥']
 
 
 def demo_page(folder):
-    "A page as the demo makes it"
+    "A page as the demo makes it, with its text"
+    from khmer_ocr.reporting.figures import khmer_font_file
+
     spec = importlib.util.spec_from_file_location('demo', root / 'tools/demo.py')
     demo = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(demo)
-    from khmer_ocr.reporting.figures import khmer_font_file
-
-    lines = demo.typeset(
-        ['ព្រះរាជាណាចក្រកម្ពុជា', 'ជាតិ សាសនា ព្រះមហាក្សត្រ', 'ឆ្នាំ២០២៥'], str(khmer_font_file()), folder / 'page.pdf'
-    )
+    lines = demo.typeset(LINES_OF_THE_PAGE, str(khmer_font_file()), folder / 'page.pdf')
     demo.rasterise(folder / 'page.pdf', folder / 'page.png', dpi=72)
     (folder / 'page.txt').write_text('\n'.join(lines), encoding='utf-8')
 
 
+def release_plan(folder):
+    "A plan of two stages, of which the second has a larger network"
+    train = dict(batch_size=2, log_every=1, precision='32-true', tensorboard=False)
+    stages = [
+        dict(name='one', train=dict(steps=2)),
+        dict(name='two', train=dict(steps=1), settings=dict(res_blocks=[1, 0, 0])),
+    ]
+    plan = dict(name='toy', model='ctc', summary='a toy', settings=tiny_network, train=train, stage=stages)
+    (folder / 'plan.json').write_text(json.dumps(plan))
+
+
+def trained_dcgan(folder):
+    "A DCGAN of procedural paper after one epoch"
+    papers = procedural_paper(4, 16, 1)
+    train_dcgan(folder / 'models', papers, DCGANConfig(**dcgan), device='cpu', tensorboard=False, verbose=False)
+
+
+def trained_generators(folder):
+    "A Pix2Pix and a VAE after one epoch"
+    pairs = rendered_pairs(['ភ្នំពេញ', 'សាលារៀន'], find_fonts(split='train')[:1], 2, shape=(90, 120))
+    loop = dict(epochs=1, verbose=False, precision='32-true', device='cpu', tensorboard=False)
+    train_pix2pix(folder / 'plain', pairs, Pix2PixConfig(resolution=64, ngf=4, ndf=4), **loop)
+    train_vae(folder / 'styled', pairs, VAEConfig(resolution=64, latent=4, width=4), **loop)
+
+
+prepare = dict(demo=demo_page, release=release_plan, dcgan_inference=trained_dcgan, judge_looks=trained_generators)
+tiny_network = dict(channels=[8, 8, 8, 8, 16], hidden=8, layers=1)
 pages = dict(pages=3, page_size=160, batch_size=2, epochs=1, evaluated=8, device='cpu', precision='32-true', ema=0.9)
-painter = dict(image_size=16, width=4, d_width=4, z_dim=8, batch_size=4, epochs=1)
+dcgan = dict(image_size=16, width=4, d_width=4, z_dim=8, batch_size=4, epochs=1)
 
 
 def parameters(name, t, d):
-    if name == 'demo':
-        demo_page(d)
-    if name == 'release':
-        (d / 'plan.json').write_text(
-            json.dumps(
-                dict(
-                    name='toy',
-                    model='ctc',
-                    summary='a toy',
-                    settings=dict(channels=[8, 8, 8, 8, 16], hidden=8, layers=1),
-                    train=dict(batch_size=2, log_every=1, precision='32-true', tensorboard=False),
-                    stage=[
-                        dict(name='one', train=dict(steps=2)),
-                        dict(name='two', train=dict(steps=1), settings=dict(res_blocks=[1, 0, 0])),
-                    ],
-                )
-            )
-        )
-    if name == 'dcgan_inference':
-        train_dcgan(
-            d / 'models',
-            procedural_paper(4, 16, 1),
-            DCGANConfig(**painter),
-            device='cpu',
-            tensorboard=False,
-            verbose=False,
-        )
-    if name == 'judge_looks':
-        own, few = (
-            rendered_pairs(['ភ្នំពេញ', 'សាលារៀន'], find_fonts(split='train')[:1], 2, shape=(90, 120)),
-            dict(epochs=1, verbose=False, precision='32-true', device='cpu', tensorboard=False),
-        )
-        train_pix2pix(d / 'plain', own, Pix2PixConfig(resolution=64, ngf=4, ndf=4), **few)
-        train_vae(d / 'styled', own, VAEConfig(resolution=64, latent=4, width=4), **few)
+    "Tiny parameters of a run, with the data of `t` and results in `d`"
+    if name in prepare:
+        prepare[name](d)
     return dict(
-        train_dcgan=dict(papers=4, model_dir=str(d / 'models'), evaluated=8, device='cpu', **painter),
+        train_dcgan=dict(papers=4, model_dir=str(d / 'models'), evaluated=8, device='cpu', **dcgan),
         dcgan_explore=dict(
             papers=4,
             variants={'plain': {}},
             model_dir=str(d / 'models'),
             evaluated=8,
             device='cpu',
-            **{k: v for k, v in painter.items() if k != 'z_dim'},
+            **{k: v for k, v in dcgan.items() if k != 'z_dim'},
         ),
         dcgan_inference=dict(model=str(d / 'models/generator_model.safetensors'), samples=4, images=str(d / 'out')),
         train_pix2pix=dict(
@@ -117,9 +108,7 @@ def parameters(name, t, d):
         judge_looks=dict(
             pages=6,
             page_size=160,
-            models=[str(d / 'plain/generator.safetensors'), str(next((d / 'styled').glob('vae*.safetensors')))]
-            if name == 'judge_looks'
-            else [],
+            models=[str(p) for p in (*d.glob('plain/generator.safetensors'), *d.glob('styled/vae*.safetensors'))][:2],
             tiles=18,
             tile=64,
             styles=2,
@@ -137,16 +126,14 @@ def parameters(name, t, d):
             model_dir=str(d / 'model'),
             steps=2,
             batch_size=2,
-            channels=[8, 8, 8, 8, 16],
-            hidden=8,
-            layers=1,
+            **tiny_network,
         ),
         seq2seq_curves=dict(
             corpus=str(t / 'corpus'),
             model_dir=str(d / 'curves'),
             steps=2,
             batch_size=2,
-            judged=2,
+            evaluated=2,
             evaluations=1,
             families=[],
             lengths=[1.0, 0.0, 0.0, 0.0],
@@ -186,10 +173,7 @@ def parameters(name, t, d):
             lines=2,
         ),
         candidates=dict(
-            candidates={
-                'a': dict(channels=[8, 8, 8, 8, 16], hidden=8, layers=1),
-                'b': dict(channels=[8, 8, 8, 8, 16], hidden=8, layers=0),
-            },
+            candidates={'a': tiny_network, 'b': tiny_network | dict(layers=0)},
             trunk='',
             corpus=str(t / 'corpus'),
             model_dir=str(d / 'models'),
@@ -204,8 +188,8 @@ def parameters(name, t, d):
             lines=4,
             steps=2,
             batch_size=2,
-            judged=2,
-            looks=1,
+            evaluated=2,
+            evaluations=1,
             width=16,
             depth=1,
             vocabulary=120,
@@ -223,16 +207,20 @@ def parameters(name, t, d):
             load_batches=1,
             pair_steps=1,
             number_steps=2,
-            eyes=str(t / 'model/best.safetensors'),
+            reader=str(t / 'model/best.safetensors'),
             families=[],
-            judged=2,
+            evaluated=2,
             batch_size=2,
             width_of_model=16,
             model_dir=str(d / 'models'),
             precision='32-true',
         ),
         gallery=dict(
-            texts=['ឆ្នាំ២០២៥', 'ព្រះរាជាណាចក្រកម្ពុជា'], size=18.0, fates=1, shown=2, model=str(t / 'model/best.safetensors')
+            texts=['ឆ្នាំ២០២៥', 'ព្រះរាជាណាចក្រកម្ពុជា'],
+            size=18.0,
+            variants=1,
+            shown=2,
+            model=str(t / 'model/best.safetensors'),
         ),
         demo=dict(
             samples=str(t / 'set/train'),
@@ -291,10 +279,8 @@ def check_pix2pix(m, facts, page):
     assert m['scores']['real']['l1'] == 0 < m['scores']['two flat colours']['l1']
     assert set(m['distance']) == {'generated', 'real'}
     assert m['best']['ssim'] > 0
-    whole, same, cheap = (
-        m['progressive'][k][0]['steps'] for k in ('in stages', 'full size, same steps', 'full size, same cost')
-    )
-    assert whole == same > cheap > 0
+    steps = {name: runs[0]['steps'] for name, runs in m['progressive'].items()}
+    assert steps['in stages'] == steps['full size, same steps'] > steps['full size, same cost'] > 0
     assert facts['times']['squares_per_second'] > 0
     assert page.count('<img') >= 10
     assert 'same cost' in page
@@ -303,29 +289,24 @@ def check_pix2pix(m, facts, page):
 def check_speed(m, facts, page):
     rows = m['results']
     assert len(rows) == 2 * 2 * 5
-    assert {r['way'] for r in rows} == {
-        'fp32',
-        'fp32, inference mode',
-        'fp32, channels last',
-        'bf16',
-        'bf16, channels last',
-    }
+    ways = {'fp32', 'fp32, inference mode', 'fp32, channels last', 'bf16', 'bf16, channels last'}
+    assert {r['way'] for r in rows} == ways
     assert m['failed'] == []
     assert all(r['samples_per_s'] > 0 and r['ceiling'] > 0 and r['ssim'] > 0.9 for r in rows)
     assert all(r['ratio'] == 1 == r['low'] for r in rows if r['way'] == 'fp32')
     assert [(b['network'], b['batch'], b['claimed']) for b in m['beside']] == [('pix2pix', 2, 12)]
-    assert m['beside'][0]['measured'] == pytest.approx(
-        max(r['samples_per_s'] for r in rows if (r['network'], r['threads']) == ('pix2pix', 2)), rel=0.01
-    )
+    fastest = max(r['samples_per_s'] for r in rows if (r['network'], r['threads']) == ('pix2pix', 2))
+    assert m['beside'][0]['measured'] == pytest.approx(fastest, rel=0.01)
     assert len(m['generating_mb']) == 2 * 2
     assert [(r['network'], r['batch']) for r in m['training_mb']] == [('pix2pix', 1), ('hybrid', 1)]
     assert m['costs']['hybrid']['parameters'] > m['costs']['pix2pix']['parameters']
-    assert 'not asked for' in page
+    assert 'not measured' in page
 
 
-def check_looks(m, facts, page):
+def check_generators(m, facts, page):
     measured = m['measured']
-    plain, styled = 'plain/generator', next(k for k in measured if k.startswith('styled/'))
+    plain = 'plain/generator'
+    styled = next(k for k in measured if k.startswith('styled/'))
     assert set(measured) == {'real', 'flat colours', 'pasted', plain, styled}
     assert m['own_pages']
     assert m['groups'] == {'A': 3, 'B': 3}
@@ -370,7 +351,7 @@ def check_vae(m, facts, page):
 checks = dict(
     train_vae=check_vae,
     generator_speed=check_speed,
-    judge_looks=check_looks,
+    judge_looks=check_generators,
     train_pix2pix=check_pix2pix,
     release=check_release,
     corpus=check_corpus,
@@ -381,6 +362,7 @@ checks = dict(
 
 @pytest.mark.parametrize('name', available_runs())
 def test_run(name, tiny, tmp_path):
+    "A run leaves metrics, figures and a page of its own; when it ran stands in run.json alone"
     params = parameters(name, tiny, tmp_path)
     run = run_notebook(name, params, tmp_path / 'report')
     page = (run.folder / 'report.html').read_text(encoding='utf-8')
@@ -389,9 +371,9 @@ def test_run(name, tiny, tmp_path):
     assert 'http://' not in page.split('</head>')[0]
     assert list((run.folder / 'figures').glob('*.png'))
     assert not (run.folder / 'times.json').exists()
-    checks.get(name, lambda *_: None)(
-        run.metrics, facts := json.loads((run.folder / 'run.json').read_text(encoding='utf-8')), page
-    )
+    facts = json.loads((run.folder / 'run.json').read_text(encoding='utf-8'))
+    if name in checks:
+        checks[name](run.metrics, facts, page)
     assert facts['started'][:10] not in (run.folder / 'run.ipynb').read_text(encoding='utf-8')
     assert facts['host']
     assert facts['versions']['khmer_ocr']
@@ -400,27 +382,29 @@ def test_run(name, tiny, tmp_path):
 @pytest.mark.parametrize('name', available_runs())
 def test_committed_without_outputs_and_defines_nothing(name):
     nb = nbformat.read(run_folder() / f'{name}.ipynb', as_version=4)
-    for c in nb.cells:
-        assert not c.get('outputs'), name
-        assert not any(l.startswith(('def ', 'class ')) for l in c.source.splitlines() if c.cell_type == 'code'), name
-    ps = run_parameters(name)
-    assert ps
-    assert all(p.help for p in ps)
-    assert ps[-1].name == 'out_dir'
+    for cell in nb.cells:
+        assert not cell.get('outputs'), name
+        if cell.cell_type == 'code':
+            assert not re.search(r'^ *(def|class) ', cell.source, re.M), name
+    parameters = run_parameters(name)
+    assert parameters
+    assert all(p.help for p in parameters)
+    assert parameters[-1].name == 'out_dir'
+
+
+def files_without_footer(folder):
+    "Name -> bytes of a run's files; the foot of the page, with time and speed, is left out"
+    files = [p for p in folder.rglob('*') if p.is_file()]
+    return {p.name: re.sub(b'<footer.*?</footer>', b'', p.read_bytes(), flags=re.S) for p in files}
 
 
 def test_equal_runs_are_equal_but_for_run_json(tiny, tmp_path):
     params = parameters('generate', tiny, tmp_path)
-    read = lambda p: re.sub(
-        b'<footer.*?</footer>', b'', p.read_bytes(), flags=re.S
-    )  # the foot of the page says when and how fast
-    first = {
-        p.name: read(p) for p in run_notebook('generate', params, tmp_path / 'report').folder.rglob('*') if p.is_file()
-    }
-    b = run_notebook('generate', params, tmp_path / 'report').folder
-    for p in b.rglob('*'):
-        if p.is_file() and p.name != 'run.json':
-            assert read(p) == first[p.name], p
+    first = files_without_footer(run_notebook('generate', params, tmp_path / 'report').folder)
+    again = files_without_footer(run_notebook('generate', params, tmp_path / 'report').folder)
+    assert first.keys() == again.keys()
+    for name in first.keys() - {'run.json'}:
+        assert again[name] == first[name], name
 
 
 def test_bad_parameters_touch_nothing(tmp_path):
@@ -440,13 +424,15 @@ def test_a_failing_cell_is_one_line_and_leaves_the_notebook(tmp_path):
 
 
 def test_shards_and_a_damaged_set(tiny, tmp_path):
+    "Files and shards give the same numbers; a changed byte is found"
     params = parameters('generate', tiny, tmp_path)
-    a, b = (
-        run_notebook('generate', params | dict(format=f, out=str(tmp_path / f)), tmp_path / f'report_{f}').metrics
-        for f in ('png', 'shards')
-    )
-    assert all(a[k] == b[k] for k in ('font_lines', 'operations', 'images_with_symbol', 'images'))
-    assert b['splits']['train']['images'] == 4
+    metrics = {}
+    for layout in ('png', 'shards'):
+        changed = dict(format=layout, out=str(tmp_path / layout))
+        metrics[layout] = run_notebook('generate', params | changed, tmp_path / f'report_{layout}').metrics
+    for key in ('font_lines', 'operations', 'images_with_symbol', 'images'):
+        assert metrics['png'][key] == metrics['shards'][key], key
+    assert metrics['shards']['splits']['train']['images'] == 4
     png = next((tmp_path / 'png/train/images').glob('*.png'))
     data = bytearray(png.read_bytes())
     data[-20] ^= 1
@@ -456,17 +442,18 @@ def test_shards_and_a_damaged_set(tiny, tmp_path):
 
 
 def test_an_augmented_validation_set(tiny, tmp_path):
-    m = run_notebook(
-        'validation_set', parameters('validation_set', tiny, tmp_path) | dict(augmented='scan'), tmp_path / 'r'
-    ).metrics
-    assert m['augmented']
-    assert sum(m['operations'].values()) > 0
+    params = parameters('validation_set', tiny, tmp_path) | dict(augmented='scan')
+    metrics = run_notebook('validation_set', params, tmp_path / 'r').metrics
+    assert metrics['augmented']
+    assert sum(metrics['operations'].values()) > 0
 
 
-def test_measuring_data_is_not_shown_unasked(tmp_path):
-    run = run_notebook('judge_looks', dict(pages=6, page_size=160, tiles=18, tile=64, reader=''), tmp_path / 'report')
+def test_tiles_are_not_shown_by_default(tmp_path):
+    "Without `shown` the page has measures only, and without a reader no `text_kept`"
+    params = dict(pages=6, page_size=160, tiles=18, tile=64, reader='')
+    run = run_notebook('judge_looks', params, tmp_path / 'report')
     assert {p.name for p in (run.folder / 'figures').glob('*.png')} == {'measures.png', 'statistics.png'}
     assert 'text_kept' not in run.metrics['measured']['pasted']
     assert set(run.metrics['measured']) == {'real', 'flat colours', 'pasted'}
     with pytest.raises(KhmerOCRError, match='standard error'):
-        run_notebook('judge_looks', dict(pages=3, page_size=160, tiles=18, tile=64, reader=''), tmp_path / 'few')
+        run_notebook('judge_looks', params | dict(pages=3), tmp_path / 'few')

@@ -138,7 +138,7 @@ def fixed_generator(
     lines = load_lines(corpus, 'val')
     return LineGenerator(recipe, validation_texts(lines, min(6400, len(lines)), recipe.seed))
 
-
+# %% ../../nbs/10_evaluation/02_benchmark.ipynb #bed57064
 def degraded_generator(
     preset: str,  # one of `DEGRADATIONS`
     held_out: bool,  # fonts of held-out families
@@ -229,7 +229,7 @@ def real_lines() -> EvalSet | None:
     folder = os.environ.get('KHMER_OCR_REAL_LINES')
     return open_set(folder, '', 'real', title='real lines', shown=False) if folder else None
 
-
+# %% ../../nbs/10_evaluation/02_benchmark.ipynb #dbcf8e0a
 def group_lines(
     lines: EvalSet,
     *keys,  # of the metadata, such as 'part', 'kind'
@@ -276,7 +276,7 @@ def pool_sets(sets: list[EvaluatedSet], name: str) -> EvaluatedSet:  # shown onl
         readings += s.readings
     return EvaluatedSet(pooled, readings)
 
-
+# %% ../../nbs/10_evaluation/02_benchmark.ipynb #fb87682e
 def set_parts(
     lines: EvalSet,
 ) -> dict:  # 'SET PART', 'SET PART KIND' -> numbers of the lines; {} where no part or kind is known

@@ -81,7 +81,7 @@ def engine_python(
     program = Path(folder).absolute() / name / 'bin/python'
     return program if program.exists() else None
 
-
+# %% ../../nbs/10_evaluation/01_engines.ipynb #9662f15b
 def _install(home: Path, packages: str) -> subprocess.CompletedProcess:
     "A virtual environment with these packages and no others"
     venv.create(home, with_pip=True)
@@ -230,7 +230,7 @@ def available_engines(
     installed = [name for name in READ_RECIPES if engine_python(name, folder)]
     return [f'Tesseract {model}' for model in tesseract_models()] + installed
 
-
+# %% ../../nbs/10_evaluation/01_engines.ipynb #51ff2f3e
 def _find_engine(name, folder) -> Path:
     "The Python of a reader; KhmerOCRError if it is unknown or not installed"
     if name not in READ_RECIPES:

@@ -47,7 +47,7 @@ def _highlight(text, style) -> str:
     "A stretch in colour; spaces made visible, nothing as ∅"
     return f'<span style="{style}">{html.escape(text.replace(" ", "␣")) or "∅"}</span>'
 
-
+# %% ../../nbs/10_evaluation/03_error_analysis.ipynb #6f68c4eb
 class TextDiff:
     "Truth (green where it was missed) above reading (red where it is wrong); whole clusters are coloured"
 
@@ -85,7 +85,7 @@ def _lines_with_errors(evaluated: EvaluatedSet) -> list[tuple]:
     edits, _ = line_edits(evaluated.texts, evaluated.lines.truths)
     return [(evaluated, i, int(edits[i])) for i in np.argsort(-edits, kind='stable') if edits[i]]
 
-
+# %% ../../nbs/10_evaluation/03_error_analysis.ipynb #47d386a0
 def worst_lines(
     sets: list[EvaluatedSet], most: int = 50
 ) -> list[tuple[EvaluatedSet, int, int]]:  # (set, number of the line, edits), set by set, the worst first
@@ -176,7 +176,7 @@ def _line_confusions(reading, true):
         if c:
             at, last = at + 1, x1
 
-
+# %% ../../nbs/10_evaluation/03_error_analysis.ipynb #b53dcdbe
 def confusion_spots(
     sets: list[EvaluatedSet],
     most: float = 0.3,  # lines with a higher error rate are left out
@@ -225,7 +225,7 @@ _CONFUSION_TABLE = (
     '<tbody>{}</tbody></table>'
 )
 
-
+# %% ../../nbs/10_evaluation/03_error_analysis.ipynb #c34625a8
 class ConfusionExamples:
     "The most frequent confusions, each with the places where it happened"
 
@@ -279,7 +279,7 @@ def sets_table(
     head = ('set', 'lines', 'folded', '95 %', 'no space', 'raw', 'cluster', 'WER', 'exact', 'BLEU', 'runs')
     return Table(rows, head)
 
-
+# %% ../../nbs/10_evaluation/03_error_analysis.ipynb #9122860b
 def rates_table(
     rates: dict,  # set -> group -> rate, a fraction; or None
     what: str = '',  # what the groups are

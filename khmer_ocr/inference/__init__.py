@@ -17,6 +17,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             'choose_decoder',
             'Reader',
             'read_files',
+            'read_colour_lines',
         ],
         'documents': [
             'open_pages',

@@ -133,7 +133,7 @@ def _open_session(path, threads):
     except Exception:
         raise KhmerOCRError(f'{path} is damaged or no ONNX file: export it again') from None
 
-
+# %% ../../nbs/09_inference/05_onnx.ipynb #6c26fe84
 class OnnxNet(CTCNet):
     "An ONNX file as a CTC network"
 
@@ -168,7 +168,7 @@ def _check_header_tags(path, header):
                 'export it again'
             )
 
-
+# %% ../../nbs/09_inference/05_onnx.ipynb #fc588912
 class OnnxReader(Reader):
     "A reader out of an ONNX file: `OnnxReader('fast.onnx').read(images)`"
 
@@ -225,7 +225,7 @@ def _calibration_reader(base, batches):
 
     return Batches()
 
-
+# %% ../../nbs/09_inference/05_onnx.ipynb #1616a021
 def quantise(
     onnx_file,  # of `export_onnx`
     out,  # .onnx file to write

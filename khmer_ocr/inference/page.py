@@ -42,7 +42,7 @@ class _Components:
         columns = slice(self.x[i], self.x[i] + self.w[i])
         return rows, columns
 
-
+# %% ../../nbs/09_inference/04_page.ipynb #c460f28d
 def _components(ink) -> _Components:
     "8-connected components of a bool image; entry 0 (the paper) is given height 0"
     _, labels, stats, _ = cv2.connectedComponentsWithStats(ink.astype(np.uint8), connectivity=8)
@@ -298,7 +298,7 @@ def _white_intervals(segments, x, em) -> list[tuple[float, float]]:
     edges = [-1e9, *ys, 1e9]
     return list(zip(edges, edges[1:]))
 
-
+# %% ../../nbs/09_inference/04_page.ipynb #8ce3c433
 def _find_gutter(segments, em):
     "(x, y0, y1) of the tallest strip of white between two columns, from where both have begun, or None"
     best, tallest = None, 0
@@ -405,7 +405,7 @@ def _lines_of_components(lines) -> dict[int, list[int]]:
             stands_on.setdefault(i, []).append(k)
     return stands_on
 
-
+# %% ../../nbs/09_inference/04_page.ipynb #160ea2a6
 def _label_lines(p: _Components, lines, picture, em):
     "int32 HxW: for each pixel of ink the number of its line, from 1; 0 elsewhere"
     owner = _assign_components(p, lines, picture)
@@ -466,7 +466,7 @@ def _label_boxes(labels, n) -> list:
         boxes.append((*first, *(last + 1)) if has_ink else None)
     return boxes
 
-
+# %% ../../nbs/09_inference/04_page.ipynb #df70c12e
 def _is_speck(box, em) -> bool:
     "Is an ink box too small for a line?"
     x0, y0, x1, y1 = box
@@ -495,7 +495,7 @@ def _find_text_lines(p: _Components, em, picture) -> list[_Segment]:
         lines += _reading_order(_join_segments(block, picture))
     return lines
 
-
+# %% ../../nbs/09_inference/04_page.ipynb #ce6e4ca6
 def _find_boxes(ink):
     "(boxes with a slight margin, owner map) of straight ink"
     p = _components(ink)
@@ -572,7 +572,7 @@ def read_page(
     crops = [crop_line(page, box) for box in page.boxes]
     return list(zip(page.boxes, reader.read(crops)))
 
-
+# %% ../../nbs/09_inference/04_page.ipynb #33e3cabb
 def _stands_beside(box: Box, last: Box) -> bool:
     "Is `box` to the right of `last`, on its level?"
     overlap = min(box.y1, last.y1) - max(box.y0, last.y0)

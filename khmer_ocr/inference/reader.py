@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'OVERLAP', 'BUCKET', 'Prediction', 'GreedyCTC', 'BeamCTC', 'Autoregressive', 'choose_decoder',
-           'Reader', 'read_files']
+           'Reader', 'read_files', 'read_colour_lines']
 
 # %% ../../nbs/09_inference/01_reader.ipynb #22f1cd88
+import cv2
 import numpy as np
 import torch
 from collections import Counter, defaultdict
@@ -500,3 +501,12 @@ def read_files(
         predictions = iter(reader.read(good, batch_size))
         for path, image in zip(some, opened):
             yield path, image if isinstance(image, KhmerOCRError) else next(predictions)
+
+# %% ../../nbs/09_inference/01_reader.ipynb #466645f6
+def read_colour_lines(
+    reader: Reader,
+    images,  # uint8 (H, W, 3), RGB
+) -> list[str]:
+    "The texts of line images in colour, read in grey"
+    greys = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in images]
+    return [prediction.text for prediction in reader.read(greys)]

@@ -25,7 +25,7 @@ def _bar_rows(counts: dict, most: int, sort: bool) -> list[tuple]:
     others = rows[most - 1 :]
     return rows[: most - 1] + [(f'{len(others)} others', sum(n for _, n in others))]
 
-
+# %% ../../nbs/08_reporting/03_dataset_stats.ipynb #d5b3a55b
 def count_bars(
     counts: dict,  # name -> how often
     title: str = '',
@@ -105,7 +105,7 @@ def _short_count(n) -> str:
         return f'{n / 1e3:.1f}k'
     return f'{n / 1e3:.0f}k' if n < 999_500 else f'{n / 1e6:.1f}M'
 
-
+# %% ../../nbs/08_reporting/03_dataset_stats.ipynb #33c1b45a
 def _symbol_tile(ax, x, y, symbol, n, shade, rare):
     "One tile of `symbol_map`, 1 by 1 at (x, y)"
     from matplotlib.patches import Rectangle
@@ -148,7 +148,7 @@ def _context(line, symbol, n):
     behind = '…' if at + n + 1 < len(pieces) else ''
     return before + ''.join(pieces[max(0, at - n) : at + n + 1]).strip() + behind
 
-
+# %% ../../nbs/08_reporting/03_dataset_stats.ipynb #e1ce1379
 def rarest_symbols(
     counts,  # symbol -> how often
     symbols,  # of the charset

@@ -125,7 +125,7 @@ def _annotate_line(
             font=khmer_mpl_font(size),
         )
 
-
+# %% ../../nbs/08_reporting/01_figures.ipynb #d4d10ad3
 def line_grid(
     images: list,  # uint8 arrays H x W, grey
     labels: list[str],  # what each image says
@@ -267,7 +267,7 @@ def _label_minor_ticks(ax, values):
     decades = np.ptp(np.log10(np.maximum(values, 1e-3)))
     ax.yaxis.set_minor_formatter('{x:g}' if decades < 1.2 else '')
 
-
+# %% ../../nbs/08_reporting/01_figures.ipynb #df7b6a9f
 def learning_curve(
     history,  # path of a `history.csv`, or what `read_curves` gives
     loss: str = 'loss',  # the column of the left axis (or the first whose name holds the word)
@@ -301,7 +301,7 @@ def error_by(
         lengths[group] += int(length)
     return {group: edits[group] / max(lengths[group], 1) for group in sorted(lengths)}
 
-
+# %% ../../nbs/08_reporting/01_figures.ipynb #5bd58b40
 def length_class(
     text: str,  # a line
     edges=(10, 20, 40, 80),  # upper ends of the classes, in clusters

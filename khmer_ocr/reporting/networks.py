@@ -169,7 +169,7 @@ def _add_legend(ax, kinds):
     shown = [(kind, colour) for kind, colour in _KIND_COLOURS.items() if kind in kinds]
     ax.legend(handles=[Patch(facecolor=c, edgecolor='#444', lw=0.6, label=kind) for kind, c in shown], **style)
 
-
+# %% ../../nbs/08_reporting/06_networks.ipynb #0010d689
 def _highest_point(seen, xs) -> float:
     "Where the highest arrow or box ends"
     tops = [max(_box_height(layer.shape) for layer in seen) / 2 + 0.7]

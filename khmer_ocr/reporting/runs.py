@@ -228,7 +228,7 @@ def _last_started_cell(nb) -> int:
     started = [cell.metadata.get('papermill', {}).get('status', 'pending') != 'pending' for cell in code]
     return max((i for i, ran in enumerate(started, 1) if ran), default=0)
 
-
+# %% ../../nbs/08_reporting/05_runs.ipynb #de75def0
 def _papermill(path, part, params, echo):
     "Papermill on a copy; its own log silenced, the notebook's output passed on if `echo`"
     import papermill as pm
@@ -282,7 +282,7 @@ def _make_folder(out: Path):
     for name in ('run.ipynb', 'report.html', 'metrics.json', 'run.json', 'times.json'):
         (out / name).unlink(missing_ok=True)
 
-
+# %% ../../nbs/08_reporting/05_runs.ipynb #e48980f7
 def _machine() -> dict:
     "Where a run took place, and with which versions"
     return dict(

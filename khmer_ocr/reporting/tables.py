@@ -86,7 +86,7 @@ def symbol_label(s: str) -> str:
         shown = '\u25cc' + s
     return f'{shown}  ' + ' '.join(f'{ord(c):04X}' for c in s)
 
-
+# %% ../../nbs/08_reporting/02_tables.ipynb #76c77943
 def confusion_table(
     confusions: Counter,  # (what is there, what was read) -> how often
     most: int = 12,  # rows
@@ -152,7 +152,7 @@ def round_floats(o):
         return float(f'{float(o):.6g}')
     return int(o) if isinstance(o, np.integer) else o
 
-
+# %% ../../nbs/08_reporting/02_tables.ipynb #ce7b4ec9
 def write_metrics(
     metrics: dict,  # whatever JSON can hold; no dates and no durations
     folder,  # of the run
@@ -180,7 +180,7 @@ def _format_stat(x) -> str:
         return f'{x:,.1f}' if abs(x) >= 100 else f'{x:,.2f}'
     return _format_cell(x)
 
-
+# %% ../../nbs/08_reporting/02_tables.ipynb #adaf3153
 _CARD = (
     '<div style="padding:.5rem 1.1rem;background:#f6f5f1;border-radius:6px">'
     '<div style="font-size:1.5rem;line-height:1.3;color:{colour}">{value}</div>'
