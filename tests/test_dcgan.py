@@ -223,7 +223,7 @@ def test_pairs_are_augmented_together():
 def test_a_conditional_training_uses_the_same_phases(tmp_path):
     "Pairs: the generator starts from the mask, and the discriminator sees mask and image"
 
-    class Paint(nn.Module):
+    class FixedImages(nn.Module):
         def __init__(self):
             super().__init__()
             self.conv = nn.Conv2d(1, 3, 3, padding=1)
@@ -232,7 +232,7 @@ def test_a_conditional_training_uses_the_same_phases(tmp_path):
             return self.conv(mask).tanh()
 
     torch.manual_seed(0)
-    net = GAN(Paint(), nn.Conv2d(4, 1, 4, 2))
+    net = GAN(FixedImages(), nn.Conv2d(4, 1, 4, 2))
     mask = (torch.rand(4, 1, 16, 16) > 0.8).float()
     image = (0.8 - 1.6 * mask).expand(4, 3, 16, 16)
 
@@ -329,7 +329,7 @@ def test_statistics_line_and_that_measuring_leaves_no_trace(run, tmp_path, capsy
 
 
 def test_the_second_number_is_after_the_generators_update(tmp_path):
-    "With a discriminator that stands still, the generator's step raises what it believes"
+    "With a discriminator that stands still, the generator's step raises the probability that it gives"
     c = DCGANConfig(**tiny | dict(lr=2e-3, d_rate=1e-9, epochs=10))
     train_dcgan(tmp_path, papers, c, **quiet)
     rows = read_history(tmp_path / 'statistics.csv')

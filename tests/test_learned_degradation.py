@@ -193,7 +193,7 @@ def test_the_label_stays_true(tmp_path):
     g.train_pix2pix(pages, 20, lr=0.002, ema=0.9, samples_every=1000, **quick)
     texts = words * 2
     lines = [text_line(t, s) for s in (22, 28) for t in words]
-    painted = LearnedDegradation(tmp_path / 'pix2pix' / 'generator.safetensors', min_correlation=-1.0).many(
+    degraded = LearnedDegradation(tmp_path / 'pix2pix' / 'generator.safetensors', min_correlation=-1.0).many(
         lines, [rng(k) for k in range(len(lines))]
     )
     reader = Reader.load('fast')
@@ -201,9 +201,9 @@ def test_the_label_stays_true(tmp_path):
     def cer(ims):
         return score([r.text for r in reader.read(ims)], texts, extras=False)['cer']
 
-    assert cer(painted) <= cer(lines) + 0.1
+    assert cer(degraded) <= cer(lines) + 0.1
     assert cer([np.full_like(im, 255) for im in lines]) > 0.9
-    assert np.mean([(a != b).mean() for a, b in zip(lines, painted)]) > 0.5
+    assert np.mean([(a != b).mean() for a, b in zip(lines, degraded)]) > 0.5
 
 
 @pytest.mark.parametrize('which', ['hybrid', 'vae'])
