@@ -1,4 +1,4 @@
-"Peers that read or draw: what a peer's environment must answer, what is said of one that is missing or fails, and how lines are compared."
+"Other engines that read or draw: their answers, the errors of those that fail, and how lines are compared"
 
 import json, sys
 from pathlib import Path
@@ -17,14 +17,15 @@ raqm = pytest.mark.skipif(not features.check('raqm'), reason='this Pillow has no
 
 
 def fake(folder, monkeypatch, script, home='kiri'):
-    "An environment whose Python is a shell script; $1 to $3 are `-I -c DRIVER`, what it is told begins at $4"
-    (program := folder / home / 'bin/python').parent.mkdir(parents=True)
+    "An environment whose Python is a shell script; $1 to $3 are `-I -c DRIVER`, its arguments begin at $4"
+    program = folder / home / 'bin/python'
+    program.parent.mkdir(parents=True)
     program.write_text(f'#!/bin/sh\n{script}\n')
     program.chmod(0o755)
     monkeypatch.setenv('KHMER_OCR_PEERS', str(folder))
 
 
-def test_only_installed_peers_are_listed(tmp_path, monkeypatch):
+def test_only_installed_renderers_are_listed(tmp_path, monkeypatch):
     monkeypatch.delenv('KHMER_OCR_PEERS', raising=False)
     assert all(not p.home for p in renderers.installed_renderers())
     monkeypatch.setenv('KHMER_OCR_PEERS', str(tmp_path / 'nowhere'))
@@ -34,17 +35,14 @@ def test_only_installed_peers_are_listed(tmp_path, monkeypatch):
     assert len([p for p in renderers.installed_renderers() if p.home]) == 1
 
 
-def test_a_peer_is_asked_and_believed(tmp_path, monkeypatch):
-    fake(
-        tmp_path,
-        monkeypatch,
-        'echo noise; cp "$4" "$8/got.txt"; echo "$5 $6 $7 $9" >> "$8/got.txt"; echo \'{"seconds": 0.5, "version": "9.9"}\'',
-    )
-    (out := tmp_path / 'out').mkdir()
+def test_a_renderer_gets_its_arguments_and_its_answer_counts(tmp_path, monkeypatch):
+    script = 'echo noise; cp "$4" "$8/got.txt"; echo "$5 $6 $7 $9" >> "$8/got.txt"; '
+    fake(tmp_path, monkeypatch, script + 'echo \'{"seconds": 0.5, "version": "9.9"}\'')
+    out = tmp_path / 'out'
+    out.mkdir()
     assert renderers.draw_with_renderer(kiri, texts, font, 24, 'degraded', out, seed=3) == (0.5, '9.9')
-    assert (out / 'got.txt').read_text(encoding='utf-8') == '\n'.join(
-        texts
-    ) + f'{Path(font.path).resolve()} 24 {kiri.written} 3\n'
+    arguments = f'{Path(font.path).resolve()} 24 {kiri.written} 3\n'
+    assert (out / 'got.txt').read_text(encoding='utf-8') == '\n'.join(texts) + arguments
 
 
 @pytest.mark.parametrize(
@@ -56,14 +54,14 @@ def test_a_peer_is_asked_and_believed(tmp_path, monkeypatch):
         ('echo "[1]"', 'kiri-ocr failed'),
     ],
 )
-def test_a_failing_peer_is_one_line(tmp_path, monkeypatch, script, says):
+def test_a_failing_renderer_is_one_line(tmp_path, monkeypatch, script, says):
     fake(tmp_path, monkeypatch, script)
     with pytest.raises(KhmerOCRError, match=says) as e:
         renderers.draw_with_renderer(kiri, texts, font, 24, 'bare', tmp_path)
     assert '\n' not in str(e.value)
 
 
-def test_an_environment_may_be_named_from_here(tmp_path, monkeypatch):
+def test_the_folder_of_environments_may_be_relative(tmp_path, monkeypatch):
     fake(tmp_path, monkeypatch, 'echo \'{"seconds": 1, "version": "1"}\'')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('KHMER_OCR_PEERS', '.')
@@ -76,23 +74,26 @@ def test_unknown_recipe_is_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_peer_says_what_to_do(tmp_path, monkeypatch):
+def test_the_error_of_a_missing_renderer_names_the_variable(tmp_path, monkeypatch):
     monkeypatch.delenv('KHMER_OCR_PEERS', raising=False)
     with pytest.raises(KhmerOCRError, match='KHMER_OCR_PEERS'):
         renderers.draw_with_renderer(kiri, texts, font, 24, 'bare', tmp_path)
 
 
-def test_the_table_names_who_is_missing(monkeypatch):
+def test_the_table_names_missing_renderers(monkeypatch):
     monkeypatch.delenv('KHMER_OCR_PEERS', raising=False)
     monkeypatch.setenv('PATH', '')
-    speeds = {font.family: renderers.time_renderers(renderers.renderer_jobs(texts, font, peer_lines=1), rounds=1)}
-    rows = renderers.drawing_table(speeds)
+    jobs = renderers.renderer_jobs(texts, font, peer_lines=1)
+    rows = renderers.drawing_table({font.family: renderers.time_renderers(jobs, rounds=1)})
     assert {r['who'] for r in rows if r['work'] == 'not installed'} == {p.name for p in renderers.OTHER_RENDERERS}
     assert [r[f'× {font.family}'] for r in rows if r['who'] == 'khmer_ocr'] == [1, 1, 1, 1]
-    look = dict(lines=3, right=2, cut=1, same_bytes=True, version='1')
-    assert renderers.inspection_table({'a': {'kiri-ocr': look}, 'b': {'kiri-ocr': look | dict(same_bytes=False)}}) == [
-        {'who': 'kiri-ocr', 'version': '1', 'right': '4 of 6', 'cut': '2 of 6', 'same bytes': 'no', 'note': kiri.note}
-    ]
+
+
+def test_inspections_in_several_fonts_are_added_up():
+    found = dict(lines=3, right=2, cut=1, same_bytes=True, version='1')
+    inspected = {'a': {'kiri-ocr': found}, 'b': {'kiri-ocr': found | dict(same_bytes=False)}}
+    row = {'who': 'kiri-ocr', 'version': '1', 'right': '4 of 6', 'cut': '2 of 6', 'same bytes': 'no', 'note': kiri.note}
+    assert renderers.inspection_table(inspected) == [row]
 
 
 def test_drivers_are_python():
@@ -115,31 +116,28 @@ def test_agreement_at_other_sizes_and_its_faults():
         assert 0 <= renderers.ink_agreement(empty, ink)[0] < 0.8
 
 
+def pillow_ink(weight):
+    "Share of dark pixels in a line of this weight"
+    face = next(f for f in find_fonts() if f.name == f'Noto Sans Khmer Variable {weight}')
+    line = pillow_baseline.pillow_line(texts[0], pillow_baseline.pillow_face(face, 48))
+    return (np.asarray(line) < 128).mean()
+
+
 @raqm
-def test_pillow_twin_repeats_and_takes_variable_fonts(tmp_path):
+def test_the_pillow_baseline_repeats_and_takes_variable_fonts(tmp_path):
     for k in 'ab':
         (tmp_path / k).mkdir()
         pillow_baseline.draw_pillow(texts, font, 24, 'written', tmp_path / k)
     assert renderers._digest(tmp_path / 'a') == renderers._digest(tmp_path / 'b')
     for t in texts:
-        assert (
-            renderers.ink_agreement(
-                np.asarray(pillow_baseline.pillow_line(t, pillow_baseline.pillow_face(font, 48))),
-                render(t, font, 48).ink,
-            )[0]
-            > 0.9
-        )
-    thin, thick = (
-        (np.asarray(pillow_baseline.pillow_line(texts[0], pillow_baseline.pillow_face(f, 48))) < 128).mean()
-        for name in ('Light', 'Black')
-        for f in find_fonts()
-        if f.name == f'Noto Sans Khmer Variable {name}'
-    )
-    assert thick > 1.3 * thin
+        drawn = np.asarray(pillow_baseline.pillow_line(t, pillow_baseline.pillow_face(font, 48)))
+        share, _ = renderers.ink_agreement(drawn, render(t, font, 48).ink)
+        assert share > 0.9
+    assert pillow_ink('Black') > 1.3 * pillow_ink('Light')
 
 
 @raqm
-def test_pillow_twin_takes_lines_of_all_sizes():
+def test_the_pillow_baseline_takes_lines_of_all_sizes():
     from PIL import Image
 
     for h, w in ((1, 1), (3, 200), (14, 9), (300, 60)):
@@ -174,11 +172,16 @@ def lines(tmp_path):
     return paths
 
 
-WRITES = 'printf \'{"text": "a"}\\n{"text": "b"}\\n{"text": ""}\\n\' > "$5"; echo noise; echo \'{"seconds": 0.5, "version": "9.9"}\''
+WRITES = (
+    'printf \'{"text": "a"}\\n{"text": "b"}\\n{"text": ""}\\n\' > "$5"; echo noise; '
+    'echo \'{"seconds": 0.5, "version": "9.9"}\''
+)
 
 
 def test_only_installed_readers_are_listed(tmp_path, monkeypatch):
-    here = lambda *a: [n for n in engines.available_engines(*a) if not n.startswith('Tesseract ')]
+    def here(*folder):
+        return [name for name in engines.available_engines(*folder) if not name.startswith('Tesseract ')]
+
     monkeypatch.delenv('KHMER_OCR_PEERS', raising=False)
     assert here() == []
     fake(tmp_path, monkeypatch, 'exit 0', 'netra-ocr')
@@ -188,15 +191,13 @@ def test_only_installed_readers_are_listed(tmp_path, monkeypatch):
     assert engines.available_engines() == ['netra-ocr']
 
 
-def test_a_reader_is_asked_and_believed(tmp_path, monkeypatch, lines):
+def test_a_reader_gets_the_paths_and_its_texts_count(tmp_path, monkeypatch, lines):
     fake(tmp_path, monkeypatch, f'cp "$4" "{tmp_path}/asked.json"; {WRITES}', 'kiri-ocr')
     run = engines.run_engine('kiri-ocr', lines)
-    assert (run.engine, run.texts, run.cpu_seconds, run.lines_per_cpu_second) == (
-        'kiri-ocr 9.9',
-        ['a', 'b', ''],
-        0.5,
-        6,
-    )
+    assert run.engine == 'kiri-ocr 9.9'
+    assert run.texts == ['a', 'b', '']
+    assert run.cpu_seconds == 0.5
+    assert run.lines_per_cpu_second == 6
     assert json.loads((tmp_path / 'asked.json').read_text()) == [str(p) for p in lines]
 
 
@@ -231,29 +232,26 @@ def test_unknown_and_missing_readers(tmp_path, monkeypatch, lines):
         engines.run_engine('Tesseract no_such_model', lines)
 
 
-BEGIN = engines._BEGIN.replace(
-    'import torch\ntorch.set_num_threads(1)\n', ''
-)  # it takes long, and is not asked for anything here
+# without torch, which takes long to import and has nothing to do here
+BEGIN = engines._BEGIN.replace('import torch\ntorch.set_num_threads(1)\n', '')
 
 
 def drive(tmp_path, read, paths, first=''):
-    "What a driver that reads by the expression `read` answers, run by our own Python"
-    (tmp_path / 'paths.json').write_text(json.dumps(paths))
-    said = engines.ask_engine(
-        'toy',
-        sys.executable,
-        BEGIN + f"{first}\nfinish('torch', lambda some: {read})",
-        [str(tmp_path / 'paths.json'), str(tmp_path / 'texts.jsonl')],
-    )
-    return said, [json.loads(l)['text'] for l in open(tmp_path / 'texts.jsonl')]
+    "Answer and texts of a driver that reads by the expression `read`, run by our own Python"
+    asked = tmp_path / 'paths.json'
+    answers = tmp_path / 'texts.jsonl'
+    asked.write_text(json.dumps(paths))
+    driver = BEGIN + f"{first}\nfinish('torch', lambda some: {read})"
+    answer = engines.ask_engine('toy', sys.executable, driver, [str(asked), str(answers)])
+    return answer, [json.loads(line)['text'] for line in answers.read_text().splitlines()]
 
 
 def test_a_driver_reads_what_can_be_read(tmp_path):
-    said, got = drive(tmp_path, '[p.upper() if p != "bad" else 1/0 for p in some]', ['a', 'bad', 'c'])
+    answer, got = drive(tmp_path, '[p.upper() if p != "bad" else 1/0 for p in some]', ['a', 'bad', 'c'])
     assert BEGIN != engines._BEGIN
     assert got == ['A', '', 'C']
-    assert said['seconds'] >= 0
-    assert said['version'].startswith('2.')
+    assert isinstance(answer['seconds'], float)
+    assert answer['version'].startswith('2.')
     with pytest.raises(KhmerOCRError, match='toy failed: ZeroDivisionError') as e:
         drive(tmp_path, '1/0', ['a', 'b'])
     assert '\n' not in str(e.value)
@@ -261,15 +259,15 @@ def test_a_driver_reads_what_can_be_read(tmp_path):
         drive(tmp_path, '["too", "many", "texts"]', ['a', 'b'])
 
 
-def test_the_clock_of_a_driver_starts_late(tmp_path):
+def test_a_driver_times_the_reading_alone(tmp_path):
     "Only the reading counts: not what came before, nor the line that is read to warm up"
-    said, _ = drive(
+    answer, _ = drive(
         tmp_path,
         '[now.append(now[-1]+1) or p for p in some]',
         ['a', 'b', 'c', 'd'],
         'now = [7]; time.process_time = lambda: now[-1]',
     )
-    assert said['seconds'] == 4
+    assert answer['seconds'] == 4
 
 
 @pytest.mark.parametrize('name', engines.READ_RECIPES)

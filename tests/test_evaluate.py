@@ -1,9 +1,10 @@
-"The report about a reader: on the battery, on a set, with peers and other weights; and nothing of what must stay hidden gets out."
+"The report about a reader: standard sets, own sets, other engines and weights; hidden lines stay hidden"
 
 import json, re, shutil
 import numpy as np
 import pytest
-from conftest import make_tiny
+from typer.testing import CliRunner
+from khmer_ocr.cli.app import app
 from khmer_ocr.evaluation.benchmark import (
     DEGRADATIONS,
     FIXED_SETS,
@@ -30,7 +31,7 @@ from khmer_ocr.evaluation.error_analysis import (
     confusion_spots,
     worst_lines,
 )
-from khmer_ocr.evaluation.engines import EngineResult
+from khmer_ocr.evaluation.engines import EngineResult, available_engines
 from khmer_ocr.inference.reader import Reader, Prediction
 from khmer_ocr.reporting.html import outside_references
 from khmer_ocr.reporting.runs import run_notebook
@@ -41,11 +42,6 @@ from khmer_ocr.text.khmer import clusters, fold_lookalikes, normalise, random_ru
 
 # Texts that stand nowhere else, so that finding them means that they leaked
 SECRETS = ['សម្ងាត់បំផុតទីមួយ ឋឹឍឺ', 'ឯកសារលាក់លៀមលេខពីរ ឡែឈោ', 'កុំបង្ហាញបន្ទាត់នេះ ឰឮឪ']
-
-
-@pytest.fixture(scope='module')
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp('tiny'))
 
 
 @pytest.fixture(scope='module')
@@ -77,20 +73,20 @@ def leaks(folder, readings=()) -> list:
         p.name: p.read_text(encoding='utf-8') for p in folder.rglob('*') if p.suffix in ('.html', '.json', '.ipynb')
     }
     assert {'report.html', 'metrics.json', 'run.ipynb', 'run.json'} <= set(texts)
-    escaped = lambda s: json.dumps(s)[1:-1]
-    return [(name, s) for name, text in texts.items() for s in pieces if s in text or escaped(s) in text]
+    found = []
+    for name, text in texts.items():
+        found += [(name, s) for s in pieces if s in text or json.dumps(s)[1:-1] in text]
+    return found
 
 
 def expected():
-    "Names of the battery's sets with the fonts that are installed"
-    return (
-        [*FIXED_SETS, *DEGRADATIONS, *(f'{d}_heldout' for d in DEGRADATIONS)]
-        if held_out_fonts()
-        else [*(f for f in FIXED_SETS if f != 'heldout'), *DEGRADATIONS]
-    )
+    "Names of the standard sets with the fonts that are installed"
+    if held_out_fonts():
+        return [*FIXED_SETS, *DEGRADATIONS, *(f'{d}_heldout' for d in DEGRADATIONS)]
+    return [*(f for f in FIXED_SETS if f != 'heldout'), *DEGRADATIONS]
 
 
-def test_a_report_on_the_battery_with_hidden_real_lines(tiny, model, hidden, tmp_path, monkeypatch):
+def test_a_report_on_the_standard_sets_with_hidden_real_lines(tiny, model, hidden, tmp_path, monkeypatch):
     monkeypatch.setenv('KHMER_OCR_REAL_LINES', str(hidden))
     run = run_notebook(
         'evaluate',
@@ -176,9 +172,7 @@ def test_show_lines_off_shows_no_line(model, hidden, tmp_path, shown):
         assert run.metrics['confusions'] == []
 
 
-def test_peers_stand_beside_ours_on_the_same_lines(tiny, model, tmp_path):
-    from khmer_ocr.evaluation.engines import available_engines
-
+def test_other_engines_read_the_same_lines(tiny, model, tmp_path):
     m = run_notebook('evaluate', dict(model=model, data=str(tiny / 'set'), peer_lines=2), tmp_path / 'report').metrics
     assert [r['engine'] for r in m['ranked'].get('data', [])][:1] == ['khmer_ocr best'][: len(available_engines())]
     assert len(m['ranked'].get('data', [])) == (1 + len(available_engines()) if available_engines() else 0)
@@ -188,11 +182,12 @@ def test_peers_stand_beside_ours_on_the_same_lines(tiny, model, tmp_path):
 
 
 def test_equal_runs_write_equal_metrics(tiny, model, tmp_path):
-    go = lambda: (
-        run_notebook('evaluate', dict(model=model, data=str(tiny / 'set'), peers=[]), tmp_path / 'report').folder
-        / 'metrics.json'
-    ).read_bytes()
-    assert go() == go()
+    params = dict(model=model, data=str(tiny / 'set'), peers=[])
+    written = []
+    for _ in range(2):
+        run = run_notebook('evaluate', params, tmp_path / 'report')
+        written.append((run.folder / 'metrics.json').read_bytes())
+    assert written[0] == written[1]
 
 
 def test_shards_files_splits_and_tables_are_all_taken(tiny, tmp_path):
@@ -211,7 +206,7 @@ def test_shards_files_splits_and_tables_are_all_taken(tiny, tmp_path):
         assert '\n' not in str(e.value)
 
 
-def test_the_battery_is_the_same_each_time(tiny, tmp_path):
+def test_the_standard_sets_are_the_same_each_time(tiny, tmp_path):
     a, b = (standard_sets(tmp_path / k, 2, corpus=tiny / 'corpus') for k in 'ab')
     assert [s.name for s in a] == expected()
     for s, t in zip(a, b):
@@ -272,7 +267,7 @@ def test_places_of_a_real_reader_lie_on_the_image_in_order(tiny):
         assert all(x[1] <= y[1] for x, y in zip(places, places[1:]))
 
 
-def test_measure_agrees_with_its_pieces(tiny):
+def test_scores_agree_with_their_parts(tiny):
     j = evaluate_set(Reader.load('fast'), open_set(tiny / 'set', tiny))
     m = score_set(j)
     same = score_set(EvaluatedSet(j.lines, [Prediction(t, 1.0) for t in j.lines.truths]))
@@ -290,18 +285,14 @@ def test_measure_agrees_with_its_pieces(tiny):
 
 # the command
 def ok(*args):
-    from typer.testing import CliRunner
-    from khmer_ocr.cli.common import app
-
+    "What the command prints; it must succeed"
     r = CliRunner().invoke(app, [str(a) for a in args])
     assert r.exit_code == 0, r.output
     return r.stdout
 
 
 def refused(*args):
-    from typer.testing import CliRunner
-    from khmer_ocr.cli.common import app
-
+    "The one line with which the command refuses"
     r = CliRunner().invoke(app, [str(a) for a in args])
     assert r.exit_code == 1, r.stderr
     assert len(r.stderr.strip().splitlines()) == 1, r.stderr
@@ -311,10 +302,10 @@ def refused(*args):
 
 def test_the_command_on_shards_with_other_weights(tiny, model, tmp_path):
     generate_set(Recipe(corpus=str(tiny / 'corpus')), tmp_path / 'shards', max_lines=4, format='shards', progress=False)
-    said = ok('evaluate', tmp_path / 'shards', '--model', model, '--against', tiny / 'model/latest.safetensors')
-    assert 'lost' not in said
-    assert 'folded' in said
-    assert 'latest' in said
+    printed = ok('evaluate', tmp_path / 'shards', '--model', model, '--against', tiny / 'model/latest.safetensors')
+    assert 'lost' not in printed
+    assert 'folded' in printed
+    assert 'latest' in printed
     shards, files = (
         json.loads(ok('evaluate', d, '--model', model, '--json')) for d in (tmp_path / 'shards', tiny / 'set')
     )
@@ -328,18 +319,18 @@ def test_the_command_on_shards_with_other_weights(tiny, model, tmp_path):
     )
 
 
-def test_the_command_says_numbers_only(hidden, model):
-    said = ok('evaluate', hidden, '--model', model, '--against', 'fast') + ok(
+def test_the_command_prints_numbers_only(hidden, model):
+    printed = ok('evaluate', hidden, '--model', model, '--against', 'fast') + ok(
         'evaluate', hidden, '--model', model, '--json'
     )
-    assert 'data val letter' in said
-    assert not [s for s in SECRETS if s in said]
-    assert 'secretfile' not in said
+    assert 'data val letter' in printed
+    assert not [s for s in SECRETS if s in printed]
+    assert 'secretfile' not in printed
 
 
 def test_the_command_writes_the_report(hidden, model, tmp_path):
-    said = ok('evaluate', hidden, '--model', model, '--report', tmp_path / 'r', '--hide-lines')
-    assert said.splitlines()[-1] == str(tmp_path / 'r/report.html')
+    printed = ok('evaluate', hidden, '--model', model, '--report', tmp_path / 'r', '--hide-lines')
+    assert printed.splitlines()[-1] == str(tmp_path / 'r/report.html')
     assert leaks(tmp_path / 'r') == []
     assert json.loads((tmp_path / 'r/metrics.json').read_text(encoding='utf-8'))['scores']['data']['lines'] == 3
 

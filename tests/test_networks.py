@@ -1,4 +1,4 @@
-"Networks drawn as they are: shapes and sources by hand, whatever sits between the layers, a network that is left as it was, and arrows that stay in the picture."
+"Networks drawn from a forward pass: shapes and sources by hand, a network left as it was, arrows in the picture"
 
 import io, pytest, torch
 import torch.nn.functional as F
@@ -18,17 +18,16 @@ def mask(size=32, n=1):
 
 
 class Skips(nn.Module):
-    "a -> b -> c, where c hears a (through much that is no layer) and b; d hears a constant alone"
+    "a -> b -> c, where c gets a (through much that is no layer) and b; d gets a constant alone"
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c, self.d = (
-            nn.Conv2d(2, 3, 3, padding=1),
-            nn.Conv2d(3, 3, 3, 2, 1),
-            nn.Conv2d(6, 5, 1),
-            nn.Linear(4, 5, bias=False),
-        )
-        self.norm, self.start = nn.BatchNorm2d(3), nn.Parameter(torch.ones(1, 4))
+        self.a = nn.Conv2d(2, 3, 3, padding=1)
+        self.b = nn.Conv2d(3, 3, 3, 2, 1)
+        self.c = nn.Conv2d(6, 5, 1)
+        self.d = nn.Linear(4, 5, bias=False)
+        self.norm = nn.BatchNorm2d(3)
+        self.start = nn.Parameter(torch.ones(1, 4))
 
     def forward(self, x):
         a = F.leaky_relu(self.norm(self.a(x)), inplace=True)
@@ -42,9 +41,10 @@ class Wide(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c, self.d = (
-            nn.Conv2d(i, 2048, 1, groups=g) for i, g in ((1, 1), (2048, 2048), (2048, 2048), (2048, 2048))
-        )
+        self.a = nn.Conv2d(1, 2048, 1)
+        self.b = nn.Conv2d(2048, 2048, 1, groups=2048)
+        self.c = nn.Conv2d(2048, 2048, 1, groups=2048)
+        self.d = nn.Conv2d(2048, 2048, 1, groups=2048)
 
     def forward(self, x):
         a = self.a(x)

@@ -1,4 +1,4 @@
-"ONNX and whole numbers: the same logits and texts as torch, the same bytes twice, the command, and mistakes in one line."
+"ONNX and INT8: the logits and texts of torch, the same bytes twice, the command, and errors in one line"
 
 import subprocess, sys
 from dataclasses import asdict
@@ -45,28 +45,27 @@ def test_the_same_logits(tmp_path, shape):
     path = checkpoint(tmp_path / 'a.safetensors', **shape)
     size = export_onnx(path, tmp_path / 'a.onnx')
     assert size == (tmp_path / 'a.onnx').stat().st_size
-    a, b = Reader.load(path, dtype=torch.float32), OnnxNet(tmp_path / 'a.onnx')
-    assert b.config == a.net.config
+    reader = Reader.load(path, dtype=torch.float32)
+    onnx_net = OnnxNet(tmp_path / 'a.onnx')
+    assert onnx_net.config == reader.net.config
     for lines, width in ((1, 16), (3, 333), (2, 2048)):
-        x = torch.rand(lines, 1, a.height, width)
+        x = torch.rand(lines, 1, reader.height, width)
         with torch.inference_mode():
-            assert torch.allclose(a.net(x), b(x), atol=1e-4)
+            assert torch.allclose(reader.net(x), onnx_net(x), atol=1e-4)
 
 
 @pytest.mark.parametrize('options', [dict(), dict(decoder='beam'), dict(decoder='beam', lm='ngram')])
 def test_the_same_texts_and_places(tmp_path, options):
     export_onnx('fast', tmp_path / 'fast.onnx')
     images = [image(i, 60 + 300 * i) for i in range(9)]  # the widest go in windows
-    a, b = (
-        r.read(images)
-        for r in (Reader.load('fast', dtype=torch.float32, **options), open_reader(tmp_path / 'fast.onnx', **options))
-    )
+    a = Reader.load('fast', dtype=torch.float32, **options).read(images)
+    b = open_reader(tmp_path / 'fast.onnx', **options).read(images)
     assert [r.text for r in a] == [r.text for r in b]
     assert np.allclose([r.confidence for r in a], [r.confidence for r in b], atol=1e-3)
     assert [[c[2:] for c in r.chars] for r in a] == [[c[2:] for c in r.chars] for r in b]
 
 
-def test_whole_numbers(tmp_path):
+def test_int8(tmp_path):
     "A fifth of the size or so, close logits, one line as among many, and the same bytes twice"
     path = checkpoint(tmp_path / 'a.safetensors', channels=(16, 32, 32, 32, 64), hidden=48)
     batches = [np.random.default_rng(i).random((4, 1, 40, 160)).astype(np.float32) for i in range(3)]
@@ -87,29 +86,31 @@ def test_a_program_without_torch_and_library(tmp_path):
     export_onnx('fast', tmp_path / 'fast.onnx')
     write_program(tmp_path / 'fast.onnx', tmp_path / 'fast.py')
     images = [image(i, 200) for i in range(2)]
-    [cv2.imwrite(str(tmp_path / f'{i}.png'), im) for i, im in enumerate(images)]
-    code = 'import sys, runpy; sys.modules["torch"] = sys.modules["khmer_ocr"] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
-    p = subprocess.run(
-        [sys.executable, '-I', '-c', code, str(tmp_path / 'fast.py'), str(tmp_path / '0.png'), str(tmp_path / '1.png')],
-        capture_output=True,
-        text=True,
+    files = [str(tmp_path / f'{i}.png') for i in range(2)]
+    for file, im in zip(files, images):
+        cv2.imwrite(file, im)
+    code = (
+        'import sys, runpy; sys.modules["torch"] = sys.modules["khmer_ocr"] = None; sys.argv = sys.argv[1:]; '
+        'runpy.run_path(sys.argv[0], run_name="__main__")'
     )
+    command = [sys.executable, '-I', '-c', code, str(tmp_path / 'fast.py'), *files]
+    p = subprocess.run(command, capture_output=True, text=True)
     assert p.returncode == 0, p.stderr
     assert [''.join(l.split()) for l in p.stdout.split('\n')[:-1]] == [
         ''.join(r.text.split()) for r in OnnxReader(tmp_path / 'fast.onnx').read(images)
     ]
 
 
-def test_mistakes(tmp_path):
+def test_what_cannot_be_exported_or_opened_is_one_line(tmp_path):
     config = seq2seq_variant('buoy2022').config
-    theirs = make_units(config)
+    its_units = make_units(config)
     save_checkpoint(
         tmp_path / 's.safetensors',
-        Seq2Seq(len(theirs), config).state_dict(),
+        Seq2Seq(len(its_units), config).state_dict(),
         dict(
             model='seq2seq',
             config=asdict(config),
-            charset=list(theirs.charset.symbols),
+            charset=list(its_units.charset.symbols),
             height=config.height,
             preprocess='khmer_ocr.data.prepare/2',
             normal_form='khmer_ocr.text.normalise/1',
@@ -149,9 +150,10 @@ def test_a_foreign_file_and_an_old_one(tmp_path):
 
 
 def test_the_command(tmp_path):
-    run = lambda *a: subprocess.run(
-        [sys.executable, '-c', 'from khmer_ocr.cli import app; app()', *map(str, a)], capture_output=True, text=True
-    )
+    def run(*args):
+        command = [sys.executable, '-c', 'from khmer_ocr.cli.app import app; app()', *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True)
+
     p = run('export', 'int8', 'fast', '--out', tmp_path / 'fast.onnx', '--program')
     assert p.returncode == 0, p.stderr
     assert '1.9 MB' in p.stdout, p.stderr

@@ -24,18 +24,26 @@ font_of_pip = next(
 
 def typeset(rows, w=900, h=600, font=font_of_pip):
     "White page and the true ink boxes of `rows` (text, x, baseline, size)"
-    page, boxes = np.full((h, w), 255, np.uint8), []
+    page = np.full((h, w), 255, np.uint8)
+    boxes = []
     for s, x, base, size in rows:
-        ink = (line := render(s, font, size)).ink
-        y, (a, b) = base - line.baseline, ink.shape
-        page[y : y + a, x : x + b] = np.minimum(page[y : y + a, x : x + b], 255 - ink)
-        boxes.append((x, y, x + b, y + a))
+        line = render(s, font, size)
+        height, width = line.ink.shape
+        y = base - line.baseline
+        at = np.s_[y : y + height, x : x + width]
+        page[at] = np.minimum(page[at], 255 - line.ink)
+        boxes.append((x, y, x + width, y + height))
     return page, boxes
 
 
 def overlap(b, t):
-    w, h = min(b.x1, t[2]) - max(b.x0, t[0]), min(b.y1, t[3]) - max(b.y0, t[1])
-    return 0 if w <= 0 or h <= 0 else w * h / (b.width * b.height + (t[2] - t[0]) * (t[3] - t[1]) - w * h)
+    "Intersection over union of a `Box` and a true box"
+    x0, y0, x1, y1 = t
+    w = min(b.x1, x1) - max(b.x0, x0)
+    h = min(b.y1, y1) - max(b.y0, y0)
+    if w <= 0 or h <= 0:
+        return 0
+    return w * h / (b.width * b.height + (x1 - x0) * (y1 - y0) - w * h)
 
 
 def matches(boxes, true, least=0.7):
@@ -75,9 +83,8 @@ def test_skew(angle):
 )
 def test_conditions(change):
     page, true = typeset([(t, 40, 80 + 42 * i, 22) for i, t in enumerate(text)], h=400)
-    assert matches(
-        find_lines(change(page)), true, 0.55
-    )  # strong noise leaves specks at the ends of lines: a short line's box grows by a third of its height
+    # strong noise leaves specks at the ends of lines: a short line's box grows by a third of its height
+    assert matches(find_lines(change(page)), true, 0.55)
 
 
 def test_headings_and_gaps():

@@ -1,8 +1,10 @@
-"Reading lines: order, width, memory, bad input. Runs with the weights that ship, or with an untrained network where there are none."
+"Reading lines: order, width, memory, bad input; with the weights that ship, or an untrained network without them"
 
 import subprocess, sys, textwrap
 import numpy as np, pytest, torch
 from PIL import Image
+from typer.testing import CliRunner
+from khmer_ocr.cli.app import app
 from khmer_ocr.models import zoo
 from khmer_ocr.models.ctc import CTCConfig, CTCNet, header, load_ctc
 from khmer_ocr.text.tokenizers import SubscriptTokenizer
@@ -33,7 +35,7 @@ def weights(tmp_path_factory):
     net = CTCNet(len(units))
     for n, p in net.named_parameters():
         if 'weight_ih' in n or n == 'classifier.weight':
-            torch.nn.init.normal_(p, std=0.5)  # so that it says more than one thing
+            torch.nn.init.normal_(p, std=0.5)  # so that it reads more than one text
     save_checkpoint(path, net.state_dict(), header(net.config, units))
     return path
 
@@ -63,7 +65,7 @@ def same(a, b):
     return a.text == b.text and abs(a.confidence - b.confidence) < 0.05
 
 
-def test_order_and_company(reader, lines):
+def test_order_and_batches(reader, lines):
     "A line reads the same alone, in any order and in any batch"
     whole = reader.read(lines)
     assert len(whole) == len(lines)
@@ -108,7 +110,7 @@ def test_not_a_line(reader, bad):
 
 
 def frames(reader, line):
-    "What the network says of each frame of a prepared line: in windows, and whole"
+    "Outputs of the network for each frame of a prepared line: in windows, and whole"
     with torch.inference_mode():
         ((_, cut),) = reader._line_outputs([line], 32)
         (whole,) = reader.decoder.forward(*reader._batch_input([line], -(-line.shape[1] // 64) * 64))
@@ -116,7 +118,7 @@ def frames(reader, line):
 
 
 def test_windows(reader):
-    "Cut into windows, a line of 3,000 px says what it says whole"
+    "Cut into windows, a line of 3,000 px gives the outputs that it gives whole"
     cut, whole = frames(reader, preprocess(scribble(3900))[:, :3000])
     assert len(cut) == len(whole) == 750
     assert (cut == whole).mean() > 0.97
@@ -135,7 +137,7 @@ KINDS = dict(
 
 @pytest.fixture(scope='module', params=KINDS.values(), ids=KINDS)
 def kind(request, tmp_path_factory):
-    "A reader of every kind of network, from a file, with random weights that say many things"
+    "A reader of every kind of network, from a file, with random weights that give many texts"
     torch.manual_seed(1)
     units, path = SubscriptTokenizer(charset()), tmp_path_factory.mktemp('kind') / 'toy.safetensors'
     net = CTCNet(len(units), CTCConfig(**dict(channels=(8, 8, 16, 16, 32), hidden=16, layers=1) | request.param))
@@ -147,9 +149,12 @@ def kind(request, tmp_path_factory):
 
 
 def test_kinds_of_network(kind, lines):
-    "Alone or in company, in any order, a line reads the same; its characters lie on it"
+    "Alone or in a batch, in any order, a line reads the same; its characters lie on it"
     whole = kind.read(lines)
-    close = lambda a, b: a.text == b.text and abs(a.confidence - b.confidence) < 1e-3
+
+    def close(a, b):
+        return a.text == b.text and abs(a.confidence - b.confidence) < 1e-3
+
     assert len({r.text for r in whole}) > 3
     assert kind.stride == kind.net.config.stride
     assert all(map(close, kind.read(lines, 1), whole))
@@ -165,7 +170,7 @@ def test_kinds_of_network_in_windows(kind):
     line = np.ascontiguousarray(np.hstack([line] * 2)[:, :2900])
     cut, whole = frames(kind, line)
     assert len(cut) == len(whole) == -(-2900 // kind.stride)
-    inside = slice(0, 1600 // kind.stride)  # what lies in the first window and believed
+    inside = slice(0, 1600 // kind.stride)  # in the first window and kept from it
     if kind.net.config.encoder == 'conv':
         assert (cut == whole).mean() > 0.99
     else:
@@ -187,7 +192,7 @@ def test_padding_does_not_matter(kind):
 
 
 def strong(net, std=0.5):
-    "Random weights large enough that the network says many things"
+    "Random weights large enough that the network gives many texts"
     for n, p in net.named_parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=std)
@@ -235,7 +240,7 @@ def writer(request, tmp_path_factory):
 
 
 def test_readers_that_write(writer, lines):
-    "Each decoder: the same alone and in company, characters on the line, and the texts of training's own reading"
+    "Each decoder: the same alone and in a batch, characters on the line, and the texts of training's own reading"
     net, units, head = open_model(writer)
     some = [scribble(w, i) for i, w in enumerate((200, 90, 201, 20))]
     for decoder in DECODERS:
@@ -258,15 +263,15 @@ def test_readers_that_write(writer, lines):
             preprocess(scribble(900), reader.height)[:, :320]
         )  # as wide as its bucket: both sides pad nothing
         with torch.inference_mode():
-            ((_, said),) = reader._line_outputs([line], 1)
+            ((_, output),) = reader._line_outputs([line], 1)
         assert (
-            units.decode(reader.decoder.decode(*said)[0])
+            units.decode(reader.decoder.decode(*output)[0])
             == read_lines(net, units, [collate([(line, '')])], decoder)[0][0]
         )
 
 
 def test_wide_lines_of_readers_that_write(writer):
-    "Windows are joined where the decoder looked: no unit of one that is believed is lost, none comes twice"
+    "Windows are joined by the frames of the units: none is lost and none comes twice"
     reader = Reader.load(writer)
     line = np.ascontiguousarray(np.hstack([preprocess(scribble(1500, i), reader.height) for i in range(4)])[:, :3500])
     with torch.inference_mode():
@@ -301,8 +306,8 @@ def test_decoders_of_a_ctc_reader(weights, lines):
     assert beam.read([np.full((40, 300), 255, np.uint8)]) == [Prediction('', 1.0)]
 
 
-def test_a_language_model_advises(weights, tmp_path):
-    "The model is asked: one that knows a single word pulls the reading towards it"
+def test_a_language_model_is_used(weights, tmp_path):
+    "The decoder asks the model for probabilities; a model of other units or another kind is refused"
     units = open_model(weights)[1]
     lm = NGramModel.train(['កម្ពុជា'] * 50, units, order=4, cuts=(1,))
     lm.save(tmp_path / 'lm.safetensors')
@@ -452,22 +457,22 @@ def test_files(reader, tmp_path):
 
 def test_the_command_takes_a_decoder(weights, writer, tmp_path):
     "`read --decoder` and `--lm`: one line an image, one line of complaint"
-    from typer.testing import CliRunner
-    from khmer_ocr.cli.common import app
 
-    call = lambda *args: CliRunner().invoke(app, ['read', '--line', *map(str, args)])
+    def call(*args):
+        return CliRunner().invoke(app, ['read', '--line', *map(str, args)])
+
     for i in range(2):
         Image.fromarray(scribble(100 + 40 * i, i)).save(tmp_path / f'{i}.png')
     files = [tmp_path / '0.png', tmp_path / '1.png']
-    said = {}
+    printed = {}
     for decoder in DECODERS:
         r = call('--model', weights, '--decoder', decoder, *files)
-        said[decoder] = r.stdout
+        printed[decoder] = r.stdout
         assert r.exit_code == 0
         assert r.stdout == ''.join(
             x.text + '\n' for x in Reader.load(weights, decoder=decoder).read([scribble(100), scribble(140, 1)])
         )
-    assert said['ctc'] == said['greedy'] == call('--model', weights, *files).stdout
+    assert printed['ctc'] == printed['greedy'] == call('--model', weights, *files).stdout
     assert call('--model', writer, *files).stdout.count('\n') == 2
     for args, says in (
         (('--model', writer, '--lm', 'ngram'), 'not a reader that writes'),
@@ -482,26 +487,26 @@ def test_the_command_takes_a_decoder(weights, writer, tmp_path):
         assert not r.stdout, r.stderr
 
 
-def check_looks(reader, im):
-    units, looks = reader.attention_map(im)
+def check_attention_map(reader, im):
+    units, shares = reader.attention_map(im)
     (r,) = reader.read([im])
-    assert looks.shape == (len(units), im.shape[1])
+    assert shares.shape == (len(units), im.shape[1])
     assert units == [u for u, *_ in r.chars]
-    assert np.allclose(looks.sum(1), 1, atol=1e-3)
-    assert (looks >= 0).all()
+    assert np.allclose(shares.sum(1), 1, atol=1e-3)
+    assert (shares >= 0).all()
 
 
-def test_where_it_looked(weights, lines):
-    "One row for each unit that is read, rows sum to 1, and what they mark lies where the unit is said to be; wide lines too"
+def test_attention_maps(weights, lines):
+    "One row for each unit that is read; rows sum to 1 and mark the place of the unit, on wide lines too"
     reader = Reader.load(weights)
     for im in (lines[0], lines[1], 255 - lines[3]):
-        check_looks(reader, im)
-    check_looks(Reader.load(weights, decoder='beam'), lines[1])
+        check_attention_map(reader, im)
+    check_attention_map(Reader.load(weights, decoder='beam'), lines[1])
     wide = np.hstack([scribble(1500, i) for i in range(3)])
-    units, looks = reader.attention_map(wide)
-    assert looks.shape[1] == wide.shape[1]
-    assert looks[-1].argmax() > 3000
-    assert np.allclose(looks.sum(1), 1, atol=1e-3)
+    units, shares = reader.attention_map(wide)
+    assert shares.shape[1] == wide.shape[1]
+    assert shares[-1].argmax() > 3000
+    assert np.allclose(shares.sum(1), 1, atol=1e-3)
     assert reader.attention_map(np.full((40, 300), 255, np.uint8))[0] == []
     if 'fast' not in available_models():
         return
@@ -511,5 +516,5 @@ def test_where_it_looked(weights, lines):
 
 
 @pytest.mark.parametrize('decoder', ('greedy', 'beam'))
-def test_where_a_decoder_looked(writer, decoder):
-    check_looks(Reader.load(writer, decoder=decoder), scribble(100))
+def test_attention_maps_of_a_decoder(writer, decoder):
+    check_attention_map(Reader.load(writer, decoder=decoder), scribble(100))

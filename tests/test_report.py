@@ -16,7 +16,8 @@ def test_nothing_from_outside(tmp_path):
     page = report(
         tmp_path,
         new_markdown_cell(
-            '# ខ្មែរ\n\n[link](https://example.org), $x^2$, ![a](data:image/png;base64,AAAA)\n\n```mermaid\ngraph TD\n```'
+            '# ខ្មែរ\n\n[link](https://example.org), $x^2$, ![a](data:image/png;base64,AAAA)\n\n'
+            '```mermaid\ngraph TD\n```'
         ),
         new_code_cell(
             '1', outputs=[new_output('execute_result', data={'text/html': '<b>bold</b>', 'text/plain': 'plain'})]

@@ -1,4 +1,4 @@
-"Votes and means of readers: alignment, elections, readers without letters, windows of wide lines, one line beside many, mistakes in one line."
+"Votes and means of readers: alignment, votes, readers without letters, wide lines, errors in one line"
 
 import numpy as np, pytest, torch
 from khmer_ocr.text.rules import rule_line
@@ -58,10 +58,10 @@ def spoilt(text, rng, n=3):
 def test_the_network_holds_every_reading():
     rng = np.random.default_rng(0)
     for t in texts:
-        said = [split_prediction(Prediction(spoilt(t, rng), 0.5)) for _ in range(4)]
-        assert [''.join(column[k].text for column in confusion_network(said)) for k in range(4)] == [
-            ''.join(w.text for w in s) for s in said
-        ]
+        readings = [split_prediction(Prediction(spoilt(t, rng), 0.5)) for _ in range(4)]
+        columns = confusion_network(readings)
+        for k, reading in enumerate(readings):
+            assert ''.join(column[k].text for column in columns) == ''.join(c.text for c in reading)
 
 
 def test_three_readers_with_mistakes_in_other_places_are_right_together():
@@ -85,7 +85,7 @@ def test_three_readers_with_mistakes_in_other_places_are_right_together():
         ([Candidate('ក', 0.4), NULL], dict(null_confidence=0.6), ''),
     ],
 )
-def test_elections(column, settings, winner):
+def test_votes_and_confidences_decide_a_column(column, settings, winner):
     assert vote_column(column, **settings).text == winner
 
 
@@ -101,7 +101,7 @@ def test_readings_of_odd_text():
         assert vote([r, r, r]).text == r.text
 
 
-def test_a_committee_reads_as_its_members_agree():
+def test_equal_readers_vote_as_one():
     a = reader(1)
     images = [image(i) for i in range(5)]
     assert Rover([a, a]).read(images) == [Rover([a, a]).read([im])[0] for im in images]

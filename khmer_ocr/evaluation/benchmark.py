@@ -214,7 +214,7 @@ def standard_sets(
     "The standard sets: `FIXED_SETS`; each of `DEGRADATIONS` in fonts of training, and as PRESET_heldout in others"
     fixed_lines = fixed_lines or lines
     if min(lines, fixed_lines) < 1:
-        raise KhmerOCRError(f'The battery wants a number of lines from 1 up, not {min(lines, fixed_lines)}')
+        raise KhmerOCRError(f'The standard sets take a number of lines from 1 up, not {min(lines, fixed_lines)}')
     held_out = held_out_fonts(fonts)
     out = _fixed_sets(folder, fixed_lines, corpus, fonts, progress, held_out)
     out += _degraded_sets(folder, lines, corpus, fonts, progress, held_out=False)
