@@ -94,6 +94,7 @@ class StopAt(Callback):
 
 
 def test_the_paper_s_network():
+    "Number of parameters, of units and of frames are those of Buoy 2022"
     net = Seq2Seq(117).eval()
     assert len(make_units(Seq2SeqConfig())) == 117
     assert sum(p.numel() for p in net.parameters()) == 9_938_222
@@ -401,6 +402,7 @@ def test_less_teacher_forcing_changes_later_steps_only(tmp_path):
 
 
 def test_units():
+    "Texts come back from their ids, and a character outside the charset is named by its code point"
     symbols = SymbolTokenizer(charset('buoy2022'))
     assert symbols.charset == charset('buoy2022')
     assert (symbols.end, SubscriptTokenizer(charset()).end) == (1, 0)
@@ -422,11 +424,13 @@ def test_units():
     ],
 )
 def test_settings_that_make_no_network(settings, word):
+    "The error names the setting or what it may be"
     with pytest.raises(KhmerOCRError, match=word):
         Seq2SeqConfig(**settings)
 
 
 def test_foreign_checkpoints(tmp_path):
+    "Other kinds and other sizes are refused before anything is written"
     gan = tmp_path / 'gan.safetensors'
     save_checkpoint(gan, {'w': torch.ones(2)}, dict(model='dcgan'))
     with pytest.raises(KhmerOCRError, match='dcgan'):

@@ -15,6 +15,7 @@ from khmer_ocr.inference.reader import Reader
 from khmer_ocr.models.ctc import CTCConfig, CTCNet, grow, header, init_from_checkpoint, load_ctc
 from khmer_ocr.models.ctc_training import CTCLoss, FrameDistillationLoss, read_batches
 from khmer_ocr.models.decoding import greedy_ctc
+from khmer_ocr.models.release import export_weights
 from khmer_ocr.models.zoo import available_models, train_recogniser
 from khmer_ocr.synth.generator import Recipe
 from khmer_ocr.text.khmer import charset, normalise
@@ -294,8 +295,7 @@ def test_a_network_with_two_outputs_trains_saves_and_grows(tmp_path):
 
 
 def test_foreign_checkpoints(tmp_path):
-    from khmer_ocr.models.release import export_weights
-
+    "Other kinds and a file that was cut are refused, and nothing is written"
     save_checkpoint(tmp_path / 'gan.safetensors', {'w': torch.ones(2)}, dict(model='dcgan'))
     with pytest.raises(KhmerOCRError, match='dcgan'):
         load_ctc(tmp_path / 'gan.safetensors')

@@ -41,7 +41,11 @@ def lines():
 def random_lines(n, seed=0):
     "Lines over abcde with some order in them"
     rng = np.random.default_rng(seed)
-    return [''.join('abcde'[int((i + rng.integers(3)) ** 2 % 5)] for i in range(rng.integers(1, 9))) for _ in range(n)]
+
+    def letter(i):
+        return 'abcde'[int((i + rng.integers(3)) ** 2 % 5)]
+
+    return [''.join(map(letter, range(rng.integers(1, 9)))) for _ in range(n)]
 
 
 class DictionaryModel:
@@ -274,6 +278,7 @@ def test_a_clear_line_is_decoded_as_greedily():
 
 
 def test_the_form_of_a_decoded_line():
+    "Units, confidences and frames are lists of one length, frames rise, and an empty line gives empty lists"
     assert beam_line(np.zeros((0, 20), np.float32)) == ([], [], [])
     ids, confidences, at = beam_line(random_frames(12, 20, 3), beam=8)
     assert len(ids) == len(confidences) == len(at) > 0
@@ -294,6 +299,7 @@ def test_a_wider_beam_is_not_worse():
 
 
 def test_wrong_use():
+    "A model for other units, an empty beam and too many units for the frames are refused in words"
     frames = random_frames(5, 6, 0)
     lm = NGramModel.train(['ab'], three, 2, (1,))
     with pytest.raises(KhmerOCRError, match='knows 4 units and the reader 6'):
@@ -305,6 +311,7 @@ def test_wrong_use():
 
 
 def test_frames_of_a_network():
+    "Each line has its frames without padding, as log-probabilities, and they decode as the network does"
     torch.manual_seed(0)
     net = CTCNet(len(units), CTCConfig(channels=(8, 8, 8, 8, 16), hidden=8, layers=1)).eval()
     rng = np.random.default_rng(0)
@@ -318,6 +325,7 @@ def test_frames_of_a_network():
 
 
 def test_a_model_helps_with_what_it_knows_and_hurts_elsewhere():
+    "A larger weight mends texts of the known kind and spoils the others"
     lm = NGramModel.train(['aba'] * 20, three, 3, (1,))
     p = [[0.01, 0.97, 0.01, 0.01], [0.01, 0.01, 0.45, 0.53], [0.01, 0.97, 0.01, 0.01]]  # a, c rather than b, a
     frames = np.log(np.array(p))
@@ -339,6 +347,7 @@ def test_unpredictable_lines_can_be_written_and_are_not_guessed(lines):
 
 
 def test_the_model_that_ships():
+    "It knows real text, is surprised by random lines, and stays under 3 MB"
     lm = NGramModel.load(units=units)
     odd = unpredictable_lines(20, units, 9)
     assert lm.order == 6

@@ -268,7 +268,7 @@ def _recommended(steps, encoder):
 def _joint(steps, encoder):
     "A small decoder on a frozen CTC network"
     if encoder is None:
-        raise KhmerOCRError('Preset joint wants a CTC reader to build on: give encoder=<checkpoint>')
+        raise KhmerOCRError('Variant joint wants a CTC reader to build on: give encoder=<checkpoint>')
     small = dict(hidden=256, attention=128, embedding=64, location=41, dropout=0.1, ctc_weight=0.3, guide=0.5)
     config = Seq2SeqConfig(encoder='ctc', ctc=load_ctc(encoder)[0].config, **small)
     return config, TrainConfig(steps=steps or 5000, lr=2e-3, freeze=('encoder',), **_our_loop)
@@ -285,6 +285,6 @@ def seq2seq_variant(
     "Settings by name; KhmerOCRError for an unknown one"
     if name not in _variants:
         hint = suggest(name, list(_variants))
-        raise KhmerOCRError(f'Unknown preset {name!r}{hint}: choose buoy2022, recommended or joint')
+        raise KhmerOCRError(f'Unknown variant {name!r}{hint}: choose {", ".join(_variants)}')
     config, train = _variants[name](steps, encoder)
     return Variant(config, train, Recipe(random_text=True))
