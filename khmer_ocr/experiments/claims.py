@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from collections import Counter
 from itertools import islice
-from ..text.khmer import DIGITS
 from ..core.errors import KhmerOCRError
-from ..synth.generator import Recipe, LineGenerator
-from ..data.preprocessing import HEIGHT, preprocess
-from ..data.batching import bucket_batches, collate
-from ..training.memory import kept_bytes
 from ..core.files import block_signals
+from ..data.batching import bucket_batches
+from ..data.preprocessing import HEIGHT, preprocess
+from ..synth.generator import LineGenerator, Recipe
+from ..text.khmer import DIGITS
+from ..training.memory import kept_bytes
 
 # %% ../../nbs/11_experiments/05_claims.ipynb #7bc14090
 def fastest_times(
