@@ -77,6 +77,7 @@ class StopAt(Callback):
 
 
 def test_shapes_of_the_founding_document():
+    "At 256 pixels the stride form goes down to 1024 features at one pixel, the double form to 1024 at 16 x 16"
     net = meta()
     x = torch.empty(1, 1, 256, 256, device='meta')
     inner = []
@@ -118,6 +119,7 @@ def test_sizes_and_work():
 
 @pytest.mark.parametrize('size', (32, 64, 128))
 def test_depth_follows_the_resolution(size):
+    "A network for squares of 2**n pixels has n levels, and refuses a size that it cannot halve so often"
     net = make_generator(Pix2PixConfig(resolution=size, ngf=2)).train()
     assert len(net.downs) == int(math.log2(size))
     assert net(torch.rand(1, 1, size, size)).shape == (1, 3, size, size)  # a batch of one, in training mode
@@ -125,6 +127,7 @@ def test_depth_follows_the_resolution(size):
 
 
 def test_every_weight_is_used():
+    "In every form of the generator each parameter gets a gradient"
     for kw in (
         dict(),
         dict(attention=True),
@@ -139,6 +142,7 @@ def test_every_weight_is_used():
 
 
 def test_instance_norm_is_instance_norm():
+    "GroupNorm with one channel a group gives what instance normalisation gives"
     norm = make_generator(toy).downs[1][2]
     x = torch.randn(2, 8, 6, 6)
     assert isinstance(norm, nn.GroupNorm)
@@ -147,6 +151,7 @@ def test_instance_norm_is_instance_norm():
 
 
 def test_attention_gate_lets_through_a_share():
+    "A gate scales the skip connection by one factor in 0..1 per pixel, which the signal decides"
     gate = AttentionGate(6)
     skip, signal = torch.randn(2, 6, 5, 5), torch.randn(2, 6, 5, 5)
     share = gate(skip, signal) / skip
@@ -157,6 +162,7 @@ def test_attention_gate_lets_through_a_share():
 
 
 def test_style_changes_the_page_and_takes_a_gradient():
+    "Another code gives another page, none means zeros, and every number of a code has a gradient"
     torch.manual_seed(0)
     net = make_generator(replace(toy, style=5)).eval()
     m = torch.rand(2, 1, 32, 32).round()
@@ -168,6 +174,8 @@ def test_style_changes_the_page_and_takes_a_gradient():
 
 
 def test_resize_convolution_leaves_fewer_dots():
+    "Untrained, resize-convolutions leave less than half the checkerboard of transposed ones"
+
     def untrained(smooth):
         torch.manual_seed(0)
         net = make_generator(Pix2PixConfig(resolution=128, ngf=8, smooth=smooth)).eval()
@@ -180,6 +188,8 @@ def test_resize_convolution_leaves_fewer_dots():
 
 
 def test_activations_forgotten_gradients_kept(pages):
+    "With checkpointing fewer activations are kept, and the gradients are the same"
+
     def one(**kw):
         torch.manual_seed(0)
         c = replace(toy, **kw)
@@ -204,6 +214,7 @@ def test_activations_forgotten_gradients_kept(pages):
 
 
 def test_losses_by_hand(pages):
+    "The losses of both phases are those of the formulas, for every kind of loss"
     b = PairBatches(pages, 2, CropConfig(32))[0]
     for ls, fm, sn in ((False, 0.0, False), (True, 3.0, False), (False, 0.0, True)):
         torch.manual_seed(0)
@@ -230,6 +241,7 @@ def test_losses_by_hand(pages):
 
 
 def test_l1_of_means_lets_grain_pass():
+    "With `l1_pool`, grain finer than the window costs nothing, and a wrong tone costs the same"
     board = torch.ones(1, 3, 8, 8)
     board[..., ::2, ::2] = board[..., 1::2, 1::2] = -1.0
 
@@ -244,6 +256,7 @@ def test_l1_of_means_lets_grain_pass():
 
 
 def test_noise_of_a_style_is_given_or_drawn_and_unknown_without():
+    "Given noise decides the image; else torch draws it; a network without styles has none"
     torch.manual_seed(0)
     net = make_generator(replace(toy, style=5)).eval()
     m, z, w = torch.rand(2, 1, 32, 32).round(), torch.randn(2, 5), torch.randn(2, 3, 32, 32)
@@ -258,6 +271,7 @@ def test_noise_of_a_style_is_given_or_drawn_and_unknown_without():
 
 
 def test_grain_of_every_size_has_no_lattice():
+    "Grain of each size has the strength that was asked for, mean 0, and no checkerboard"
     torch.manual_seed(0)
     modulation, noise = StyleModulation(3, [4]), torch.randn(16, 3, 128, 128)
     z = torch.zeros(16, 3)
@@ -273,6 +287,7 @@ def test_grain_of_every_size_has_no_lattice():
 
 
 def test_spectral_norm_takes_the_place_of_norms():
+    "With spectral normalisation the discriminator has no other norms, and its matrices have norm 1"
     net = Pix2Pix(replace(toy, use_spectral_norm=True)).train()
     assert not any(isinstance(m, nn.GroupNorm) for m in net.discriminator.modules())
     assert any(isinstance(m, nn.GroupNorm) for m in Pix2Pix(toy).discriminator.modules())
@@ -284,6 +299,7 @@ def test_spectral_norm_takes_the_place_of_norms():
 
 
 def test_feature_matching_is_zero_for_the_real_image_alone(pages):
+    "Features of the real image cost nothing, those of another one something"
     b = PairBatches(pages, 2, CropConfig(32))[0]
     net = Pix2Pix(toy)
     assert feature_matching_loss(net, b['image'], b['image'], b['mask']) == 0
@@ -384,6 +400,7 @@ def test_one_resolution_after_the_other(tmp_path, pages):
 
 @pytest.mark.parametrize('progressive', (False, True))
 def test_resume_to_the_same_bits(tmp_path, pages, progressive):
+    "A run that is cut and resumed ends with the files of one that was not; another seed gives others"
     c = replace(
         toy,
         resolution=64 if progressive else 32,
@@ -503,6 +520,7 @@ def test_styles_come_with_the_batch(tmp_path, pages, kw, stages):
 
 
 def test_fewer_pages_than_a_batch(tmp_path, pages):
+    "One page is enough for batches of sixteen crops"
     learn = train_pix2pix(tmp_path, pages[:1], toy, epochs=2, batch_size=16, **quick)
     assert learn.step == 2
     assert (tmp_path / 'samples' / 'epoch-0002.png').exists()
@@ -581,6 +599,7 @@ def test_checkpoints_open_and_faults_are_one_line(tmp_path, pages):
 
 
 def test_nan_keeps_the_last_good_checkpoint(tmp_path, pages):
+    "A loss that is no number ends the run in one line, and leaves finite weights on disk"
     data = PairBatches(pages, 1, CropConfig(32))
     good = data.batches
 
@@ -596,6 +615,8 @@ def test_nan_keeps_the_last_good_checkpoint(tmp_path, pages):
 
 
 def test_out_of_memory_names_the_settings(tmp_path, pages):
+    "Where memory is short even for one square, the error names the settings of Pix2Pix that help"
+
     class Huge(nn.Module):
         def __init__(self):
             super().__init__()
@@ -613,6 +634,7 @@ def test_out_of_memory_names_the_settings(tmp_path, pages):
 
 
 def test_memorises_one_pair(tmp_path):
+    "A small network learns one page nearly by heart, better than two flat colours would do"
     (page,) = rendered_pairs(
         words,
         [noto],
@@ -657,6 +679,7 @@ def with_old_names(weights):
 
 @pytest.mark.parametrize('kw, stages', [(dict(style=3), 1), (dict(style=3, form='double'), 0)])
 def test_generators_saved_by_earlier_versions_open(tmp_path, kw, stages):
+    "Weights with the names of earlier versions give the same images"
     config = replace(toy, **kw)
     torch.manual_seed(0)
     net = Pix2Pix(config, stages=stages).eval()
@@ -677,6 +700,7 @@ def test_generators_saved_by_earlier_versions_open(tmp_path, kw, stages):
 
 
 def test_no_batch_is_kept_on_the_network(pages):
+    "A step leaves no attribute of its batch on the network"
     net = Pix2Pix(replace(toy, style=2))
     batch = PairBatches(pages, 2, CropConfig(32))[0] | dict(style=torch.randn(2, 2))
     before = set(vars(net))

@@ -84,6 +84,7 @@ class StopAt(Callback):
 
 
 def test_shapes_of_the_founding_document():
+    "Codes of 512, features of 256 x 16 x 16, images of the size of the mask; grain only where it is asked for"
     net = meta(form='plain')
     mask, z = torch.empty(1, 1, 256, 256, device='meta'), torch.empty(1, 512, device='meta')
     assert [t.shape for t in net.encode(mask)] == [(1, 512)] * 2
@@ -114,6 +115,7 @@ def test_sizes():
 
 @pytest.mark.parametrize('name', forms)
 def test_every_weight_is_used(name, pages):
+    "In every form each parameter gets a finite gradient"
     torch.manual_seed(0)
     c = forms[name]
     net = VAE(c)
@@ -123,6 +125,7 @@ def test_every_weight_is_used(name, pages):
 
 
 def test_an_untrained_decoder_ignores_the_code():
+    "At the start the code changes hardly anything, and its distribution is near N(0, 1)"
     torch.manual_seed(0)
     net = VAE(replace(toy, latent=512))
     m = torch.rand(1, 1, 32, 32).round()
@@ -169,6 +172,8 @@ def test_starlet_bands():
 
 
 def test_reparameterisation_by_hand():
+    "z is mu + sigma * eps, and its gradient is 1 for mu and eps / 2 for the log-variance"
+
     def g():
         return torch.Generator().manual_seed(3)
 
@@ -183,6 +188,7 @@ def test_reparameterisation_by_hand():
 
 
 def test_divergence_and_free_bits():
+    "The divergence is that of torch.distributions; below the free bits it has no gradient"
     mu, logvar = (
         torch.tensor([[1.0, 0.0, 3.0], [1.0, 0.0, 1.0]]),
         torch.tensor([[0.0, math.log(2), 0.0], [0.0, math.log(2), 0.0]]),
@@ -218,6 +224,7 @@ def test_active_units():
 
 @pytest.mark.parametrize('name', forms)
 def test_loss_by_hand(name, pages):
+    "The loss and its parts are those of the formulas, for every form"
     torch.manual_seed(0)
     c = replace(forms[name], beta=3.0, free_bits=0.01, texture=0.5)
     net = VAE(c).eval()
@@ -242,6 +249,7 @@ def test_loss_by_hand(name, pages):
 
 
 def test_the_mean_is_shaped_by_the_squared_error_alone(pages):
+    "The weight of the grain changes the gradient of the grain and not that of the mean image"
     grads = []
     for texture in (0.1, 9.0):
         torch.manual_seed(0)
@@ -262,6 +270,7 @@ def test_the_mean_is_shaped_by_the_squared_error_alone(pages):
 
 @pytest.mark.parametrize('name', forms)
 def test_resume_to_the_same_bits(name, tmp_path, pages):
+    "A run that is cut and resumed ends with the files of one that was not; another seed gives others"
     c = replace(forms[name], free_bits=0.05)
     data = PairBatches(pages[:2], 2, CropConfig(c.resolution))
 
@@ -293,6 +302,7 @@ def test_resume_to_the_same_bits(name, tmp_path, pages):
 
 
 def test_collapse_shows_and_free_bits_prevent_it(tmp_path, pages):
+    "A beta far too large leaves no active unit; with free bits some stay active"
     for name, bits in dict(collapsed=0.0, freed=2.0).items():
         train_vae(
             tmp_path / name,
@@ -311,12 +321,14 @@ def test_collapse_shows_and_free_bits_prevent_it(tmp_path, pages):
 
 
 def test_fewer_pages_than_a_batch(tmp_path, pages):
+    "One page is enough for batches of sixteen crops"
     learn = train_vae(tmp_path, pages[:1], toy, epochs=2, batch_size=16, **quick)
     assert learn.step == 2
     assert (tmp_path / 'samples' / 'epoch-0002.png').exists()
 
 
 def test_memorises_one_pair(tmp_path):
+    "A small VAE learns one page nearly by heart, better than two flat colours would do"
     (page,) = rendered_pairs(
         words,
         [noto],
@@ -351,6 +363,7 @@ def test_memorises_one_pair(tmp_path):
 
 @pytest.mark.parametrize('name', forms)
 def test_samples_codes_and_reconstructions(name, pages):
+    "Shapes, ranges and seeds of sampling, reconstructing and interpolating; the global random state stays"
     torch.manual_seed(0)
     c = forms[name]
     vae = VAE(c).eval()
@@ -395,6 +408,7 @@ def test_samples_codes_and_reconstructions(name, pages):
 
 
 def test_a_style_fits_pages_of_any_size():
+    "A fixed style fills any page; its grain depends on the seed, its mean does not"
     torch.manual_seed(0)
     vae = VAE(toy).eval()
     z = torch.randn(8)
@@ -413,6 +427,7 @@ def test_a_style_fits_pages_of_any_size():
 
 
 def test_bad_settings_are_refused():
+    "A setting out of range is an error that says so, and a misspelt one suggests the right name"
     for bad in (
         dict(form='vq'),
         dict(latent=0),
@@ -432,6 +447,7 @@ def test_bad_settings_are_refused():
 
 
 def test_faults_are_one_line(tmp_path, pages):
+    "Wrong arguments, crops and files are one-line errors, and nothing is written"
     torch.manual_seed(0)
     style, told, plain = (VAE(c).eval() for c in forms.values())
     b = batch(pages, toy)
@@ -460,6 +476,7 @@ def test_faults_are_one_line(tmp_path, pages):
 
 
 def test_every_checkpoint_opens(tmp_path, pages):
+    "The averaged weights, the best and the latest checkpoint give the same images after one epoch"
     learn = train_vae(tmp_path, pages, toy, epochs=1, ema=0.5, **quick)
     m = batch(pages, toy)['mask'][:1]
     want = sample(learn.ema.eval(), m, 2)
@@ -468,6 +485,7 @@ def test_every_checkpoint_opens(tmp_path, pages):
 
 
 def test_nan_keeps_the_last_good_checkpoint(tmp_path, pages):
+    "A loss that is no number ends the run in one line, and leaves finite weights on disk"
     data = PairBatches(pages, 1, CropConfig(32))
     good = data.batches
 
@@ -485,6 +503,8 @@ def test_nan_keeps_the_last_good_checkpoint(tmp_path, pages):
 
 
 def test_out_of_memory_names_the_settings(tmp_path, pages, monkeypatch):
+    "Where memory is short even for one square, the error names the settings of the VAE that help"
+
     def full(self, z, mask=None):
         raise torch.OutOfMemoryError('CUDA out of memory')
 
