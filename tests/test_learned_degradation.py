@@ -74,6 +74,7 @@ def hybrid(tmp_path_factory, pages):
 
 
 def test_a_line_to_tiles_and_back_is_unchanged():
+    "Cutting a line into squares and joining them loses nothing, whatever its size"
     for h, w, tile in ((1, 1, 32), (16, 5, 32), (10, 300, 64), (40, 700, 256), (240, 300, 256)):
         line = rng(h).integers(0, 256, (h, w)).astype(np.uint8)
         tiles, starts = line_to_tiles(line, tile, tile // 4)
@@ -83,6 +84,7 @@ def test_a_line_to_tiles_and_back_is_unchanged():
 
 
 def test_lines_keep_shape_and_type_and_follow_the_seed(model):
+    "The seed decides the result; the line that was given stays as it was"
     f = LearnedDegradation(model)
     line = text_line(words[3], 12)
     a = f(line, rng(1))
@@ -102,6 +104,7 @@ def test_lines_keep_shape_and_type_and_follow_the_seed(model):
 
 
 def test_many_is_one_by_one(model):
+    "Many lines give the bytes of one at a time, whatever the number of threads"
     f = LearnedDegradation(model, batch_size=3)
     lines = [text_line(t, s) for s in (10, 14) for t in words]
     together = f.many(lines, [rng(k) for k in range(len(lines))])
@@ -116,6 +119,7 @@ def test_many_is_one_by_one(model):
 
 
 def test_can_be_pickled_for_a_worker_process(model):
+    "Path and settings are pickled, not the weights, and the copy gives the same"
     f = LearnedDegradation(model, batch_size=2, min_correlation=0.4)
     g = pickle.loads(pickle.dumps(f))
     line = text_line(words[0], 12)
@@ -124,6 +128,7 @@ def test_can_be_pickled_for_a_worker_process(model):
 
 
 def test_a_line_whose_ink_would_vanish_is_returned_unchanged(model):
+    "Ink that is not where the mask has it is found out, and the clean line comes back"
     line = text_line(words[0], 12)
     m = line_mask(line)
     assert ink_preserved(255 - m, m, 0.5)
@@ -135,12 +140,14 @@ def test_a_line_whose_ink_would_vanish_is_returned_unchanged(model):
 
 
 def test_soft_ink_of_a_line():
+    "The mask of a line goes from its lightest level to its darkest; a blank line has no ink"
     line = np.array([[250, 150, 50]], np.uint8).repeat(2, 0)
     assert line_mask(line).tolist() == [[0, 128, 255]] * 2
     assert not line_mask(np.full((3, 3), 255, np.uint8)).any()
 
 
 def test_texture_bank_and_dcgan_lie_under_the_line(tmp_path):
+    "A bank or a DCGAN becomes the paper under the line, and ink stays black"
     papers = [p[..., 0] for p in procedural_paper(4, 32)]
     TextureBank(papers).save(tmp_path / 'bank.safetensors')
     line = text_line(words[0])
@@ -161,6 +168,7 @@ def test_texture_bank_and_dcgan_lie_under_the_line(tmp_path):
 
 
 def test_compiled_gives_the_same_and_goes_on_without_a_compiler(model, capsys):
+    "A failing compiler costs one warning and no image"
     m = (torch.rand(1, 1, 32, 32) > 0.7).float()
     plain = optimise_for_inference(load_trained_generator(model))
     eager = optimise_for_inference(load_trained_generator(model), compiled=True, backend='eager')
@@ -180,6 +188,7 @@ def test_compiled_gives_the_same_and_goes_on_without_a_compiler(model, capsys):
 
 
 def test_the_label_stays_true(tmp_path):
+    "The shipped recogniser reads degraded lines nearly as well as clean ones"
     pages = rendered_pairs(
         words,
         [noto],
@@ -208,6 +217,7 @@ def test_the_label_stays_true(tmp_path):
 
 @pytest.mark.parametrize('which', ['hybrid', 'vae'])
 def test_generators_with_styles_as_operations(which, hybrid, tmp_path):
+    "A VAE and a hybrid give several papers, and many lines at once those of one by one"
     if which == 'vae':
         save_trained_generator(tmp_path / 'p.safetensors', hybrid.trained.vae)
     f = LearnedDegradation(
@@ -231,6 +241,7 @@ def recipe(folder, model):
 
 
 def test_preset_learned_in_a_set(model, tmp_path):
+    "A set with the preset is the same with one worker and with two; only its images differ from the clean set"
     r = recipe(tmp_path, model)
     for w in (1, 2):
         generate_set(r, tmp_path / f'w{w}', max_lines=12, splits=('train',), workers=w, progress=False)
@@ -247,6 +258,7 @@ def test_preset_learned_in_a_set(model, tmp_path):
 
 
 def test_the_model_is_part_of_what_a_set_is_made_of_wherever_it_lies(model, tmp_path):
+    "Provenance has the digest of the model, not its path, and another model is refused"
     shutil.copy(model, tmp_path / 'moved.safetensors')
     a, b = (provenance(LineGenerator(recipe(tmp_path, m))) for m in (model, tmp_path / 'moved.safetensors'))
     assert a == b
@@ -263,6 +275,7 @@ def test_the_model_is_part_of_what_a_set_is_made_of_wherever_it_lies(model, tmp_
 
 
 def test_a_model_trained_again_is_opened_again(model, hybrid, tmp_path):
+    "A file that has changed is read anew, one that has not is kept"
     shutil.copy(model, f := tmp_path / 'm.safetensors')
     a, first = open_learned('learned', str(f)), provenance(LineGenerator(recipe(tmp_path, f)))['look']
     assert open_learned('learned', str(f)) is a
@@ -282,4 +295,5 @@ def test_a_model_trained_again_is_opened_again(model, hybrid, tmp_path):
     ],
 )
 def test_learned_preset_faults(preset, word, tmp_path):
+    "A wrong preset is one line with what to do"
     assert word in error(lambda: open_preset(preset))

@@ -71,11 +71,13 @@ def pix2pix(tmp_path_factory, loader):
     'n, model', [(1, 'vae'), (3, 'vae'), (4, 'vae'), (5, 'pix2pix'), (14, 'pix2pix'), (15, 'hybrid'), (200, 'hybrid')]
 )
 def test_choice_by_size(n, model):
+    "The number of pages decides between the kinds as in the document"
     assert choose_model(n).model == model
 
 
 @pytest.mark.parametrize('need, model', [('fidelity', 'pix2pix'), ('diversity', 'vae'), ('balanced', 'hybrid')])
 def test_choice_by_need_says_what_the_number_says(need, model):
+    "A need goes before the number, and the reason says when the number would choose otherwise"
     for n in (3, 8, 20):
         c = choose_model(n, need)
         by_size = choose_model(n).model
@@ -150,6 +152,7 @@ def test_remedies_of_the_document_for_unstable_training_poor_images_and_little_m
 
 
 def test_progressive_calls(tmp_path, loader):
+    "Three calls double the resolution up to the full one, and the result makes pages of any size"
     generator = SyntheticDataGenerator(out_dir=tmp_path, **small | dict(image_size=(128, 128), ngf=2, ndf=2))
     data = PairBatches(loader.pairs, 2, type(loader.crops)(128))
     seen = []
@@ -167,6 +170,8 @@ def test_progressive_calls(tmp_path, loader):
 
 
 def test_custom_generator_with_attention(tmp_path, loader):
+    "A generator of the user is trained in place, and its file opens again in an empty one"
+
     class CustomGenerator(nn.Module):
         def __init__(self, input_nc=1, output_nc=3, ngf=4):
             super().__init__()
@@ -193,6 +198,7 @@ def test_custom_generator_with_attention(tmp_path, loader):
 
 
 def test_quality_at_each_checkpoint_and_stop_on_convergence(tmp_path, loader):
+    "Every checkpoint is scored, and training stops after `patience` of them without a better score"
     g = SyntheticDataGenerator(out_dir=tmp_path, **small)
     learn = g.train_pix2pix(loader, 50, lr=1e-9, patience=2, save_every=2, eval_every=2, ema=0.0, **quick)
     assert learn.stopping.startswith('no better score')
@@ -206,6 +212,8 @@ def test_quality_at_each_checkpoint_and_stop_on_convergence(tmp_path, loader):
 
 
 def test_resumed_to_the_same_bits(tmp_path, loader):
+    "Two steps and two more after a resume end with the weights of four at once"
+
     def run(name, *resumes):
         for steps, resume in resumes:
             SyntheticDataGenerator(out_dir=tmp_path / name, **small).train_pix2pix(
@@ -257,6 +265,7 @@ def test_bad_data(tmp_path, data, loader, pix2pix):
 
 
 def test_masks_of_every_form():
+    "Arrays and tensors of truth values, 0..1 or 0..255 become the same mask, and other values are refused"
     m = np.zeros((5, 7), np.uint8)
     m[2] = 255
     for form in (
@@ -275,6 +284,7 @@ def test_masks_of_every_form():
 
 
 def test_iou_by_hand():
+    "1 for the same ink, 1/3 for squares that share a half, 0 for blank paper"
     m = np.zeros((60, 60), np.uint8)
     m[20:40, 10:30] = 255
     other = np.zeros_like(m)
@@ -285,6 +295,7 @@ def test_iou_by_hand():
 
 
 def test_images_depend_on_seed_and_number_alone(pix2pix, loader):
+    "Image i is the same however many are made, and another seed gives another"
     m = loader.pairs[0].mask
     a = pix2pix.generate_variations(m, 3, seed=5)
     assert all((x == y).all() for x, y in zip(a, pix2pix.generate_variations(m, 2, seed=5)))
@@ -349,6 +360,7 @@ def test_vae_as_the_document_trains_it(tmp_path, loader, coloured, capsys):
 
 
 def test_plain_vae_varies_by_its_own_random_numbers(tmp_path, loader):
+    "Without style codes two images of one mask differ, and repeat by their number"
     g = SyntheticDataGenerator('vae', image_size=(64, 64), device='cpu', out_dir=tmp_path, form='plain', **tiny_style)
     g.train_vae(PairBatches(loader.pairs, 2, type(loader.crops)(64)), 1, **quick)
     m = loader.pairs[0].mask
@@ -361,6 +373,7 @@ def test_plain_vae_varies_by_its_own_random_numbers(tmp_path, loader):
 
 
 def test_hybrid_uses_the_styles_of_its_vae(hybrid, coloured):
+    "Of five images three are of Pix2Pix and two of the VAE, those with the best ink, in papers of several colours"
     p, m = hybrid.trained, coloured[0].mask
     assert (p.kind, p.style, p.vae.kind, p.net.config.style, hybrid.vae.net.plain) == ('hybrid', 6, 'vae', 6, False)
     assert p.codes is p.vae.codes
@@ -378,6 +391,7 @@ def test_hybrid_uses_the_styles_of_its_vae(hybrid, coloured):
 
 
 def test_codes_of_light_and_brown_pages_give_light_and_brown_paper(hybrid, coloured):
+    "The code of a page decides the tone of the paper"
     light, brown = (
         encode_styles(hybrid.vae.net, as_batch([(p.image[:32, :32], p.mask[:32, :32])])['image'])[0]
         for p in coloured[:2]
@@ -392,6 +406,7 @@ def generate_one(generator, mask, z):
 
 
 def test_a_generator_saved_whole_makes_the_same_images_and_nothing_else_is_needed(hybrid, coloured, tmp_path):
+    "The file alone gives the images again, but for the rounding of float16"
     shutil.copy(hybrid.out_dir / 'painter.safetensors', tmp_path / 'p.safetensors')
     m = coloured[0].mask
     g = SyntheticDataGenerator('hybrid', out_dir=tmp_path / 'x', **small, **tiny_style).load(tmp_path / 'p.safetensors')
@@ -409,6 +424,7 @@ def test_a_generator_saved_whole_makes_the_same_images_and_nothing_else_is_neede
 
 
 def test_hybrid_wants_its_vae_first_and_each_model_its_own_training(loader, hybrid):
+    "A call that does not fit the model is one line that says what to call"
     assert 'call train_vae first' in error(
         lambda: SyntheticDataGenerator('hybrid', **small, **tiny_style).train_pix2pix(loader, 1)
     )
@@ -421,6 +437,7 @@ def test_hybrid_wants_its_vae_first_and_each_model_its_own_training(loader, hybr
 
 
 def test_fewer_pages_than_a_batch(tmp_path, loader):
+    "One page is enough for batches of eight crops"
     for kind in ('vae', 'hybrid'):
         g = SyntheticDataGenerator(
             kind,
