@@ -154,10 +154,22 @@ def lines(self: TrainingRequest, texts=None) -> tuple:  # data and texts for `tr
     if drawn and not self.curriculum and not self.data.scale and not self.data.mix:
         return self.source, texts
     per_step = self.samples_per_step
-    lengths = (self.train.steps * per_step, per_step)
-    shape = (self.config.height, charset(self.config.charset))
-    what = (self.source, self.recipe, self.data, self.curriculum)
-    return training_source(*what, *lengths, *shape, texts, self.max_samples), texts
+    n_samples = self.train.steps * per_step
+    height = self.config.height
+    symbols = charset(self.config.charset)
+    source = training_source(
+        self.source,
+        self.recipe,
+        self.data,
+        self.curriculum,
+        n_samples,
+        per_step,
+        height,
+        symbols,
+        texts,
+        self.max_samples,
+    )
+    return source, texts
 
 # %% ../../nbs/06_models/15_training_request.ipynb #0300b5ac
 @patch
@@ -336,5 +348,6 @@ def read_training_config(
     loop = _loop(table, batch_size, samples, steps, epochs, document, workers, init)
     stages = tuple(read_stages(curriculum if curriculum is not None else tables.curriculum, recipe))
     distil = read_distillation(tables.distil) if tables.distil else None
-    lines = (recipe, data, stages, distil, source, max_samples)
-    return TrainingRequest(spec.name, config, loop, *lines, init, samples, workers)
+    return TrainingRequest(
+        spec.name, config, loop, recipe, data, stages, distil, source, max_samples, init, samples, workers
+    )
