@@ -74,6 +74,7 @@ def run(tmp_path_factory):
 
 
 def test_layer_progression_and_parameters():
+    "Shapes and parameters at full size are those of the founding document"
     up = [(100, 1, 1), (512, 4, 4), (256, 8, 8), (128, 16, 16), (64, 32, 32), (32, 64, 64), (1, 128, 128)]
     assert progression(Generator(100, 1), torch.randn(1, 100, 1, 1)) == up
     assert progression(Discriminator(1), torch.randn(1, 1, 128, 128)) == [*up[:0:-1], (1, 1, 1)]
@@ -82,6 +83,7 @@ def test_layer_progression_and_parameters():
 
 
 def test_ranges_of_both_ends():
+    "Images lie in -1..1, probabilities in 0..1"
     with torch.no_grad():
         x = Generator()(5 * torch.randn(2, 100, 1, 1))
         p = Discriminator()(x)
@@ -107,6 +109,7 @@ def test_initialisation():
 
 
 def test_constants_are_the_defaults():
+    "The constants of the module and the defaults of the settings have the values of the document"
     c = DCGANConfig()
     documented = dict(batch_size=64, image_size=128, channels=1, z_dim=100, lr=0.0002, beta1=0.5, epochs=250)
     for name, value in documented.items():
@@ -118,6 +121,7 @@ def test_constants_are_the_defaults():
 
 
 def test_losses_by_hand():
+    "Each loss gives the value of its formula, and an unknown name is an error"
     real = torch.tensor([0.0, math.log(3)])
     fake = torch.tensor([0.0, -math.log(3)])  # probabilities 1/2, 3/4 and 1/2, 1/4
     assert discriminator_loss('bce', real, fake).item() == pytest.approx(-math.log(1 / 2) - math.log(3 / 4))
@@ -157,6 +161,7 @@ def test_one_step_by_hand(tmp_path):
 
 
 def test_each_phase_trains_its_own_network():
+    "The phase of the discriminator gives the generator no gradient"
     c = DCGANConfig(**tiny)
     net = make_gan(c)
     x = TextureBatches(papers, c).batch(0)
@@ -168,6 +173,7 @@ def test_each_phase_trains_its_own_network():
 
 
 def test_r1_by_hand_and_only_where_asked():
+    "R1 adds gamma / 2 times the squared gradient at the real images"
     x = torch.randn(2, 1, 4, 4, requires_grad=True)
     assert r1_penalty((2 * x).sum((1, 2, 3)), x).item() == pytest.approx(4 * 16)
     c = DCGANConfig(**tiny)
@@ -190,6 +196,7 @@ def test_r1_by_hand_and_only_where_asked():
 
 
 def test_two_time_scales():
+    "The discriminator has its own factor on the rate"
     net = make_gan(DCGANConfig(**tiny))
     opt = gan_optimizer((0.5, 0.999), dict(discriminator=4.0))(net, TrainConfig())
     assert [g['scale'] for g in opt.param_groups] == [1.0, 4.0]
@@ -197,6 +204,7 @@ def test_two_time_scales():
 
 
 def test_noise_on_the_discriminators_input_fades():
+    "The noise is there at the start and gone at the end"
     c = DCGANConfig(**tiny)
     net = make_gan(c).eval()
     x = TextureBatches(papers, c).batch(0)
@@ -208,6 +216,7 @@ def test_noise_on_the_discriminators_input_fades():
 
 
 def test_pairs_are_augmented_together():
+    "Translation moves image and mask alike; colour and cutout leave the mask as it is"
     image = torch.zeros(6, 3, 32, 32)
     mask = torch.zeros(6, 1, 32, 32)
     mask[:, :, 10:20, 12:15] = 1
@@ -259,6 +268,7 @@ def test_a_conditional_training_uses_the_same_phases(tmp_path):
 
 
 def test_what_a_run_leaves_behind(run):
+    "Files, samples and rows of statistics have the names and steps of the settings"
     learn, d = run
     assert learn.step == 12
     assert {p.name for p in d.iterdir()} >= {
@@ -285,6 +295,7 @@ def test_what_a_run_leaves_behind(run):
     ],
 )
 def test_resumed_to_the_same_bits(tmp_path, kw):
+    "A run that goes on from a snapshot ends with the files of one that was not stopped"
     images = procedural_paper(8, 24, kw.get('channels', 1))
     train(tmp_path / 'a', images=images, **kw)
     (tmp_path / 'b').mkdir()
@@ -316,6 +327,7 @@ def test_seeds(run, tmp_path):
 
 
 def test_statistics_line_and_that_measuring_leaves_no_trace(run, tmp_path, capsys):
+    "The line has the form of the tutorial, and more measuring gives the same weights"
     learn, _ = run
     train_dcgan(tmp_path, papers, DCGANConfig(**tiny | dict(stats_every=1)), device='cpu', tensorboard=False)
     lines = capsys.readouterr().out.splitlines()
@@ -337,6 +349,7 @@ def test_the_second_number_is_after_the_generators_update(tmp_path):
 
 
 def test_spectral_norm_and_options_are_built():
+    "Spectral normalisation replaces the norms; `resize_conv` replaces transposed convolutions"
     net = Discriminator(1, 16, 4, spectral_norm=True)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
     for _ in range(60):
@@ -355,6 +368,7 @@ def write(folder, n, size=20, channels=1, start=0):
 
 
 def test_bad_data_in_one_line(tmp_path):
+    "Missing or broken images and wrong settings are one line, and nothing is written"
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'broken').mkdir()
     (tmp_path / 'broken' / 'a.png').write_bytes(b'no image')
@@ -368,6 +382,7 @@ def test_bad_data_in_one_line(tmp_path):
 
 
 def test_a_single_image_and_fewer_than_a_batch(tmp_path):
+    "One image, or three, can be trained on"
     write(tmp_path / 'one' / 'good', 1, 40)
     learn = train(tmp_path / 'm', images=str(tmp_path / 'one'), epochs=2)
     assert learn.step == 2
@@ -377,6 +392,7 @@ def test_a_single_image_and_fewer_than_a_batch(tmp_path):
 
 
 def test_any_size_grey_or_colour(tmp_path):
+    "Images of any size, grey or in colour, become batches of the channels asked for"
     write(tmp_path, 1, 10)
     write(tmp_path, 1, 50, 3, start=1)
     write_png(tmp_path / 'wide.png', np.full((30, 200), 90, np.uint8))
@@ -388,6 +404,7 @@ def test_any_size_grey_or_colour(tmp_path):
 
 
 def test_every_image_comes_once_an_epoch():
+    "Each epoch has every image once, in another order"
     data = TextureBatches([np.full((16, 16, 1), 20 * k, np.uint8) for k in range(10)], DCGANConfig(**tiny))
     seen = [round((v.item() + 1) * 127.5 / 20) for n in range(5) for v in data.batch(n)[:, 0, 0, 0]]
     assert sorted(seen) == sorted([*range(10)] * 2)
@@ -410,6 +427,7 @@ def test_class_balance(run, tmp_path):
 
 
 def test_images_depend_on_seed_and_number_alone(run, tmp_path):
+    "Image i is the same in any batch, but for the rounding of sums"
     _, d = run
     model = d / 'generator_model.safetensors'
     a = generate(model, 9, tmp_path / 'a', seed=3, batch_size=4)
@@ -428,6 +446,7 @@ def test_images_depend_on_seed_and_number_alone(run, tmp_path):
 
 
 def test_state_dicts_of_others(tmp_path):
+    "Weights of another program load in order whatever their names, and a file that runs code is refused"
     g = Generator(12, 3, 32, 4).eval()
     d = Discriminator(3, 32, 4).eval()
     torch.save({f'model.{k}': v for k, v in g.state_dict().items()}, tmp_path / 'g.pth')
@@ -449,6 +468,7 @@ def test_state_dicts_of_others(tmp_path):
 
 
 def test_snapshot_and_models_load(run):
+    "Model, snapshot and latest checkpoint of one step give the same generator"
     learn, d = run
     z = noise(2, 8)
     nets = [
@@ -471,6 +491,7 @@ def test_grid_writer(tmp_path):
 
 
 def test_a_checkerboard_is_found_and_resize_convolution_has_none():
+    "Transposed convolutions leave dots that the measure finds, beside data that has none"
     torch.manual_seed(0)
     start = noise(32)
     with torch.no_grad():
@@ -487,6 +508,7 @@ def test_a_checkerboard_is_found_and_resize_convolution_has_none():
 
 
 def test_bank_as_a_background(run, tmp_path):
+    "A bank is an operation of `degrade`: it repeats by the seed, and ink stays black"
     _, d = run
     bank = texture_bank(d / 'generator_model.safetensors', 4)
     line = np.full((40, 300), 255, np.uint8)
@@ -509,6 +531,7 @@ def test_bank_as_a_background(run, tmp_path):
 
 
 def test_run_train(run, tmp_path):
+    "The run notebook trains on a folder and reports its measures"
     write(tmp_path / 'data' / 'good', 5)
     d = tmp_path / 'model'
     m = run_notebook(
@@ -537,6 +560,7 @@ def test_run_train(run, tmp_path):
 
 
 def test_run_inference(run, tmp_path):
+    "The run notebook writes images, a bank, and the probabilities of the discriminator"
     _, d = run
     m = run_notebook(
         'dcgan_inference',
@@ -555,6 +579,7 @@ def test_run_inference(run, tmp_path):
 
 
 def test_run_explore(tmp_path):
+    "The run notebook trains each variant and measures it"
     m = run_notebook(
         'dcgan_explore',
         dict(
@@ -590,6 +615,7 @@ def test_main(tmp_path, monkeypatch):
 
 
 def test_program_without_data_says_so_in_one_line(tmp_path):
+    "The module as a program ends with one line and writes nothing"
     r = subprocess.run(
         [sys.executable, '-m', 'khmer_ocr.generative.dcgan'], cwd=tmp_path, capture_output=True, text=True
     )

@@ -60,6 +60,7 @@ class FakeClock:
 
 @pytest.mark.parametrize('name', NETWORKS)
 def test_networks_make_images_and_are_always_the_same(name):
+    "A network of one name has the same weights and inputs each time, and making it leaves the random state alone"
     state = torch.get_rng_state()
     (net, start) = make_network(name, 3, **toy)
     (twin, again) = make_network(name, 3, **toy)
@@ -75,6 +76,7 @@ def test_networks_make_images_and_are_always_the_same(name):
 
 
 def test_full_sizes():
+    "At full size the networks have about as many parameters as their notebooks say"
     count = {
         k: sum(p.numel() for p in make_network(k, device='meta')[0].parameters()) / 1e6
         for k in ('pix2pix', 'pix2pix, double convolutions', 'hybrid', 'dcgan')
@@ -87,6 +89,7 @@ def test_full_sizes():
 
 
 def test_masks_look_like_text_and_codes_have_their_length():
+    "Inputs are masks of 0 and 1 with some ink, codes of the length asked for, and noise"
     _, (z, mask, noise) = make_network('vae', 2, **toy)
     assert z.shape == (2, 16)
     assert noise.shape == (2, 3, 64, 64)
@@ -97,6 +100,7 @@ def test_masks_look_like_text_and_codes_have_their_length():
 
 
 def test_grain_and_code_change_the_image():
+    "Each input of a network has an influence on its image"
     for name, k in (('vae', 0), ('vae', 1), ('vae', 2), ('hybrid', 0), ('hybrid', 1), ('vae, plain', 0), ('dcgan', 0)):
         net, start = make_network(name, 1, **toy)
         other = [s * -1 + 0.5 if i == k else s for i, s in enumerate(start)]
@@ -108,6 +112,7 @@ def test_grain_and_code_change_the_image():
 
 
 def test_each_mode_has_one_thing_more_than_one_before():
+    "A mode differs from an earlier one in one option, so its gain can be told"
     on = [{k for k in ('bf16', 'channels_last', 'inference', 'compiled') if getattr(w, k)} for w in RUN_MODES]
     assert on[0] == set()
     assert len({w.name for w in RUN_MODES}) == len(RUN_MODES)
@@ -138,6 +143,7 @@ class Spy(nn.Module):
 
 @pytest.mark.parametrize('way', plain)
 def test_a_mode_is_what_it_says(way):
+    "dtype, layout and inference mode are those of the mode, and the given network stays as it was"
     Spy.__deepcopy__ = lambda self, memo: SpyCopy(self)
     net = Spy().train()
     x = torch.rand(2, 1, 8, 8)
@@ -160,6 +166,7 @@ class SpyCopy(Spy):
 
 
 def test_channels_last_changes_layout_alone():
+    "The memory layout changes and the result does not"
     net = nn.Conv2d(3, 4, 3)
     seen = []
     net.register_forward_hook(
@@ -178,12 +185,14 @@ def test_channels_last_changes_layout_alone():
 
 @pytest.mark.parametrize('name', ('pix2pix', 'vae', 'hybrid', 'dcgan'))
 def test_all_modes_make_the_same_image(name):
+    "Every mode gives an image like the exact one"
     net, start = make_network(name, **toy)
     exact = prepare_run(net, plain[0], start)()
     assert all(ssim_to_exact(exact, prepare_run(net, w, start)()) > 0.97 for w in plain[1:])
 
 
 def test_similarity_by_the_range_of_the_exact_one():
+    "The similarity does not depend on the scale of the values"
     x = torch.rand(1, 3, 32, 32) * 1e-3
     assert ssim_to_exact(x, x) == pytest.approx(1)
     assert ssim_to_exact(x, x.flip(-1)) < 0.3
@@ -196,6 +205,7 @@ def test_similarity_by_the_range_of_the_exact_one():
 
 
 def test_turns_under_a_clock_of_the_test(monkeypatch):
+    "The works alternate, and the first call of each is not counted"
     log = []
     c = FakeClock(monkeypatch)
     t = time_in_turns(
@@ -208,11 +218,13 @@ def test_turns_under_a_clock_of_the_test(monkeypatch):
 
 @pytest.mark.parametrize('seconds, rounds, made', [(0.0, 9, 3), (4.5, 9, 5), (1e9, 9, 9), (1e9, 2, 2), (0.0, 1, 1)])
 def test_no_round_begins_after_its_time(monkeypatch, seconds, rounds, made):
+    "Three rounds at least are made, and none begins when the time is over"
     c = FakeClock(monkeypatch)
     assert len(time_in_turns(dict(a=c.work(*[1.0] * 20)), rounds, seconds)['a']) == made
 
 
 def test_threads_are_put_back():
+    "The number of threads is as before, also after an error"
     was = torch.get_num_threads()
     with pytest.raises(ZeroDivisionError):
         with torch_threads(was + 1):
@@ -227,6 +239,7 @@ def test_threads_are_put_back():
 
 
 def test_operations_by_hand():
+    "A convolution and a linear layer have the operations of the formula"
     assert count_flops(nn.Conv2d(3, 5, 3, padding=1, bias=False), [torch.zeros(2, 3, 8, 8)]) == 2 * 2 * 5 * 3 * 9 * 64
     assert count_flops(nn.Linear(5, 7, bias=False), [torch.zeros(3, 5)]) == 2 * 3 * 5 * 7
     net = PatchGAN(4)
@@ -234,6 +247,7 @@ def test_operations_by_hand():
 
 
 def test_calibrations_count_what_they_do():
+    "The stated operations of a calibration are those that it does"
     from torch.utils.flop_counter import FlopCounterMode
 
     for name, (f, n) in calibrations(side=8).items():
@@ -276,6 +290,8 @@ def test_measure_by_hand(monkeypatch):
 
 
 def test_a_mode_without_compiler_is_left_out(monkeypatch):
+    "A failing compiler is a row that says so; a fault of the network is raised"
+
     def broken(*a, **kw):
         def f(*x):
             raise RuntimeError('no compiler\nand a long story')
@@ -297,6 +313,7 @@ def test_a_mode_without_compiler_is_left_out(monkeypatch):
 
 
 def test_compiler_in_one_line(monkeypatch):
+    "The version of the compiler is one line, and so is its absence"
     assert compiler()
     assert '\n' not in compiler()
     monkeypatch.setattr(speed.subprocess, 'run', lambda *a, **kw: 1 / 0)
@@ -307,6 +324,7 @@ def test_compiler_in_one_line(monkeypatch):
 
 
 def test_memory_of_a_process_of_its_own():
+    "The memory of a measurement does not include that of the process that asks"
     assert peak_mb() > 10
     bulk = np.ones(400 * 2**17)
     here = peak_mb()
@@ -322,6 +340,7 @@ def test_memory_of_a_process_of_its_own():
 
 @pytest.mark.parametrize('name', [n for n in NETWORKS if n != 'dcgan' and n != 'hybrid'])
 def test_every_generator_trains_for_its_memory(name):
+    "A training step of each network runs, and its memory is counted"
     before, after = training_mb(name, 2, dict(size=64, width=4, latent=4), 'cpu', '32-true')
     assert before > 0
     assert after > before - 1  # the kernel counts in lumps
