@@ -83,6 +83,7 @@ def _lies_in(tile, page):
 
 
 def test_tiles_depend_on_seed_and_number_and_spread_over_pages(pages):
+    "Tile i is a piece of page i modulo the number of pages, with enough ink, the same in any number of tiles"
     a = cut_tiles(pages[:3], 96, 7, seed=4)
     assert [t.group for t in a] == [f'page000{i % 3}' for i in range(7)]
     assert len({t.name for t in a}) == 7
@@ -109,6 +110,7 @@ def toy_page(paper, ink, side=64, noise=0.0, seed=0):
 
 
 def test_median_colours_are_medians():
+    "A few stains do not change the colours; a page without ink has black ink"
     p = toy_page((200, 190, 180), (30, 20, 10))
     p.image[0, :8] = 0
     p.image[20, 20:24] = 255  # a few stains move no median
@@ -120,6 +122,7 @@ def test_median_colours_are_medians():
 
 
 def test_flat_colours_are_flat():
+    "Paper and ink have one colour each, both of one page"
     ps = [toy_page((200, 190, 180), (30, 20, 10)), toy_page((150, 150, 150), (0, 0, 90))]
     masks = (rng().random((12, 32, 32)) < 0.2).astype(np.uint8) * 255
     made = flat_colours(masks, ps, 3)
@@ -135,6 +138,7 @@ def test_flat_colours_are_flat():
 
 
 def test_paper_without_its_ink():
+    "Where ink was there is paper of the same colour and grain, and the rest of the page is as before"
     p = toy_page((200, 190, 180), (30, 20, 10), noise=6.0, seed=1)
     got = remove_ink(p).astype(float)
     ink = p.mask > 0
@@ -147,6 +151,7 @@ def test_paper_without_its_ink():
 
 
 def test_pasted_takes_ink_and_paper_of_two_pages():
+    "The ink is of one page and the paper of another, with a soft edge"
     ps = [toy_page((200, 200, 200), (30, 0, 0)), toy_page((100, 160, 220), (0, 0, 90))]
     masks = np.zeros((16, 48, 48), np.uint8)
     masks[:, 16:32, 16:32] = 255
@@ -166,6 +171,7 @@ def test_pasted_takes_ink_and_paper_of_two_pages():
 
 
 def test_iou_is_that_of_the_binarised(world):
+    "The measure is the intersection over union of what Sauvola finds and the mask"
     got = mask_iou(world.images, world.masks)
     for i in (0, 5):
         found = sauvola(cv2.cvtColor(world.images[i], cv2.COLOR_RGB2GRAY)) > 0
@@ -187,6 +193,7 @@ def features_of(*images):
 
 
 def test_features_say_what_they_are_named():
+    "Colour, noise, kurtosis, edges and spectrum change the features that are named after them"
     plain, grey = features_of(stripes(0, 255), stripes(60, 180))
     assert len(STYLE_FEATURES) == 28 == len(set(STYLE_FEATURES))
 
@@ -224,9 +231,10 @@ def test_features_say_what_they_are_named():
 
 
 def test_features_of_a_tile_are_its_own(world):
+    "The features of a tile do not depend on the other tiles, and hardly on its mirror image"
     f = style_features(world.images[:6])
     assert np.allclose(f, np.concatenate([style_features(world.images[i : i + 1]) for i in range(6)]))
-    # mirrored: the same look
+    # mirrored: the same style
     assert np.allclose(f, style_features(world.images[:6, :, ::-1]), atol=0.35)
 
 
@@ -242,6 +250,7 @@ def test_standard_units():
 
 
 def test_kid_against_loops_and_in_expectation():
+    "KID is the sum over pairs, symmetric, and 0 in the mean for one distribution"
     a = rng(1).normal(size=(5, 3))
     b = rng(2).normal(size=(4, 3))
 
@@ -262,6 +271,7 @@ def test_kid_against_loops_and_in_expectation():
 
 
 def test_realism_by_hand():
+    "1 at the distance of real pages, 0 at that of flat colours, between them by the logarithm"
     assert [realism(k, 2.0, 200.0) for k in (1.0, 2.0, 20.0, 200.0, 999.0)] == pytest.approx([1, 1, 0.5, 0, 0])
     assert realism(-1.0, -2.0, 10.0) == 1
     assert realism(1.0, -2.0, KID_FLOOR * 100) == pytest.approx(0.5)
@@ -269,6 +279,7 @@ def test_realism_by_hand():
 
 
 def test_coverage_by_hand_and_against_loops():
+    "Coverage is the share of balls with a made tile in them, with neighbours from other groups"
     line = np.array([[0.0], [1.0], [3.0], [10.0]])
     assert coverage(line, np.array([[4.5]]), 1) == 0.5
     assert coverage(line, np.array([[2.5]]), 1, [0, 0, 1, 2]) == 0.75
@@ -295,6 +306,7 @@ def test_coverage_by_hand_and_against_loops():
 
 
 def test_pair_distance_and_novelty_by_hand():
+    "The mean over pairs and the median to the nearest tile are those of the definition"
     assert mean_pair_distance(np.array([[0.0], [1.0], [3.0]])) == 2
     assert mean_pair_distance(np.ones((3, 2))) == 0
     assert novelty(np.array([[0.0], [5.0], [9.0]]), np.array([[1.0], [7.0]])) == 2
@@ -308,6 +320,7 @@ def dotted(images, period=4, by=5.0):
 
 @pytest.mark.parametrize('period', (2, 4, 8))
 def test_checkerboard_is_a_gate_and_those_of_the_data_are_allowed(world, period):
+    "Dots give 0, unless the real images have them too"
     train = stack_tiles(world.A)[0]
     dots = dotted(world.images, period, 8.0)
     assert no_checkerboard(world.images, train, world.images) == 1
@@ -318,6 +331,7 @@ def test_checkerboard_is_a_gate_and_those_of_the_data_are_allowed(world, period)
 
 
 def test_text_kept_by_hand():
+    "Only errors beyond those on the clean lines count"
     masks = [np.full((4, n), 255, np.uint8) for n in (8, 9)]
     seen = {'clean': ['កខគឃ', 'ងចឆជ'], 'made': ['កខគ', 'ងចឆជ']}
 
@@ -335,6 +349,7 @@ def test_text_kept_by_hand():
 
 
 def test_geometric_mean_and_relative_measures():
+    "One zero makes the mean zero, and each measure is divided by that of real pages"
     assert geometric_mean([0.5, 0.5, 2.0]) == pytest.approx(0.5 ** (1 / 3))
     assert geometric_mean([1, 0, 1]) == 0 == geometric_mean([math.nan, 0])
     assert math.isnan(geometric_mean([1, math.nan]))
@@ -350,6 +365,7 @@ def test_geometric_mean_and_relative_measures():
 
 
 def test_real_pages_are_the_reference(world):
+    "Held-out pages get 1 in every measure, without an error"
     got = evaluate(world, world.images)
     assert [got[k] for k in (*MEASURES, 'no_checkerboard', 'mean')] == pytest.approx([1] * 7)
     assert 'text_kept' not in got
@@ -359,6 +375,7 @@ def test_real_pages_are_the_reference(world):
 
 
 def test_tricks_do_not_win(world):
+    "Each trick fails in the measure that is made for it, and none passes all"
     flat = flat_colours(world.masks, world.train)
     paste = paste_baseline(world.masks, world.train)
     train = stack_tiles(world.A)[0]
@@ -370,7 +387,7 @@ def test_tricks_do_not_win(world):
             other=np.roll(world.images, 1, 0),
             dots=dotted(world.images),
             train=train,
-            look=paste_baseline(world.masks, world.train[:1] * 2),
+            style=paste_baseline(world.masks, world.train[:1] * 2),
             image=np.repeat(paste[:1], 64, 0),
         ).items()
     }
@@ -386,14 +403,15 @@ def test_tricks_do_not_win(world):
     assert min(got['dots'][k] for k in MEASURES) > 0.85  # which no other measure minds
     assert got['train']['novelty'] == 0 == got['train']['mean']
     assert got['train']['realism'] == got['train']['coverage'] == 1
-    assert got['look']['coverage'] < 0.5
-    assert got['look']['diversity'] < 0.7 < got['paste']['diversity']
+    assert got['style']['coverage'] < 0.5
+    assert got['style']['diversity'] < 0.7 < got['paste']['diversity']
     assert got['image']['diversity'] == 0 == got['image']['mean']
-    assert flat['mean'] < got['look']['mean'] < got['paste']['mean'] <= 1
+    assert flat['mean'] < got['style']['mean'] < got['paste']['mean'] <= 1
     assert got['dots']['raw']['checkerboard'] > got['paste']['raw']['checkerboard'] + 0.3
 
 
 def test_the_measures_repeat_and_the_order_does_not_matter(world):
+    "Tiles in another order, with a reference of their own, get the same measures and errors"
     paste = paste_baseline(world.masks, world.train)
     a = evaluate(world, paste)
     order = rng().permutation(64)
@@ -407,6 +425,7 @@ def test_the_measures_repeat_and_the_order_does_not_matter(world):
 
 
 def test_standard_errors_against_measuring_anew(world):
+    "The jackknife gives what leaving each page out and measuring again gives"
     paste = paste_baseline(world.masks, world.train)
     a = evaluate(world, paste, text_score=0.5)
     found = []
@@ -444,11 +463,13 @@ def smaller(world, A, keep):
 
 
 def test_a_set_that_fails_outright_is_surely_zero(world):
+    "A mean of 0 by the gate has a standard error of 0"
     got = evaluate(world, dotted(world.images))
     assert got['mean'] == 0 == got['error']['mean']
 
 
 def test_variations_of_one_mask(world):
+    "Equal variations have diversity 0, others their mean distance relative to that of real tiles"
     flat = flat_colours(world.masks[:1].repeat(6, 0), world.train)
 
     def same(l):
@@ -480,6 +501,7 @@ def test_the_table():
 
 
 def test_what_cannot_be_measured(world):
+    "Images and pages that do not fit are one-line errors"
     im = world.images
     assert 'as_uint8' in error(lambda: check_images(im.astype(np.float32)))
     assert 'grey images' in error(lambda: check_images(im[..., 0]))
