@@ -23,7 +23,7 @@ from ..models.zoo import checkpoint_path
 
 # %% ../../nbs/11_experiments/01_self_training.ipynb #352908c2
 def line_confidence(prediction: Prediction) -> float:
-    "Geometric mean of the letters' confidences, 0..1; of the line's own where there are no letters; 0 for an empty line"
+    "Geometric mean of the letters' confidences, 0..1; the line's own where there are no letters; 0 for an empty line"
     if not prediction.text.strip():
         return 0.0
     confidences = prediction.char_confidences or [prediction.confidence]
