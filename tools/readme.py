@@ -18,7 +18,7 @@ def readme() -> str:
     text, resources = MarkdownExporter().from_notebook_node(nb)
     assert not resources['outputs'], 'index.ipynb has a picture as output: save it in a folder and link it'
     text = re.sub(r'\]\(\.\./', '](', text)
-    text = re.sub(r'\]\((\w[\w.]*\.ipynb)', r'](nbs/\1', text)
+    text = re.sub(r'\]\((\w[\w./]*\.ipynb)', r'](nbs/\1', text)
     return '<!-- made from nbs/index.ipynb by tools/readme.py -->\n\n' + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 

@@ -25,6 +25,8 @@ COLOURS = dict(
     cli='#e8e8e8',
 )
 
+COLUMNS = dict(text=0, training=-1, models=-1, inference=-1, generative=0, reporting=1, evaluation=0)
+
 
 def used_by(room: str) -> set[str]:
     "The other rooms whose names a room's modules import"
@@ -59,7 +61,7 @@ def direct_arrows(uses: dict[str, set[str]]) -> list[tuple[str, str]]:
     return arrows
 
 
-def wrap(text: str, width: int = 34) -> str:
+def wrap(text: str, width: int = 31) -> str:
     "Lines of about `width` characters"
     lines = ['']
     for word in text.split():
@@ -72,12 +74,14 @@ def wrap(text: str, width: int = 34) -> str:
 def draw_room(ax, room: str, x: float, y: float):
     "A box with the name of a room, how many modules it has, and what is there"
     ax.add_patch(
-        FancyBboxPatch((x - 1.35, y - 0.42), 2.7, 0.84, 'round,pad=0.04', fc=COLOURS[room], ec='#555555', lw=0.8)
+        FancyBboxPatch(
+            (x - 1.35, y - 0.42), 2.7, 0.84, 'round,pad=0.04', fc=COLOURS[room], ec='#555555', lw=0.8, zorder=2
+        )
     )
     count = len(rooms.modules(room))
-    ax.text(x, y + 0.26, room, ha='center', va='center', size=11, weight='bold')
-    ax.text(x + 1.3, y + 0.3, f'{count}', ha='right', va='center', size=7, color='#666666')
-    ax.text(x, y - 0.12, wrap(rooms.ROOMS[room]), ha='center', va='center', size=7.5, linespacing=1.2)
+    ax.text(x, y + 0.26, room, ha='center', va='center', size=11, weight='bold', zorder=3)
+    ax.text(x + 1.3, y + 0.3, f'{count}', ha='right', va='center', size=7, color='#666666', zorder=3)
+    ax.text(x, y - 0.12, wrap(rooms.ROOMS[room]), ha='center', va='center', size=7, linespacing=1.2, zorder=3)
 
 
 def draw(path: Path):
@@ -87,12 +91,13 @@ def draw(path: Path):
     place = {}
     for level, row in rows.items():
         for i, room in enumerate(row):
-            place[room] = (3.3 * (i - (len(row) - 1) / 2), -1.35 * level)
+            column = COLUMNS.get(room, i - (len(row) - 1) / 2)
+            place[room] = (3.3 * column, -1.35 * level)
     fig, ax = plt.subplots(figsize=(8.5, 1.15 * len(rows)), dpi=110)
     for room, other in direct_arrows(uses):
         (x0, y0), (x1, y1) = place[room], place[other]
         style = dict(arrowstyle='-|>', color='#888888', lw=1, shrinkA=0, shrinkB=2)
-        ax.annotate('', (x1, y1 - 0.46), (x0, y0 + 0.46), arrowprops=style)
+        ax.annotate('', (x1, y1 - 0.46), (x0, y0 + 0.46), arrowprops=style, zorder=1)
     for room, (x, y) in place.items():
         draw_room(ax, room, x, y)
     widest = max(len(row) for row in rows.values())
