@@ -43,7 +43,7 @@ def evaluate_readers(readers: dict, sets: list, engines: list[str], batch_size: 
         read = {name: evaluate_set(reader, lines, batch_size, progress=True) for name, reader in readers.items()}
         first = next(iter(read.values()))
         scores[lines.name] = score_set(first)
-        scores |= {part: score_set(first.part(chosen)) for part, chosen in set_parts(lines).items()}
+        scores |= {part: score_set(first.subset(chosen)) for part, chosen in set_parts(lines).items()}
         if len(read) > 1 or engines:
             results = [EngineResult(name, evaluated.texts, 0.0) for name, evaluated in read.items()]
             ranking |= rank_engines_by_part(results + run_engines(lines, engines), lines)
