@@ -68,7 +68,7 @@ def draw_line(text, size=32, margin=8, font=None):
 def run_command(*args):
     "The result of `khmer-ocr args`, in this process"
     from typer.testing import CliRunner
-    from khmer_ocr.cli.common import app
+    from khmer_ocr.cli.app import app
 
     return CliRunner().invoke(app, [str(a) for a in args])
 

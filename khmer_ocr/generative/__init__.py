@@ -1,4 +1,4 @@
-"""DCGAN, Pix2Pix and VAE: learned looks of paper and ink, and how they are judged"""
+"""DCGAN, Pix2Pix and VAE: learned styles of paper and ink, and how generated pages are measured"""
 
 # made by tools/rooms.py from the notebooks of this room: do not edit
 import lazy_loader
