@@ -17,8 +17,8 @@ from khmer_ocr.generative.dcgan import (
     load_generator,
     make_gan,
     make_phases,
-    missing,
-    noise,
+    count_missing,
+    latent_noise,
     procedural_paper,
     progression,
     read_textures,
@@ -416,10 +416,10 @@ def test_class_balance(run, tmp_path):
     _, d = run
     write(tmp_path / 'good', 5)
     write(tmp_path / 'bad', 2)
-    assert missing(tmp_path) == dict(good=0, bad=3)
+    assert count_missing(tmp_path) == dict(good=0, bad=3)
     made = balance_classes(tmp_path, d / 'generator_model.safetensors', tmp_path)
     assert [p.parent.name for p in made] == ['bad'] * 3
-    assert missing(tmp_path) == dict(good=0, bad=0)
+    assert count_missing(tmp_path) == dict(good=0, bad=0)
     assert len(read_textures(tmp_path)) == len(read_textures(tmp_path, kind='bad')) == 5
 
 
@@ -442,7 +442,7 @@ def test_images_depend_on_seed_and_number_alone(run, tmp_path):
     assert all(abs(read(x) - read(y)).max() <= 1 for x, y in zip(a[5:], c))
     assert read(a[0]).shape == (16, 16)
     assert any((read(x) != read(a[0])).any() for x in a[1:])
-    assert noise(3, 8, 1)[2].equal(noise(1, 8, 1, start=2)[0])
+    assert latent_noise(3, 8, 1)[2].equal(latent_noise(1, 8, 1, start=2)[0])
 
 
 def test_state_dicts_of_others(tmp_path):
@@ -470,7 +470,7 @@ def test_state_dicts_of_others(tmp_path):
 def test_snapshot_and_models_load(run):
     "Model, snapshot and latest checkpoint of one step give the same generator"
     learn, d = run
-    z = noise(2, 8)
+    z = latent_noise(2, 8)
     nets = [
         load_generator(d / f)[0]
         for f in ('generator_model.safetensors', 'network-snapshot-000012.safetensors', 'latest.safetensors')
@@ -493,7 +493,7 @@ def test_grid_writer(tmp_path):
 def test_a_checkerboard_is_found_and_resize_convolution_has_none():
     "Transposed convolutions leave dots that the measure finds, beside data that has none"
     torch.manual_seed(0)
-    start = noise(32)
+    start = latent_noise(32)
     with torch.no_grad():
         dotted = Generator()(start)
         smooth = Generator(resize_conv=True)(start)

@@ -510,7 +510,8 @@ def test_attention_maps(weights, lines):
     assert reader.attention_map(np.full((40, 300), 255, np.uint8))[0] == []
     if 'fast' not in available_models():
         return
-    line = 255 - np.pad(render('ព្រះរាជាណាចក្រកម្ពុជា', find_fonts(split='train')[0], 32).ink, 8)  # a line that it can read
+    font = find_fonts(split='train')[0]
+    line = 255 - np.pad(render('ព្រះរាជាណាចក្រកម្ពុជា', font, 32).ink, 8)  # a line that it can read
     for row, (_, _, x0, x1) in zip(reader.attention_map(line)[1], reader.read([line])[0].chars):
         assert x0 - 8 <= row.argmax() <= x1 + 8
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BATCH_SIZE', 'IMAGE_SIZE', 'CHANNELS', 'Z_DIM', 'LR', 'BETA1', 'EPOCHS', 'DEVICE', 'DATA_DIR',
            'MODEL_SAVE_DIR', 'feature_sizes', 'Generator', 'Discriminator', 'progression', 'DCGANConfig',
-           'read_textures', 'procedural_paper', 'square', 'TextureBatches', 'make_gan', 'make_phases', 'noise',
+           'read_textures', 'procedural_paper', 'square', 'TextureBatches', 'make_gan', 'make_phases', 'latent_noise',
            'save_networks', 'train_dcgan', 'load_generator', 'load_discriminator', 'sample_images', 'generate',
-           'missing', 'balance_classes', 'TextureBank', 'texture_bank', 'main']
+           'count_missing', 'balance_classes', 'TextureBank', 'texture_bank', 'main']
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #1c67b93a
 import cv2
@@ -155,7 +155,7 @@ class DCGANConfig:
     spectral: bool = False  # spectral normalisation of the discriminator, in place of its norms
     resize_conv: bool = False  # doubling by interpolation and convolution, in place of transposed convolutions
     critic_steps: int = 1  # updates of the discriminator for one of the generator, on the same real images
-    noise: float = 0.0  # standard deviation of the noise on the discriminator's input at the start
+    latent_noise: float = 0.0  # standard deviation of the noise on the discriminator's input at the start
     d_rate: float = 1.0  # the discriminator's rate over the generator's
     clip: float = 0.0  # largest norm of the gradient
     sample_every: int = 10  # epochs between two grids of samples
@@ -295,7 +295,7 @@ def make_phases(config: DCGANConfig) -> list:
     return [discriminator] * c.critic_steps + [generator]
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #00bce1c3
-def noise(
+def latent_noise(
     n: int,  # images
     z_dim: int = Z_DIM,
     seed: int = 0,
@@ -310,7 +310,7 @@ def _callbacks(config, batches, verbose):
     c = config
     per_epoch = batches.per_epoch
     real = torch.cat([batches.batch(n) for n in range(-(-64 // c.batch_size))])[:64]
-    start = noise(64, c.z_dim, c.seed)
+    start = latent_noise(64, c.z_dim, c.seed)
     samples = SampleGrid(start, c.sample_every * per_epoch, lambda step: f'epoch-{step // per_epoch:04d}', real)
     statistics = GANStatistics(c.stats_every, per_epoch, print if verbose else None)
     return [statistics, SaveSnapshots(c.snapshot_every), samples]
@@ -442,7 +442,7 @@ def sample_images(
     device = next(net.parameters()).device
     net.eval()
     for i in range(start, start + n, batch_size):
-        z = noise(min(batch_size, start + n - i), net.z_dim, seed, i).to(device)
+        z = latent_noise(min(batch_size, start + n - i), net.z_dim, seed, i).to(device)
         with torch.inference_mode():
             made = net(z * scale)
         yield made.float().cpu()
@@ -471,7 +471,7 @@ def generate(
     return paths
 
 # %% ../../nbs/07_generative/04_dcgan.ipynb #63fa6731
-def missing(
+def count_missing(
     folder: str | Path,  # with good/ and bad/
 ) -> dict[str, int]:  # how many images each class lacks to be as large as the larger one
     "Class balance of a folder"
@@ -487,7 +487,7 @@ def balance_classes(
     seed: int = 0,
 ) -> list[Path]:
     "Generate what the smaller class lacks"
-    for kind, n in missing(folder).items():
+    for kind, n in count_missing(folder).items():
         if n:
             return generate(model, n, Path(out_dir) / kind, seed)
     return []

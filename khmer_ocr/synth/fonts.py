@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Font', 'font_folder', 'manifest', 'file_sha256', 'locate', 'hb_face', 'find_fonts', 'font_cache',
-           'install_fonts', 'coverage', 'missing', 'covers', 'random_font', 'hash_font', 'font_table', 'check_fonts']
+           'install_fonts', 'font_codepoints', 'missing_chars', 'covers', 'random_font', 'hash_font', 'font_table',
+           'check_fonts']
 
 # %% ../../nbs/03_synth/01_fonts.ipynb #3f6d0a17
 import hashlib
@@ -385,7 +386,7 @@ def install_fonts(
 
 # %% ../../nbs/03_synth/01_fonts.ipynb #1dd0be8f
 @lru_cache(maxsize=256)
-def coverage(path: str) -> frozenset[str]:  # characters
+def font_codepoints(path: str) -> frozenset[str]:  # characters
     "All characters that a font file can draw: in its character map, and with ink if they should have some"
     font = hb.Font(hb_face(path))
 
@@ -398,14 +399,14 @@ def coverage(path: str) -> frozenset[str]:  # characters
     return frozenset(c for c in map(chr, font.face.unicodes) if not blank(c))
 
 
-def missing(font: Font, text: str) -> set[str]:  # characters; empty if there are none
+def missing_chars(font: Font, text: str) -> set[str]:  # characters; empty if there are none
     "What `text` needs and `font` lacks"
-    return set(text) - coverage(font.path)
+    return set(text) - font_codepoints(font.path)
 
 
 def covers(font: Font, text: str) -> bool:
     "Whether `font` has every character of `text`"
-    return not missing(font, text)
+    return not missing_chars(font, text)
 
 # %% ../../nbs/03_synth/01_fonts.ipynb #0fd9cda5
 _families = {}  # ids of fonts -> (the fonts, so that their ids stay theirs; faces by family)

@@ -17,7 +17,7 @@ import cv2
 import freetype
 import numpy as np
 import uharfbuzz as hb
-from .fonts import Font, coverage, hb_face
+from .fonts import Font, font_codepoints, hb_face
 from ..core.errors import KhmerOCRError
 from ..text.khmer import clusters
 
@@ -27,8 +27,8 @@ _latin_run = re.compile(r'[0-9@#$]*[A-Za-zÀ-ɏ](?:[ -~À-ɏ]*[A-Za-zÀ-ɏ])?(?:
 # %% ../../nbs/03_synth/02_rendering.ipynb #e699de85
 def _latin_only(text, font, latin):
     "Places of the characters that only `latin` can draw"
-    have = coverage(font.path)
-    spare = coverage(latin.path) if latin else ()
+    have = font_codepoints(font.path)
+    spare = font_codepoints(latin.path) if latin else ()
     return [i for i, c in enumerate(text) if c not in have and c in spare]
 
 
@@ -40,7 +40,7 @@ def runs(
     "Cut a line into runs of one font and one script"
     scripts = ['Khmr'] * len(text)
     latin_font = latin or font
-    have = coverage(latin_font.path)
+    have = font_codepoints(latin_font.path)
     for m in _latin_run.finditer(text):
         if set(m.group()) <= have:
             scripts[m.start() : m.end()] = ['Latn'] * (m.end() - m.start())
@@ -220,11 +220,11 @@ def _check_order(text):
 # %% ../../nbs/03_synth/02_rendering.ipynb #348c50d7
 def _check_coverage(text, font, latin):
     "RenderError for characters that neither font has"
-    if coverage(font.path).issuperset(text):
+    if font_codepoints(font.path).issuperset(text):
         return
-    lacks = set(text) - coverage(font.path)
+    lacks = set(text) - font_codepoints(font.path)
     if latin:
-        lacks -= coverage(latin.path)
+        lacks -= font_codepoints(latin.path)
     if lacks:
         names = ', '.join(_char_name(c) for c in sorted(lacks)[:3])
         raise RenderError(f'{font.name} cannot draw {names} in {text!r}: use another font')
@@ -243,7 +243,7 @@ def _check(text, font, latin, size):
 @lru_cache(maxsize=1024)
 def _height(path, char):
     "Height of a character above the baseline, in em; None if the font lacks it"
-    if char not in coverage(path):
+    if char not in font_codepoints(path):
         return None
     face = hb_face(path)
     font = hb.Font(face)
