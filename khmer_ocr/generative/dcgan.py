@@ -155,7 +155,7 @@ class DCGANConfig:
     spectral: bool = False  # spectral normalisation of the discriminator, in place of its norms
     resize_conv: bool = False  # doubling by interpolation and convolution, in place of transposed convolutions
     critic_steps: int = 1  # updates of the discriminator for one of the generator, on the same real images
-    latent_noise: float = 0.0  # standard deviation of the noise on the discriminator's input at the start
+    noise: float = 0.0  # standard deviation of the noise on the discriminator's input at the start
     d_rate: float = 1.0  # the discriminator's rate over the generator's
     clip: float = 0.0  # largest norm of the gradient
     sample_every: int = 10  # epochs between two grids of samples
