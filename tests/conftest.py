@@ -1,6 +1,8 @@
 "What several test files share: a tiny corpus, set and model; drawing a line; running the command."
 
+import signal
 from pathlib import Path
+
 import numpy as np
 import pytest
 
