@@ -9,7 +9,7 @@ import pytest
 TINY_NETWORK = dict(channels=(8, 8, 8, 8, 16), hidden=8, layers=1)  # for a CTCConfig
 TINY_LOOP = dict(batch_size=2, log_every=1, precision='32-true', tensorboard=False)  # for a TrainConfig
 
-# a shell that starts a job in the background leaves it deaf to Ctrl-C, which some tests send
+# a shell that starts a job in the background lets it ignore Ctrl-C, which some tests send
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

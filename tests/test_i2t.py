@@ -90,6 +90,23 @@ def test_another_source_never_mixes_with_what_is_there(recipe, tiny_data, tmp_pa
     assert (tmp_path / 'own/train/train.json').read_text() == '[]'
 
 
+def test_a_set_that_earlier_code_began_is_continued(recipe, tmp_path):
+    "Its note has a hash of source text where today's has a version of the drawing; images are the same bytes"
+    export_i2t(recipe, tmp_path / 'i2t', max_lines=3, progress=False)
+    whole = folder_content(tmp_path / 'i2t/train/images')
+    note = tmp_path / 'i2t/train/source.json'
+    about = json.loads(note.read_text(encoding='utf-8'))
+    assert about.pop('drawing') == 1
+    about['code'] = 'fca941bc304466ba75e62bcbcecd4a41563892a25835ab9623f1ddcdd7842ab7'
+    note.write_text(json.dumps(about, ensure_ascii=False, indent=1, sort_keys=True), encoding='utf-8')
+    assert export_i2t(recipe, tmp_path / 'i2t', max_lines=3, progress=False)['images_made'] == 0
+    assert folder_content(tmp_path / 'i2t/train/images') == whole
+    about['code'] = 'another'
+    note.write_text(json.dumps(about, ensure_ascii=False), encoding='utf-8')
+    with pytest.raises(KhmerOCRError, match='something else than these lines'):
+        export_i2t(recipe, tmp_path / 'i2t', max_lines=3, progress=False)
+
+
 def test_every_reader_of_lines_takes_it(recipe, tmp_path):
     export_i2t(recipe, tmp_path / 'i2t', max_lines=4, progress=False)
     for path, split in (

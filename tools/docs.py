@@ -5,12 +5,16 @@ Every library notebook becomes a page (nbconvert), every room an API page made f
 fetched when a page is opened: the Khmer font is a file of the site. `--check` only looks at the site that is there: for
 links that lead nowhere and for anything that is loaded from outside."""
 
+import ast
 import importlib
 import json
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
+from functools import lru_cache
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -22,6 +26,11 @@ from nbdev.showdoc import show_doc
 
 root = Path(__file__).resolve().parents[1]
 source, site = root / '_docs_src', root / '_docs'
+SHIM = (
+    'iframe-worker',
+    '1.0.4',
+)  # of npm: search in pages that are opened as files; the theme would load it from outside
+SHIM_URL = 'https://unpkg.com/iframe-worker/shim'
 FONT = 'NotoSansKhmer.ttf'
 
 CSS = f"""
@@ -94,6 +103,17 @@ def page_of(folder: Path, link: str) -> str:
     return f'{link}.md' if (folder / f'{link}.ipynb').exists() else link
 
 
+@contextmanager
+def parsing_once():
+    "`show_doc` finds a class by parsing its whole module, each time: parse each module once"
+    parse = ast.parse
+    ast.parse = lru_cache(256)(parse)
+    try:
+        yield
+    finally:
+        ast.parse = parse
+
+
 def api_page(room: str) -> str:
     "Signatures, docments and docstrings of what a room exports, as Markdown"
     lines = [f'# {room}: reference', '', f'{rooms.ROOMS[room][0].upper()}{rooms.ROOMS[room][1:]}.', '']
@@ -146,8 +166,15 @@ def write_sources():
             pages.append(page)
         room = folder.name[3:]
         (source / 'reference').mkdir(exist_ok=True)
-        (source / f'reference/{room}.md').write_text(api_page(room), encoding='utf-8')
+        with parsing_once():
+            reference = api_page(room)
+        (source / f'reference/{room}.md').write_text(reference, encoding='utf-8')
         nav.append({room: [*pages, dict(reference=f'reference/{room}.md')]})
+    pages = []
+    for notebook in sorted((root / 'nbs/runs').glob('*.ipynb')):
+        pages.append(f'runs/{notebook.stem}.md')
+        notebook_page(notebook, source / pages[-1])
+    nav.append(dict(runs=pages))
     mend_root_links()
     (root / '_mkdocs.json').write_text(json.dumps(CONFIG | dict(nav=nav), ensure_ascii=False), encoding='utf-8')
 
@@ -214,10 +241,25 @@ def dead_links() -> list[str]:
     return sorted(set(wrong))
 
 
+def add_shim():
+    "The script that search needs in pages opened as files becomes a file of the site"
+    from khmer_ocr.core.packages import download, read_archive
+
+    with tempfile.TemporaryDirectory() as folder:
+        archive = download('npm', *SHIM, folder)
+        files = read_archive(archive, lambda name: name == 'package/shim/index.js')
+    (site / 'iframe-worker.js').write_bytes(files['package/shim/index.js'])
+    for page in site.rglob('*.html'):
+        text = page.read_text(encoding='utf-8')
+        up = '../' * len(page.relative_to(site).parent.parts)
+        page.write_text(text.replace(SHIM_URL, f'{up}iframe-worker.js'), encoding='utf-8')
+
+
 def build():
     write_sources()
     program = [sys.executable, '-m', 'mkdocs', 'build', '--quiet', '--config-file', str(root / '_mkdocs.json')]
     subprocess.run(program, cwd=root, check=True)
+    add_shim()
 
 
 if __name__ == '__main__':

@@ -197,7 +197,8 @@ def one_of(*names: str) -> Callable:
         if value is None or value in names:
             return value
         choices = f'{", ".join(names[:-1])} or {names[-1]}'
-        raise KhmerOCRError(f'{param.opts[0]} takes {choices}, not {value!r}{suggest(value, names)}')
+        name = param.opts[0] if param.opts[0].startswith('-') else 'the argument'
+        raise KhmerOCRError(f'{name} takes {choices}, not {value!r}{suggest(value, names)}')
 
     return check
 

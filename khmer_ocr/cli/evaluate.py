@@ -14,7 +14,7 @@ import typer
 from .common import app, print_json
 
 # %% ../../nbs/12_cli/05_evaluate.ipynb #1c4ae220
-STANDARD = 'battery'  # in place of a path: the standard sets
+STANDARD = ('benchmark', 'battery')  # in place of a path: the standard sets, by today's word and by the one of before
 
 
 def split_names(given: str | None) -> list[str]:
@@ -27,7 +27,7 @@ def evaluation_sets(data: str, limit: int | None, corpus: str, folder) -> list:
     "The standard sets, or the one at `data`; what must be unpacked goes into `folder`"
     from khmer_ocr.evaluation.benchmark import open_set, real_lines, standard_sets
 
-    if data != STANDARD:
+    if data not in STANDARD:
         return [open_set(data, folder, limit=limit, title=Path(data).name)]
     own = real_lines()
     return standard_sets(folder, limit or 500, corpus=corpus, progress=True) + ([own] if own else [])
@@ -54,20 +54,20 @@ def evaluation_report(folder: str, data: str, model: str | None, limit: int | No
     "Run the notebook `evaluate`: scores and ranking as `evaluate_readers` gives them"
     from khmer_ocr.reporting.runs import run_notebook
 
-    path = '' if data == STANDARD else data
+    path = '' if data in STANDARD else data
     params = dict(model=model or '', data=path, lines=limit or 0) | options
     metrics = run_notebook('evaluate', params, folder, echo=True).metrics
     return metrics['scores'], metrics['ranked']
 
 # %% ../../nbs/12_cli/05_evaluate.ipynb #7a9013a5
 DATA_HELP = (
-    'Labelled lines: a labels.tsv, a set (files or shards), a validation set; or the standard sets (the word battery).'
+    'Labelled lines: a labels.tsv, a set (files or shards), a validation set; or the standard sets (the word benchmark).'
 )
 
 
 @app.command('evaluate')
 def evaluate_command(
-    data: str = typer.Argument(..., metavar='DIR|labels.tsv|battery', help=DATA_HELP),
+    data: str = typer.Argument(..., metavar='DIR|labels.tsv|benchmark', help=DATA_HELP),
     model: str = typer.Option(
         None, '--model', metavar='NAME|PATH', help='Weights by name or file; the best that ships by default.'
     ),
@@ -98,14 +98,14 @@ def evaluate_command(
     from khmer_ocr.evaluation.error_analysis import engines_table, sets_table
     from khmer_ocr.inference.onnx import open_reader
 
-    rivals = split_names(against)
+    others = split_names(against)
     engines = choose_engines(split_names(peers))
     if report:
-        options = dict(against=rivals, peers=engines, decoder=decoder or '', lm=lm or '', corpus=corpus)
+        options = dict(against=others, peers=engines, decoder=decoder or '', lm=lm or '', corpus=corpus)
         options |= dict(batch_size=batch_size, show_lines=not hide_lines)
         scores, ranking = evaluation_report(report, data, model, limit, options)
     else:
-        readers = open_readers([model or '', *rivals], decoder, lm, open_reader)
+        readers = open_readers([model or '', *others], decoder, lm, open_reader)
         with tempfile.TemporaryDirectory() as folder:
             sets = evaluation_sets(data, limit, corpus, folder)
             scores, ranking = evaluate_readers(readers, sets, engines, batch_size)

@@ -173,7 +173,7 @@ def gan_train_command(
         callback=one_of(*PRECISIONS),
         help='Of the arithmetic; default auto.',
     ),
-    threads: int = typer.Option(None, '--threads', min=0, help='CPU threads; default 0: as PyTorch likes.'),
+    threads: int = typer.Option(None, '--threads', min=0, max=1024, help='CPU threads; default 0: as PyTorch likes.'),
     seed: int = typer.Option(None, '--seed', min=0, max=MAX_SEED, help='Decides weights, crops and noise; default 42.'),
 ):
     "Learn the style of scans."

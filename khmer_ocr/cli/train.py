@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARIANT_HELP', 'DATA_HELP', 'CONFIG_HELP', 'FREEZE_HELP', 'VALIDATION_HELP', 'THREADS_HELP', 'PRECISIONS',
            'parse_batch_size', 'gentle_stages', 'check_run_folder', 'validation_batches', 'is_first_process',
-           'epoch_callbacks', 'carry_out', 'train_command']
+           'epoch_callbacks', 'run_training', 'train_command']
 
 # %% ../../nbs/12_cli/03_train.ipynb #1740d249
 import os
@@ -22,7 +22,7 @@ def parse_batch_size(value: str | None) -> int | str | None:
     "None, 'auto' or a number"
     if value in (None, 'auto'):
         return value
-    if not value.isdigit() or int(value) < 1:
+    if not value.isdecimal() or int(value) < 1:
         raise KhmerOCRError(f'--batch-size takes a whole number from 1 up, or auto, not {value!r}')
     return int(value)
 
@@ -72,7 +72,7 @@ def epoch_callbacks(request) -> list:
     return [EpochSummary(request.steps_per_epoch)] if request.model == 'vision_text' else []
 
 
-def carry_out(request, out: Path, resume: str | None, validation):
+def run_training(request, out: Path, resume: str | None, validation):
     "Train as the request says, and say how it ended"
     lines = request.lines()
     left_out = getattr(lines[0], 'left_out', 0)
@@ -167,7 +167,7 @@ def train_command(
     degradation: str = typer.Option(None, '--degradation', help='Preset by which training lines are degraded.'),
     corpus: str = typer.Option(None, '--corpus', help='Folder of the corpus.'),
     workers: int = typer.Option(0, '--workers', min=0, help='Processes that make images beside the training; 0: none.'),
-    threads: int = typer.Option(None, '--threads', min=0, help=THREADS_HELP),
+    threads: int = typer.Option(None, '--threads', min=0, max=1024, help=THREADS_HELP),
 ):
     "Train a recogniser, on images made on the fly, on a set from disk, or on both."
     lines_a_step = parse_batch_size(batch_size)
@@ -198,4 +198,4 @@ def train_command(
         resume=checkpoint,
     )
     validation = validation_batches(validation_dir, data, validation_samples, request.config.height)
-    carry_out(request, folder, resume, validation)
+    run_training(request, folder, resume, validation)

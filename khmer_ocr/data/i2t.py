@@ -18,7 +18,7 @@ from ..core.errors import KhmerOCRError
 from ..synth.generator import Recipe, LineGenerator
 from ..synth.set_layouts import CHUNK, encode_png
 from ..synth.workers import draw_sample, progress_bar, run_calls, worker_generator, worker_pool
-from ..synth.records import provenance
+from ..synth.records import provenance, with_versions
 from ..core.files import folder_lock, write_atomic
 from ..synth.store import remove_unfinished
 from .preprocessing import HEIGHT
@@ -222,12 +222,20 @@ def _missing_chunks(folder, n) -> list[tuple[int, int]]:
     return [(a, b) for a, b in chunks if not (folder / 'parts' / f'{a:06d}.json').exists()]
 
 # %% ../../nbs/05_data/06_i2t.ipynb #1f7e07b4
+def _is_of(note, about) -> bool:
+    "Does a note say what `about` says? One by an earlier version has a hash of code for the version of the drawing"
+    try:
+        noted = json.loads(note.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(noted, dict) and with_versions(noted) == json.loads(json.dumps(about))
+
+
 def _begin(folder, split, about) -> bool:  # is the split finished?
     "Make a split ready for `_write_chunk`; KhmerOCRError if something else is there"
     note = folder / 'source.json'
-    description = json.dumps(about, ensure_ascii=False, indent=1, sort_keys=True).encode()
     if note.exists():
-        is_ours = note.read_bytes() == description
+        is_ours = _is_of(note, about)
     else:
         is_ours = not folder.exists() or not any(folder.iterdir())
     if not is_ours:
@@ -236,7 +244,7 @@ def _begin(folder, split, about) -> bool:  # is the split finished?
         (folder / name).mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder, ('', 'images', 'parts'))
     if not note.exists():
-        write_atomic(note, description)
+        write_atomic(note, json.dumps(about, ensure_ascii=False, indent=1, sort_keys=True))
     is_finished = (folder / f'{split}.json').exists()
     if is_finished:
         shutil.rmtree(folder / 'parts')

@@ -235,7 +235,10 @@ def group_lines(
     *keys,  # of the metadata, such as 'part', 'kind'
 ) -> dict:  # name -> numbers of the lines, in the order of the names; {} where all lines are alike
     "The lines of a set by what is known about them"
-    names = [' '.join(str(m[key]) for key in keys if m.get(key)) for m in lines.metadata]
+    names = []
+    for facts in lines.metadata:
+        known = [str(facts[key]) for key in keys if facts.get(key)]
+        names.append(' '.join(known))
     if len(set(names)) < 2:
         return {}
     out = {name: [] for name in sorted(set(names))}
@@ -344,7 +347,9 @@ def confidence_outcomes(
 def _run_scores(texts, truths) -> dict:
     "Counts of runs of symbols that were dropped, repeated or inserted"
     runs = lost_runs(texts, truths)
-    counts = {kind: sum(run['kind'] == kind for run in runs) for kind in ('dropped', 'repeated', 'inserted')}
+    counts = {}
+    for kind in ('dropped', 'repeated', 'inserted'):
+        counts[kind] = sum(run['kind'] == kind for run in runs)
     return dict(runs=len(runs), **counts, longest_run=max((run['length'] for run in runs), default=0))
 
 

@@ -527,7 +527,9 @@ def inspection_table(
     rows = []
     for who in next(iter(inspected.values())):
         found = [by_renderer[who] for by_renderer in inspected.values()]
-        total = {k: sum(f[k] for f in found) for k in ('lines', 'right', 'cut')}
+        total = {}
+        for count in ('lines', 'right', 'cut'):
+            total[count] = sum(f[count] for f in found)
         same_bytes = all(f['same_bytes'] for f in found)
         rows.append(
             {

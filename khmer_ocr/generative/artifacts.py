@@ -72,7 +72,10 @@ def stride_peaks(
     points = _stride_frequencies(h, w)
     if not points:
         raise KhmerOCRError(f'Images of {h} x {w} px are too small for a search for grids: at least 16 px, even')
-    return {p: torch.stack([_peak_height(power, y, x) for y, x in at]) for p, at in points.items()}
+    peaks = {}
+    for period, at in points.items():
+        peaks[period] = torch.stack([_peak_height(power, y, x) for y, x in at])
+    return peaks
 
 # %% ../../nbs/07_generative/01_artifacts.ipynb #200cdd84
 def stride_peak_heights(

@@ -179,7 +179,9 @@ def _sample_inputs(pairs, styles=None, n=8):
     "The first masks, and the style codes of their images if there are any"
     batches = [_with_styles(pairs[i], styles) for i in range(-(-n // pairs.batch_size))]
     keys = ('mask', 'style') if styles else ('mask',)
-    inputs = [torch.cat([b[k] for b in batches])[:n] for k in keys]
+    inputs = []
+    for k in keys:
+        inputs.append(torch.cat([b[k] for b in batches])[:n])
     return tuple(inputs) if styles else inputs[0]
 
 # %% ../../nbs/07_generative/06_pix2pix_training.ipynb #00f4cb53

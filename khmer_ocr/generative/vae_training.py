@@ -118,7 +118,10 @@ def reconstruction_scores(
 def _sample_inputs(pairs, n=32):
     "Images and masks of the first n crops"
     batches = [pairs[i] for i in range(-(-n // pairs.batch_size))]
-    return {k: torch.cat([b[k] for b in batches])[:n] for k in ('image', 'mask')}
+    inputs = {}
+    for k in ('image', 'mask'):
+        inputs[k] = torch.cat([b[k] for b in batches])[:n]
+    return inputs
 
 
 def _usual(pairs, epochs, per_epoch) -> dict:

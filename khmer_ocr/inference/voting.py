@@ -52,7 +52,9 @@ def _alignment_costs(
     candidates: list[Candidate],  # of the next reader
 ) -> tuple[np.ndarray, np.ndarray]:  # float (columns, candidates): of joining; float (columns,): of passing over
     "What it costs to place the next reader in the columns there are"
-    counts = [Counter(c.text for c in column) for column in columns]
+    counts = []
+    for column in columns:
+        counts.append(Counter(c.text for c in column))
     sizes = [len(column) for column in columns]
     join = np.ones((len(columns), len(candidates)))
     for row, count, n in zip(join, counts, sizes):

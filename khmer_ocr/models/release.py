@@ -315,7 +315,11 @@ NET_HEADER = ('model', 'config', 'height', 'stride', 'preprocess', 'normal_form'
 def _n_parameters(checkpoint) -> int:
     tensors, _ = load_weights(checkpoint)
     statistics = ('running_', 'num_batches')
-    return sum(w.numel() for name, w in tensors.items() if not any(s in name for s in statistics))
+    n = 0
+    for name, w in tensors.items():
+        if not any(s in name for s in statistics):
+            n += w.numel()
+    return n
 
 # %% ../../nbs/06_models/16_release.ipynb #9ffaefad
 def make_card(

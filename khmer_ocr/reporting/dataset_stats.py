@@ -181,6 +181,29 @@ def drop_table(
         rows.append((reason, *(reasons[reason] for reasons in dropped.values())))
     return Table([*rows, ('left out, of all', *shares)], ('', *dropped))
 
+# %% ../../nbs/08_reporting/03_dataset_stats.ipynb #fa0f30c0
+def _symbol_counts(texts) -> tuple[Counter, Counter]:
+    "How often each symbol stands in some texts, and in how many of them"
+    symbols = Counter()
+    texts_with = Counter()
+    for text in texts:
+        symbols.update(text)
+        texts_with.update(set(text))
+    return symbols, texts_with
+
+
+def _operation_counts(ops) -> dict:
+    "Counts of the operations of each image; one that was done twice to an image counts once"
+    images_with = Counter()
+    for names in ops:
+        images_with.update(list(dict.fromkeys(names)))
+    per_line = Counter(map(len, ops))
+    return dict(operations=images_with, operations_per_line=per_line, untouched=per_line[0])
+
+
+def _field_counts(records, field) -> Counter:
+    return Counter(record[field] for record in records)
+
 # %% ../../nbs/08_reporting/03_dataset_stats.ipynb #1ffcde4a
 def summarise_records(
     records: list[dict],  # of a split: text, width, height, font, size, ops, attempts
@@ -188,25 +211,27 @@ def summarise_records(
 ) -> dict:  # numbers and Counters
     "What there is in a split: lengths, symbols, fonts, sizes, operations, redrawn samples"
     texts = [r['text'] for r in records]
+    symbols, images_with = _symbol_counts(texts)
+    attempts = [r.get('attempts', 1) for r in records]
+    sizes = [r.get('size') for r in records]
     ops = [r.get('ops', []) for r in records]
+    with_preset = [r for r in records if 'preset' in r]
     return dict(
         images=len(records),
-        blank=sum(not text for text in texts),
-        redrawn=sum(r.get('attempts', 1) > 1 for r in records),
+        blank=texts.count(''),
+        redrawn=sum(n > 1 for n in attempts),
         different=len(set(texts)),
         characters=Counter(map(len, texts)),
-        widths=Counter(r['width'] for r in records),
-        heights=Counter(r['height'] for r in records),
-        symbols=Counter(c for text in texts for c in text),
-        images_with=Counter(c for text in texts for c in set(text)),
-        fonts=Counter(r['font'] for r in records),
-        sizes=Counter(r.get('size') for r in records),
-        operations=Counter(op for each in ops for op in dict.fromkeys(each)),
-        operations_per_line=Counter(map(len, ops)),
-        untouched=sum(not each for each in ops),
+        widths=_field_counts(records, 'width'),
+        heights=_field_counts(records, 'height'),
+        symbols=symbols,
+        images_with=images_with,
+        fonts=_field_counts(records, 'font'),
+        sizes=Counter(sizes),
+        **_operation_counts(ops),
         kinds=Counter(map(kind, texts)) if kind else Counter(),
-        attempts=Counter(r.get('attempts', 1) for r in records),
-        presets=Counter(r['preset'] for r in records if 'preset' in r),
+        attempts=Counter(attempts),
+        presets=_field_counts(with_preset, 'preset'),
     )
 
 # %% ../../nbs/08_reporting/03_dataset_stats.ipynb #dca2c4bb

@@ -22,15 +22,15 @@ from tqdm import tqdm
 from ..core.errors import KhmerOCRError, suggest
 from ..core.files import make_folder, write_atomic
 from ..core.rng import named_rng, text_hash
-from .cleaning import _khmer_character, clean, held_out, reject_reason, text_key
+from .cleaning import clean, held_out, khmer_character, reject_reason, text_key
 from .khmer import charset, normalise
 from .rules import rule_line
 from khmer_ocr.text.sources import (
-    _cldr_texts,
-    _html_texts,
-    _mo_texts,
     choose_sources,
+    cldr_texts,
     fetch_source,
+    html_texts,
+    mo_texts,
     plain_pickle,
     read_text_source,
 )
@@ -63,7 +63,7 @@ class WordSampler:
         bigram: dict,  # word -> {next word: count}
         trigram: dict,  # 'word\tword' -> [[next word, count], ...]
     ):
-        words = {w: n for w, n in unigram.items() if not reject_reason(w) and _khmer_character.search(w)}
+        words = {w: n for w, n in unigram.items() if not reject_reason(w) and khmer_character.search(w)}
         self.words, self.cumulated = list(words), list(accumulate(words.values()))
         self.bigram, self.trigram = bigram, trigram
         self.known = set(words) | {'។'}
@@ -150,11 +150,11 @@ def _hashed_order(texts, seed):
 
 
 def _html_file_texts(data):
-    return _html_texts(data.decode('utf-8', 'replace'))
+    return html_texts(data.decode('utf-8', 'replace'))
 
 
 _readers = dict(
-    html=_html_file_texts, mo=_mo_texts, cldr=_cldr_texts, sentences=plain_pickle, words=plain_pickle
+    html=_html_file_texts, mo=mo_texts, cldr=cldr_texts, sentences=plain_pickle, words=plain_pickle
 )  # bytes of a file -> its texts
 
 
@@ -245,7 +245,7 @@ def _add_rules(source, lines, clean, seed, quota, progress):
     dropped = Counter()
     for split, share in _split_shares.items():
         rng = named_rng(seed, f'{source.name} {split}')
-        sentences = [s for _, s in lines[split] if len(s) > 8 and _khmer_character.search(s)]
+        sentences = [s for _, s in lines[split] if len(s) > 8 and khmer_character.search(s)]
         words = [s for _, s in lines[split] if s.isascii() and s.isalpha()]
         wanted = round(share * quota)
         for _ in _bar(progress, iterable=range(3 * wanted + 100), desc=f'{source.name} {split}'):
@@ -295,21 +295,27 @@ def _file_hashes(files) -> dict:
     return dict(sha256=digests, corpus_sha256=hashlib.sha256(''.join(digests.values()).encode()).hexdigest())
 
 # %% ../../nbs/02_text/06_corpus.ipynb #5dc00007
+def _count_matches(pattern, texts) -> int:
+    return sum(bool(re.search(pattern, s)) for s in texts)
+
+
 def _stats(chosen, lines, dropped, files, seed, licence):
     "The content of corpus.json"
     texts = [s for rows in lines.values() for _, s in rows]
-    lengths = Counter(map(len, texts))
+    sizes = {split: len(rows) for split, rows in lines.items()}
+    sources = [_source_stats(source, lines, dropped[source.name]) for source in chosen]
+    lengths = sorted(Counter(map(len, texts)).items())
     in_train = _symbol_counts(s for _, s in lines['train'])
     return dict(
         lines=len(texts),
-        **{split: len(rows) for split, rows in lines.items()},
+        **sizes,
         characters=sum(map(len, texts)),
         seed=seed,
         licence=licence,
-        sources=[_source_stats(source, lines, dropped[source.name]) for source in chosen],
-        with_latin=sum(bool(re.search('[A-Za-z]', s)) for s in texts),
-        with_digits=sum(bool(re.search('[0-9០-៩]', s)) for s in texts),
-        lengths={str(n): lengths[n] for n in sorted(lengths)},
+        sources=sources,
+        with_latin=_count_matches('[A-Za-z]', texts),
+        with_digits=_count_matches('[0-9០-៩]', texts),
+        lengths={str(length): n for length, n in lengths},
         rarest_in_train=dict(list(in_train.items())[:40]),
         least_in_train=min(in_train.values()),
         **_file_hashes(files),
@@ -339,6 +345,10 @@ def _gather(chosen, seed, limit, progress):
 def _shuffled(rows, seed, split):
     return [rows[i] for i in named_rng(seed, split).permutation(len(rows))]
 
+
+def _text_file(rows) -> str:
+    return ''.join(s + '\n' for _, s in rows)
+
 # %% ../../nbs/02_text/06_corpus.ipynb #8862f50d
 def build_corpus(
     out='data/processed',  # folder for train.txt, val.txt, test.txt, corpus.json
@@ -354,7 +364,7 @@ def build_corpus(
     chosen = sorted(choose_sources(sources, licence), key=lambda s: (s.reader == 'rules', s.share == 0))
     lines, dropped = _gather(chosen, seed, limit, progress)
     lines = {split: _shuffled(rows, seed, split) for split, rows in lines.items()}
-    files = {f'{split}.txt': ''.join(s + '\n' for _, s in rows) for split, rows in lines.items()}
+    files = {f'{split}.txt': _text_file(rows) for split, rows in lines.items()}
     stats = _stats(chosen, lines, dropped, files, seed, licence)
     if not stats['train']:
         names = ', '.join(source.name for source in chosen)

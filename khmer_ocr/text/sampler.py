@@ -223,7 +223,10 @@ def scarce(self: Sampler) -> tuple[list, np.ndarray]:
     "Scarce symbols with the lines that have them, and the running sum of their deficits"
     if not hasattr(self, '_scarce'):
         deficits = symbol_deficits(self.lines, self.wording.floor)
-        lines_with = [(s, [i for i, line in enumerate(self.lines) if s in line]) for s in deficits]
+        lines_with = []
+        for symbol in deficits:
+            numbers = [i for i, line in enumerate(self.lines) if symbol in line]
+            lines_with.append((symbol, numbers))
         self._scarce = lines_with, np.cumsum(list(deficits.values()))
     return self._scarce
 

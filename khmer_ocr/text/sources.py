@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['data_folder', 'Source', 'manifest_file', 'available_sources', 'choose_sources', 'fetch_source',
-           'plain_pickle', 'udhr_lines', 'strip_wiki', 'read_text_source']
+           'plain_pickle', 'html_texts', 'udhr_lines', 'mo_texts', 'cldr_texts', 'strip_wiki', 'read_text_source']
 
 # %% ../../nbs/02_text/03_sources.ipynb #181e8594
 import bz2
@@ -19,6 +19,7 @@ import pickle
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -215,7 +216,9 @@ def plain_pickle(
         raise KhmerOCRError(f'This pickle is damaged or no pickle: {e}') from None
 
 # %% ../../nbs/02_text/03_sources.ipynb #f98ec543
-def _html_texts(s):
+def html_texts(
+    s: str,  # an HTML page
+) -> Iterator[str]:  # without tags, spaces single
     "The texts of the block elements of an HTML page"
     s = re.sub(r'(?s)<(script|style|head|aside|nav|pre)\b.*?</\1>', ' ', s)
     for block in re.split(r'(?i)</?(?:p|h\d|li|td|th|div|br|article|section|header|body)\b[^>]*>', s):
@@ -227,13 +230,15 @@ def _html_texts(s):
 def udhr_lines() -> list[str]:  # headings and paragraphs, normalised
     "The Universal Declaration of Human Rights in Khmer (fetched when needed): test text, never training text"
     page = (fetch_source('udhr') / 'declaration/khm.html').read_text('utf-8')
-    return [normalise(text) for text in _html_texts(page)]
+    return [normalise(text) for text in html_texts(page)]
 
 # %% ../../nbs/02_text/03_sources.ipynb #2dcd010f
 _markup_or_shortcut = re.compile(r'<[^>]+>|[~_](?=\w)')  # tags; marks before the letter of a keyboard shortcut
 
 
-def _mo_texts(data):
+def mo_texts(
+    data: bytes,  # of the file
+) -> Iterator[str]:  # a line of a translation each, some of them empty
     "The translations of a gettext .mo file (GNU gettext manual, 'The Format of GNU MO Files')"
     byte_order = '<' if data[:4] == b'\xde\x12\x04\x95' else '>'
     n, _, table_start = np.frombuffer(data, byte_order + 'u4', 3, 8)
@@ -243,7 +248,9 @@ def _mo_texts(data):
         yield from re.split(r'[\0\n]', _markup_or_shortcut.sub('', text))
 
 
-def _cldr_texts(data):
+def cldr_texts(
+    data: bytes,  # of the JSON file
+) -> Iterator[str]:  # a name once for each symbol
     "The names in a CLDR annotations file"
     tree = next(iter(json.loads(data).values()))['annotations']
     for names in tree.values():

@@ -153,7 +153,10 @@ def freeze(
     current_name = getattr(net, 'current_name', str)  # a network may know former names of its parts
     parts = tuple(current_name(part) for part in parts)
     _freeze_parameters(net, parts)
-    frozen = [m for name, m in net.named_modules() if any(_lies_under(name, part) for part in parts)]
+    frozen = []
+    for name, m in net.named_modules():
+        if any(_lies_under(name, part) for part in parts):
+            frozen.append(m)
     for m in frozen:
         if isinstance(m, nn.RNNBase):
             m.dropout = 0.0  # not by eval mode, in which cuDNN gives no gradients to what lies before
