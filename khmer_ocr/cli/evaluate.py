@@ -14,7 +14,7 @@ import typer
 from .common import app, print_json
 
 # %% ../../nbs/12_cli/05_evaluate.ipynb #1c4ae220
-STANDARD = ('benchmark', 'battery')  # in place of a path: the standard sets, by today's word and by the one of before
+STANDARD = ('benchmark', 'battery')  # in place of a path: the standard sets, by today's word and a former one
 
 
 def split_names(given: str | None) -> list[str]:
@@ -60,9 +60,7 @@ def evaluation_report(folder: str, data: str, model: str | None, limit: int | No
     return metrics['scores'], metrics['ranked']
 
 # %% ../../nbs/12_cli/05_evaluate.ipynb #7a9013a5
-DATA_HELP = (
-    'Labelled lines: a labels.tsv, a set (files or shards), a validation set; or the standard sets (the word benchmark).'
-)
+DATA_HELP = 'Labelled lines: a labels.tsv, a set (files or shards); or the word benchmark: the standard sets.'
 
 
 @app.command('evaluate')

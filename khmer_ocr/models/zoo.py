@@ -292,9 +292,10 @@ def _origin(recipe, data, train, init, parts, teacher) -> dict:
 
 # %% ../../nbs/06_models/12_zoo.ipynb #8b9b5fe6
 def available_models() -> dict[str, Path]:  # name -> checkpoint
-    "The readers that ship with the package"
+    "The readers that ship with the package; weights without a card (such as those still in training) are not among them"
     folder = Path(khmer_ocr.__file__).parent / 'weights'
-    return {path.stem: path for path in sorted(folder.glob('*.safetensors'))}
+    with_card = (path for path in sorted(folder.glob('*.safetensors')) if path.with_suffix('.json').exists())
+    return {path.stem: path for path in with_card}
 
 
 def checkpoint_path(name_or_path=None) -> Path:
