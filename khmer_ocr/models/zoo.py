@@ -292,7 +292,7 @@ def _origin(recipe, data, train, init, parts, teacher) -> dict:
 
 # %% ../../nbs/06_models/12_zoo.ipynb #8b9b5fe6
 def available_models() -> dict[str, Path]:  # name -> checkpoint
-    "The readers that ship with the package; weights without a card (such as those still in training) are not among them"
+    "The readers that ship with the package; weights without a card, such as those in training, are not"
     folder = Path(khmer_ocr.__file__).parent / 'weights'
     with_card = (path for path in sorted(folder.glob('*.safetensors')) if path.with_suffix('.json').exists())
     return {path.stem: path for path in with_card}
