@@ -36,8 +36,10 @@ FONT = 'NotoSansKhmer.ttf'
 CSS = f"""
 @font-face {{ font-family: "Noto Sans Khmer"; src: url("{FONT}"); }}
 :root {{ --md-text-font: "Noto Sans Khmer"; }}
-body, input, code, pre {{ font-family: system-ui, "Noto Sans Khmer", sans-serif; }}
-code, pre {{ font-family: ui-monospace, "Noto Sans Khmer", monospace; }}
+body, input {{ font-family: system-ui, sans-serif, "Noto Sans Khmer"; }}
+code, pre, kbd, pre code {{
+  font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace, "Noto Sans Khmer" !important;
+}}
 """
 
 CONFIG = dict(
@@ -84,6 +86,7 @@ def readable(cell) -> bool:
 def notebook_page(path: Path, target: Path):
     "A notebook as Markdown, its pictures beside it"
     nb = nbformat.read(path, as_version=4)
+    nb.metadata['language_info'] = dict(name='python')  # for colours
     nb.cells = [cell for cell in nb.cells if readable(cell)]
     for cell in nb.cells:
         if cell.cell_type == 'code':
@@ -127,21 +130,24 @@ def api_page(room: str) -> str:
     return '\n'.join(lines)
 
 
+def shown(symbol) -> str:
+    "What nbdev's `show_doc` says of a symbol, without its rule and its link to a host"
+    text = re.sub(r'^\[source\].*$', '', show_doc(symbol)._repr_markdown_(), flags=re.M)
+    return re.sub(r'^---\n*', '', text.strip()).strip()
+
+
 def symbol_text(name: str, symbol) -> str:
     "The reference of one name: its docments where it can be called, else its value in a line"
     if not callable(symbol):
         value = re.sub(r'\s+', ' ', repr(symbol))
         return f'### {name}\n\n```python\n{name} = {value[:300]}{" ..." if len(value) > 300 else ""}\n```'
-    text = show_doc(symbol)._repr_markdown_()
-    text = re.sub(r'^---\n*', '', text.strip())
+    text = shown(symbol)
     methods = (
         [value for key, value in vars(symbol).items() if not key.startswith('_')] if isinstance(symbol, type) else []
     )
     for method in methods:
         if callable(method) and getattr(method, '__doc__', None):
-            text += '\n\n' + re.sub(r'^---\n*', '', show_doc(method)._repr_markdown_().strip()).replace(
-                '### ', '#### ', 1
-            )
+            text += '\n\n' + shown(method).replace('### ', '#### ', 1)
     return text
 
 
