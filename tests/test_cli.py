@@ -616,7 +616,7 @@ def test_automatic_batch_size_stays_with_the_run(tiny, tmp_path, monkeypatch):
 def test_bad_tuning(tiny, model, tmp_path):
     own_lines(tmp_path / 'mine')
     go = tuning(tiny, model, tmp_path, '--out', tmp_path / 'run')
-    refused(*go, '--freeze', 'loo', word='did you mean look')
+    refused(*go, '--freeze', 'backbon', word='did you mean backbone')
     refused(*go, '--mix', '1.5', word="'mix' is 1.5")
     refused(*go, '--precision', '8-bit', word='bf16-mixed')
     refused(
@@ -725,9 +725,9 @@ def test_evaluate(tiny, model, tmp_path):
 
 
 def test_run(tiny, tmp_path):
-    assert 'corpus        Making the corpus' in ok('run') and 'max_lines (int)' in ok(
-        'run', 'generate', '--help-notebook'
-    )
+    rows = [line.split('  ', 1) for line in ok('run').splitlines()]
+    assert {name: about.strip() for name, about in rows}['corpus'].startswith('Making the corpus')
+    assert 'max_lines (int)' in ok('run', 'generate', '--help-notebook')
     refused('run', 'genrate', word='did you mean generate')
     refused('run', 'generate', '-p', 'max_line', '3', word='did you mean max_lines')
     refused('run', 'generate', '-p', 'seed', word='a name and a value')
@@ -824,7 +824,7 @@ def test_folders_that_are_files_and_families_that_are_not(tmp_path, tiny, model)
         ('train', '--workers'),
         ('corpus', '--seed'),
     ):
-        refused(*args, '-1', word='from 0 up')
+        refused(*args, '-1', word=f"'{args[-1]}': Input should be greater than or equal to 0")
 
 
 def test_an_unwritable_home_is_no_news(tmp_path, model):
