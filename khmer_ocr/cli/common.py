@@ -74,8 +74,10 @@ def join_pairs(args: list[str]) -> list[str]:
         if arg not in ('-p', '--parameter'):
             continue
         name = next(rest, None)
-        if name is not None:
-            joined.append(name if '=' in name else f'{name}={next(rest, "")}')
+        if name is None:
+            break
+        value = None if '=' in name else next(rest, None)
+        joined.append(name if value is None else f'{name}={value}')
     return joined
 
 # %% ../../nbs/12_cli/01_common.ipynb #ea5fedac
