@@ -135,7 +135,7 @@ def test_woff2_conversion_is_the_same_every_time(embedded, tmp_path):
     ttf = F._to_ttf(data)
     assert ttf == F._to_ttf(data)
     (tmp_path / 'toy.ttf').write_bytes(ttf)
-    assert F.coverage(str(tmp_path / 'toy.ttf')) == F.coverage(embedded[0].path)
+    assert F.font_codepoints(str(tmp_path / 'toy.ttf')) == F.font_codepoints(embedded[0].path)
 
 
 def test_choices(embedded):
