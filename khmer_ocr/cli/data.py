@@ -121,7 +121,7 @@ def i2t_summary(folder: str, counts: dict) -> str:
 
 
 def generate_i2t(out: str, source: str | None, recipe: dict, max_lines, workers: int, stats: bool, verify: bool):
-    "`generate --format i2t`: what there is to report, or None when `verify` has said it"
+    "`generate --format i2t`: the problems that `verify` found, else statistics of the dataset by split"
     from khmer_ocr.data.i2t import check_i2t, export_i2t, i2t_stats
     from khmer_ocr.synth.generator import Recipe
     from khmer_ocr.text.khmer import charset
